@@ -1,0 +1,105 @@
+"""Where the sequences of a packed batch lie.
+
+Packed means: the tokens of all sequences one after another in one [T, ...]
+tensor, nothing between them. The lengths are known on the host, where the
+texts were tokenised, so every list a kernel or a CPU path needs is made there,
+once per batch, and read by all layers: no kernel ever asks the device.
+
+Dimensions: B sequences, T packed tokens.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+__all__ = ["Run", "SeqLayout"]
+
+
+class Run(NamedTuple):
+    """Neighbouring sequences of one length: a [num_seqs, length] block without padding."""
+
+    first_row: int
+    num_seqs: int
+    length: int
+
+
+class SeqLayout:
+    """Lengths on the host, cu_seqlens on the device, and lists made from them on first use.
+
+    Attributes:
+        lengths: tokens per sequence, in packed order; zero is allowed.
+        cu_seqlens: [B + 1] int32 on `device`; sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1].
+        num_tokens: T.
+        max_length: the longest sequence, 0 for none.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+        self.lengths = tuple(int(n) for n in lengths)
+        if any(n < 0 for n in self.lengths):
+            raise ValueError(f"lengths must not be negative, got {min(self.lengths)}")
+        self.device = torch.device(device)
+        self.num_tokens = sum(self.lengths)
+        self.max_length = max(self.lengths, default=0)
+        self._starts = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
+        if self.num_tokens > np.iinfo(np.int32).max:
+            raise ValueError(f"a packed batch holds at most 2**31 - 1 tokens, got {self.num_tokens}")
+        self.cu_seqlens = self._to_device(self._starts)
+        self._cache: dict = {}
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __repr__(self) -> str:
+        return f"SeqLayout({len(self)} sequences, {self.num_tokens} tokens, {self.device})"
+
+    def positions(self) -> torch.Tensor:
+        """[T] int32: the place of each token in its own sequence."""
+        return self._once(
+            "positions", lambda: np.arange(self.num_tokens) - self._per_token(self._starts[:-1])
+        )
+
+    def seq_of_token(self) -> torch.Tensor:
+        """[T] int32: the sequence each token belongs to."""
+        return self._once("seq_of_token", lambda: self._per_token(np.arange(len(self))))
+
+    def tiles(self, block: int) -> torch.Tensor:
+        """[num_tiles, 2] int32: (sequence, first token inside it) of every piece of at most `block` tokens.
+
+        Longest sequences first, so that no long one starts last; empty sequences have no tile.
+        """
+        return self._once(("tiles", block), lambda: self._tiles(block))
+
+    def runs(self) -> list[Run]:
+        """Neighbouring sequences of equal length, merged; empty ones left out. Few when sorted by length."""
+        if "runs" not in self._cache:
+            runs: list[Run] = []
+            for start, length in zip(self._starts.tolist(), self.lengths, strict=False):
+                if length and runs and runs[-1].length == length:
+                    runs[-1] = runs[-1]._replace(num_seqs=runs[-1].num_seqs + 1)
+                elif length:
+                    runs.append(Run(start, 1, length))
+            self._cache["runs"] = runs
+        return self._cache["runs"]
+
+    def _tiles(self, block: int) -> np.ndarray:
+        lengths = np.asarray(self.lengths, dtype=np.int64)
+        order = np.argsort(-lengths, kind="stable")
+        per_seq = -(-lengths[order] // block)
+        first_tile = np.repeat(np.cumsum(per_seq) - per_seq, per_seq)
+        return np.stack([np.repeat(order, per_seq), (np.arange(per_seq.sum()) - first_tile) * block], axis=1)
+
+    def _per_token(self, values: np.ndarray) -> np.ndarray:
+        return np.repeat(values, self.lengths)
+
+    def _once(self, key, make) -> torch.Tensor:
+        if key not in self._cache:
+            self._cache[key] = self._to_device(make())
+        return self._cache[key]
+
+    def _to_device(self, values: np.ndarray) -> torch.Tensor:
+        host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
+        if self.device.type != "cuda":
+            return host.to(self.device)
+        return host.pin_memory().to(self.device, non_blocking=True)

@@ -1,0 +1,246 @@
+"""What every kernel must compute, in plain PyTorch.
+
+One function per public kernel, same name, same signature. It is the CPU path,
+the oracle of the tests (run in float64) and the baseline of the benchmarks:
+there is no other reference in the repository.
+
+Dimensions: B sequences, T packed tokens, D model width, N query heads, G
+key/value heads, H head width, L latents, F feed-forward width.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from nvembed_fast.kernels.layout import SeqLayout
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SeqLayout,
+    scale: float | None = None,
+    causal: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention inside each packed sequence; every token sees its whole sequence.
+
+    Args:
+        q: [T, N, H] queries. N is a multiple of G.
+        k, v: [T, G, H] keys and values; query head n reads head n // (N // G) (GQA, arXiv 2305.13245).
+        layout: where the sequences lie; T is layout.num_tokens.
+        scale: factor on the scores; None is 1 / sqrt(H).
+        causal: a token sees only itself and earlier tokens (for the ablation of arXiv 2405.17428, table 1).
+        return_lse: also return the log of each softmax denominator.
+
+    Returns:
+        [T, N, H] in the dtype of q; with return_lse also [N, T] fp32 (float64 for float64), natural logarithm
+        of sum exp(scale * q k).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    outs, lses = [], []
+    for first_row, num_seqs, length in layout.runs():
+        rows = slice(first_row, first_row + num_seqs * length)
+        q_run, k_run, v_run = (rearrange(t[rows], "(b s) n h -> b n s h", b=num_seqs) for t in (q, k, v))
+        out = F.scaled_dot_product_attention(
+            q_run, k_run, v_run, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outs.append(rearrange(out, "b n s h -> (b s) n h"))
+        if return_lse:
+            wide = torch.promote_types(q.dtype, torch.float32)
+            k_all = k_run.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+            scores = scale * q_run.to(wide) @ k_all.to(wide).mT
+            if causal:
+                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+            lses.append(rearrange(scores.logsumexp(-1), "b n s -> n (b s)"))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs) if outs else torch.zeros_like(q)
+    if not return_lse:
+        return out
+    return out, torch.cat(lses, dim=1) if lses else q.new_zeros(q.shape[1], 0, dtype=torch.float32)
+
+
+def latent_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """Every token attends to all L latents of its head: the direct form, in the order of the original.
+
+    Args:
+        q: [T, N, H] token queries.
+        k, v: [L, N, H] keys and values of the latents, the same for every token.
+        scale: factor on the scores; None is 1 / sqrt(H).
+
+    Returns:
+        [T, N, H] in the dtype of q. Source: arXiv 2405.17428, section 3.1 (Perceiver-style cross-attention).
+    """
+    q_1NTH, k_1NLH, v_1NLH = (rearrange(t, "s n h -> 1 n s h") for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q_1NTH, k_1NLH, v_1NLH, scale=scale)
+    return rearrange(out, "1 n t h -> t n h")
+
+
+def latent_weights(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Softmax over each head's latents of the absorbed scores x a^T.
+
+    Args:
+        x: [T, D] normalised tokens.
+        a: [N * L, D] absorbed query-key matrix, head-major; the 1 / sqrt(H) is already inside.
+        num_heads: N.
+
+    Returns:
+        [T, N * L] in the dtype of x; each group of L sums to one.
+    """
+    scores = x @ a.mT
+    return rearrange(rearrange(scores, "t (n l) -> t n l", n=num_heads).softmax(-1), "t n l -> t (n l)")
+
+
+def absorbed_latent_attention(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
+) -> torch.Tensor:
+    """Latent cross-attention with the products that depend on weights only multiplied out beforehand.
+
+    With A_h = K_h Wq_h / sqrt(H) and B_h = V_h Wout_h^T, both of them constant for a checkpoint,
+
+        residual + sum_h softmax(x A_h^T) B_h
+
+    equals the direct form with its query and output products (an identity, not an approximation).
+
+    Args:
+        x: [T, D] normalised tokens.
+        a: [N * L, D] the A_h, head-major.
+        b: [N * L, D] the B_h, head-major.
+        residual: [T, D] added to the result.
+        num_heads: N.
+
+    Returns:
+        [T, D] in the dtype of x.
+    """
+    return torch.addmm(residual, latent_weights(x, a, num_heads), b)
+
+
+def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean over the tokens of each packed sequence that the mask keeps.
+
+    Args:
+        x: [T, D] token states; summed in fp32, or in float64 when x is float64 (the oracle).
+        layout: where the sequences lie; T is layout.num_tokens.
+        pool_mask: [T] bool; False drops a token (an instruction prefix), whatever it holds. None keeps all.
+
+    Returns:
+        [B, D] fp32 (float64 for float64). A sequence that keeps no token gives zeros, never NaN.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    seq_of_token = layout.seq_of_token().long()
+    keep = torch.ones_like(seq_of_token, dtype=torch.bool) if pool_mask is None else pool_mask
+    count = torch.zeros(len(layout), dtype=wide, device=x.device).index_add(0, seq_of_token, keep.to(wide))
+    # where, not a product: 0 * NaN is NaN
+    kept = torch.where(keep[:, None], x.to(wide), 0.0)
+    total = torch.zeros(len(layout), x.shape[1], dtype=wide, device=x.device).index_add(0, seq_of_token, kept)
+    return total / count.clamp_min(1)[:, None]
+
+
+def mean_pool_geglu(
+    value_gate: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`mean_pool(geglu(value_gate))` without the [T, F] between them.
+
+    Pooling is linear, so a feed-forward's second product can act on the pooled vector instead of every token.
+
+    Args:
+        value_gate: [T, 2F]; the first half is the value, the second the gate.
+        layout, pool_mask: as in `mean_pool`.
+
+    Returns:
+        [B, F] fp32 (float64 for float64); the product is formed in that type and rounded nowhere.
+    """
+    wide = torch.promote_types(value_gate.dtype, torch.float32)
+    return mean_pool(geglu(value_gate.to(wide)), layout, pool_mask)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight (arXiv 1910.07467), with Mistral's rounding.
+
+    Args:
+        x: [T, D].
+        weight: [D].
+        eps: added to the mean square, in fp32.
+
+    Returns:
+        [T, D] in the dtype of x: normalised in fp32, rounded, then multiplied by weight.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The residual add and the norm that follows it.
+
+    Args:
+        x, residual: [T, D].
+        weight, eps: as in `rms_norm`.
+
+    Returns:
+        (rms_norm(h), h) with h = x + residual rounded to their dtype, both [T, D].
+    """
+    h = x + residual
+    return rms_norm(h, weight, eps), h
+
+
+def rotary(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_rotated: int,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864) of the query and key heads of a packed product.
+
+    Half-split pairs: element i turns with element i + H/2 by the angle of (position, i).
+
+    Args:
+        qkv: [T, N + 2G, H]; heads are queries, then keys, then values.
+        cos, sin: [P, H/2] fp32 tables (float64 for the oracle), one row per position.
+        positions: [T] int32, each below P.
+        num_rotated: how many leading heads turn: N + G. The rest pass through.
+        inplace: overwrite qkv and return it, for inference; a tensor that needs a gradient is refused.
+
+    Returns:
+        [T, N + 2G, H] in the dtype of qkv, computed in the dtype of the tables.
+    """
+    if inplace and qkv.requires_grad:
+        raise ValueError("rotary(inplace=True) would overwrite a tensor that needs a gradient")
+    cos_T1h, sin_T1h = (table[positions.long()][:, None] for table in (cos, sin))
+    first, second = qkv[:, :num_rotated].to(cos.dtype).chunk(2, dim=-1)
+    turned = torch.cat([first * cos_T1h - second * sin_T1h, second * cos_T1h + first * sin_T1h], dim=-1)
+    if inplace:
+        qkv[:, :num_rotated] = turned.to(qkv.dtype)
+        return qkv
+    return torch.cat([turned.to(qkv.dtype), qkv[:, num_rotated:]], dim=1)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up (arXiv 2002.05202).
+
+    Args:
+        gate_up: [T, 2F]; the first half is the gate, the second is up.
+
+    Returns:
+        [T, F] in the dtype of gate_up.
+    """
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def geglu(value_gate: torch.Tensor) -> torch.Tensor:
+    """value * gelu(gate) with the exact (erf) GELU (arXiv 2002.05202).
+
+    Args:
+        value_gate: [T, 2F]; the first half is the value, the second the gate.
+
+    Returns:
+        [T, F] in the dtype of value_gate.
+    """
+    value, gate = value_gate.chunk(2, dim=-1)
+    return value * F.gelu(gate)

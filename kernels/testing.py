@@ -1,0 +1,255 @@
+"""The one list of shapes, the one input factory per kernel and the one tolerance rule.
+
+Imported by tests/ and bench/, never by nvembed_fast. A case is a frozen problem:
+`name` is the pytest id and the row label of the benchmark, `bench` marks the
+sizes of the real model, too large for the interpreter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nvembed_fast.kernels.layout import SeqLayout
+
+# one token among longer ones, no two lengths equal; a sequence without tokens
+RAGGED = (5, 1, 17, 64, 33)
+EMPTY_MIDDLE = (7, 0, 9)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@dataclass(frozen=True)
+class AttentionCase:
+    """A packed self-attention problem; q, k and v are views of one packed QKV tensor, as in the model."""
+
+    name: str
+    lengths: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    causal: bool = False
+    peak: float = 1.0  # factor on q and k: 2 makes the softmax peaked
+    bench: bool = False
+
+    def inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
+        layout = SeqLayout(self.lengths, device)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = torch.randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
+        qkv[:, : self.num_heads + self.num_kv_heads] *= self.peak
+        q, k, v = qkv.to(device, dtype).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
+        return q, k, v, layout
+
+    def flops(self) -> int:
+        pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
+        return 4 * pairs * self.num_heads * self.head_width
+
+    def bytes_moved(self, dtype: torch.dtype) -> int:
+        heads = 2 * self.num_heads + 2 * self.num_kv_heads
+        return sum(self.lengths) * heads * self.head_width * dtype.itemsize
+
+
+ATTENTION_CASES = (
+    AttentionCase("one-token", (1,), 4, 1, 16),
+    AttentionCase("ragged-gqa", RAGGED, 4, 2, 32),
+    AttentionCase("ragged-mha", (3, 70, 2), 2, 2, 64),
+    AttentionCase("three-per-group", (19, 40), 9, 3, 64),  # SmolLM2: the group is not a power of two
+    AttentionCase("odd-width", (31, 6), 2, 1, 80),
+    AttentionCase("wide", (20, 41), 2, 1, 256),
+    AttentionCase("empty-middle", EMPTY_MIDDLE, 4, 1, 16),
+    AttentionCase("peaked", (50, 77), 4, 1, 32, peak=2.0),
+    AttentionCase("causal", RAGGED, 4, 2, 32, causal=True),
+    AttentionCase("long", (600,), 2, 1, 16),
+    AttentionCase("nvembed-32x512", (512,) * 32, 32, 8, 128, bench=True),
+    AttentionCase("nvembed-4x4096", (4096,) * 4, 32, 8, 128, bench=True),
+    AttentionCase("nvembed-2x8192", (8192,) * 2, 32, 8, 128, bench=True),
+)
+
+
+@dataclass(frozen=True)
+class LatentCase:
+    """Tokens against L latents: q, k, v for the direct form; x, a, b, residual for the absorbed one."""
+
+    name: str
+    num_tokens: int
+    num_latents: int
+    num_heads: int
+    head_width: int
+    width: int  # model width D
+    peak: float = 1.0
+    bench: bool = False
+
+    def direct_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
+        g = generator(seed)
+        q = self.peak * torch.randn(self.num_tokens, self.num_heads, self.head_width, generator=g)
+        kv = torch.randn(self.num_latents, 2, self.num_heads, self.head_width, generator=g)
+        kv[:, 0] *= self.peak
+        k, v = kv.to(device, dtype).unbind(1)
+        return q.to(device, dtype), k, v
+
+    def absorbed_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
+        g = generator(seed)
+        columns = self.num_heads * self.num_latents
+        x = self.peak * torch.randn(self.num_tokens, self.width, generator=g)
+        a = self.peak * torch.randn(columns, self.width, generator=g) / self.width**0.5
+        b = torch.randn(columns, self.width, generator=g)
+        residual = torch.randn(self.num_tokens, self.width, generator=g)
+        return *(t.to(device, dtype) for t in (x, a, b, residual)), self.num_heads
+
+    def direct_flops(self) -> int:
+        return 4 * self.num_tokens * self.num_latents * self.num_heads * self.head_width
+
+    def absorbed_flops(self) -> int:
+        return 4 * self.num_tokens * self.num_latents * self.num_heads * self.width
+
+
+LATENT_CASES = (
+    LatentCase("one-token", 1, 16, 2, 16, 32),
+    LatentCase("tiny-golden", 50, 32, 8, 64, 64),
+    LatentCase("no-tile-divides", 77, 24, 3, 48, 80),
+    LatentCase("512-latents", 70, 512, 2, 64, 96),
+    LatentCase("1024-latents", 33, 1024, 1, 16, 48),
+    LatentCase("wide-head", 20, 40, 1, 256, 64),
+    LatentCase("peaked", 40, 64, 2, 32, 64, peak=2.0),
+    LatentCase("long", 700, 16, 1, 16, 16),
+    LatentCase("smollm2-16k", 16384, 512, 8, 64, 576, bench=True),
+    LatentCase("nvembed-16k", 16384, 512, 8, 4096, 4096, bench=True),
+)
+
+
+@dataclass(frozen=True)
+class PoolCase:
+    """A mean-pool problem; `width` is D, or F for the GEGLU form (its input has 2F columns)."""
+
+    name: str
+    lengths: tuple[int, ...]
+    width: int
+    masked: bool = True
+    bench: bool = False
+
+    def inputs(self, device: str, dtype: torch.dtype, seed: int = 0, geglu: bool = False):
+        g = generator(seed)
+        layout = SeqLayout(self.lengths, device)
+        x = torch.randn(layout.num_tokens, self.width * (2 if geglu else 1), generator=g).to(device, dtype)
+        mask = (torch.rand(layout.num_tokens, generator=g) > 0.3).to(device) if self.masked else None
+        return x, layout, mask
+
+    def bytes_moved(self, dtype: torch.dtype, geglu: bool = False) -> int:
+        columns = self.width * (2 if geglu else 1)
+        return sum(self.lengths) * columns * dtype.itemsize + len(self.lengths) * self.width * 4
+
+
+POOL_CASES = (
+    PoolCase("one-token", (1,), 64),
+    PoolCase("ragged", RAGGED, 80),
+    PoolCase("empty-middle", EMPTY_MIDDLE, 64),
+    PoolCase("no-mask", (16, 16), 128, masked=False),
+    PoolCase("no-tile-divides", (77, 131), 77),
+    PoolCase("long", (3000,), 16),
+    PoolCase("nvembed-32x512", (512,) * 32, 4096, bench=True),
+    PoolCase("nvembed-512x32", (32,) * 512, 4096, bench=True),
+    PoolCase("nvembed-1x16384", (16384,), 4096, bench=True),
+)
+
+
+@dataclass(frozen=True)
+class RowCase:
+    """T rows of one width, for norms (D) and gated activations (F; the input has 2F columns)."""
+
+    name: str
+    num_tokens: int
+    width: int
+    bench: bool = False
+
+    def norm_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
+        g = generator(seed)
+        x, residual = (torch.randn(self.num_tokens, self.width, generator=g) for _ in range(2))
+        weight = 1 + 0.1 * torch.randn(self.width, generator=g)
+        return tuple(t.to(device, dtype) for t in (x, residual, weight))
+
+    def gated_input(self, device: str, dtype: torch.dtype, seed: int = 0):
+        return (2 * torch.randn(self.num_tokens, 2 * self.width, generator=generator(seed))).to(device, dtype)
+
+
+NORM_CASES = (
+    RowCase("one-token", 1, 64),
+    RowCase("no-tile-divides", 37, 77),
+    RowCase("smollm2", 20, 576),
+    RowCase("wide", 3, 4096),
+    RowCase("long", 300, 16),
+    RowCase("nvembed-16k", 16384, 4096, bench=True),
+)
+GATED_CASES = (
+    RowCase("one-token", 1, 64),
+    RowCase("no-tile-divides", 37, 77),
+    RowCase("smollm2", 20, 1536),
+    RowCase("long", 300, 16),
+    RowCase("nvembed-16k", 16384, 14336, bench=True),
+)
+
+
+@dataclass(frozen=True)
+class RotaryCase:
+    """A packed QKV product and the tables that turn it."""
+
+    name: str
+    lengths: tuple[int, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    bench: bool = False
+
+    def inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
+        """(qkv, cos, sin, positions, num_rotated); the tables are fp32 as in the model."""
+        layout = SeqLayout(self.lengths, device)
+        heads = self.num_heads + 2 * self.num_kv_heads
+        qkv = torch.randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
+        frequency = 10000.0 ** -(torch.arange(0, self.head_width, 2, device=device) / self.head_width)
+        angle = torch.arange(max(layout.max_length, 1), device=device)[:, None] * frequency
+        rotated = self.num_heads + self.num_kv_heads
+        return qkv.to(device, dtype), angle.cos(), angle.sin(), layout.positions(), rotated
+
+
+ROTARY_CASES = (
+    RotaryCase("one-token", (1,), 2, 1, 16),
+    RotaryCase("ragged", RAGGED, 4, 2, 32),
+    RotaryCase("three-per-group", (19, 40), 9, 3, 64),
+    RotaryCase("odd-width", (31, 6), 2, 1, 80),
+    RotaryCase("empty-middle", EMPTY_MIDDLE, 4, 1, 16),
+    RotaryCase("long", (700,), 1, 1, 16),
+    RotaryCase("nvembed-32x512", (512,) * 32, 32, 8, 128, bench=True),
+)
+
+
+def small(cases: tuple) -> list:
+    """The cases for the tests."""
+    return [c for c in cases if not c.bench]
+
+
+def assert_parity(name: str, got: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> None:
+    """Pass if `got` is about as close to the float64 oracle as eager PyTorch in the same dtype.
+
+    Args:
+        got: result under test.
+        low: the reference run in the dtype of `got`; its error is what the dtype costs.
+        high: the reference run in float64 on the same, already rounded, inputs.
+
+    Max error (2x eager) catches one wrong element, RMS error (1x eager) a wrong accumulator.
+    """
+    assert got.shape == low.shape == high.shape and got.dtype == low.dtype, f"{name}: shape or dtype"
+    assert got.numel() > 0, f"{name}: nothing to compare, so this test proves nothing"
+    assert torch.isfinite(high).all(), f"{name}: the oracle is not finite, so this test proves nothing"
+    assert torch.isfinite(got).all(), f"{name}: non-finite result"
+    error, cost, eps = got.double() - high, low.double() - high, torch.finfo(got.dtype).eps
+    for norm, slack, floor in ((_max, 2.0, 2.0), (_rms, 1.25 if got.dtype == torch.float32 else 1.0, 0.125)):
+        bound = slack * norm(cost) + floor * eps * norm(high)
+        assert norm(error) <= bound, f"{name}: {norm.__name__} error {norm(error):.2e} > {bound:.2e}"
+
+
+def _max(t: torch.Tensor) -> torch.Tensor:
+    return t.abs().max()
+
+
+def _rms(t: torch.Tensor) -> torch.Tensor:
+    return t.square().mean().sqrt()

@@ -1,0 +1,113 @@
+"""The only place that chooses between Triton and PyTorch.
+
+`auto` takes the Triton kernel for tensors on a GPU of compute capability 8.0
+or later in a dtype the kernels are written for, and the PyTorch reference
+everywhere else. `triton` and `torch` force one, and raise where it cannot run:
+nothing falls back to another meaning.
+"""
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Literal, get_args
+
+import torch
+
+from nvembed_fast.kernels import reference
+
+Impl = Literal["auto", "triton", "torch"]
+TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_impl: contextvars.ContextVar[Impl] = contextvars.ContextVar("nvembed_fast_impl", default="auto")
+
+
+def check_impl(impl: str) -> Impl:
+    """`impl` itself, or a ValueError that names the choices."""
+    if impl not in get_args(Impl):
+        raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got {impl!r}")
+    return impl
+
+
+@contextlib.contextmanager
+def use_impl(impl: Impl) -> Iterator[None]:
+    """Force an implementation inside a `with` block (models, tests, benchmarks, debugging)."""
+    token = _impl.set(check_impl(impl))
+    try:
+        yield
+    finally:
+        _impl.reset(token)
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", "torch"], str]:
+    """The implementation that tensors of this device and dtype take under the current `use_impl`, and why.
+
+    Raises:
+        ValueError: `triton` is asked for where it cannot run.
+    """
+    impl = _impl.get()
+    if impl == "torch":
+        return "torch", "asked for"
+    obstacle = _triton_obstacle(device, dtype)
+    if obstacle is None and (impl == "triton" or device.type == "cuda"):
+        return "triton", "asked for" if impl == "triton" else "a GPU the kernels are written for"
+    if impl == "triton":
+        raise ValueError(f"impl='triton' cannot run here: {obstacle}. Use impl='auto' or impl='torch'.")
+    return "torch", obstacle or "tensors are on the CPU"
+
+
+def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    if not _has_triton():
+        return "the package triton is not installed"
+    if dtype not in TRITON_DTYPES:
+        return f"the kernels are not written for {dtype}"
+    if device.type == "cuda":
+        capability = _capability(device.index)
+        if capability < (8, 0):
+            return "the kernels need a GPU of compute capability 8.0 or later, got {}.{}".format(*capability)
+        return None
+    if device.type == "cpu" and _interpreting():
+        return "bf16 is computed wrongly by the Triton interpreter" if dtype == torch.bfloat16 else None
+    return f"tensors are on {device.type}, not on a GPU (on a CPU, TRITON_INTERPRET=1 runs them, slowly)"
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def _op(reference_fn: Callable, module: str) -> Callable:
+    """The public operation: `reference_fn`, or the kernel of the same name in `kernels/<module>.py`."""
+    name = reference_fn.__name__
+
+    @functools.wraps(reference_fn)
+    def op(x, *args, **kwargs):
+        chosen, _ = choose(x.device, x.dtype)
+        if chosen == "torch":
+            return reference_fn(x, *args, **kwargs)
+        return getattr(importlib.import_module(f"nvembed_fast.kernels.{module}"), name)(x, *args, **kwargs)
+
+    return op
+
+
+flash_attention = _op(reference.flash_attention, "flash_attention")
+latent_attention = _op(reference.latent_attention, "latent_attention")
+absorbed_latent_attention = _op(reference.absorbed_latent_attention, "latent_attention")
+mean_pool = _op(reference.mean_pool, "mean_pool")
+mean_pool_geglu = _op(reference.mean_pool_geglu, "mean_pool")
+rms_norm = _op(reference.rms_norm, "rms_norm")
+add_rms_norm = _op(reference.add_rms_norm, "rms_norm")
+rotary = _op(reference.rotary, "rotary")
+swiglu = _op(reference.swiglu, "gated")
+geglu = _op(reference.geglu, "gated")
