@@ -71,6 +71,13 @@ class SeqLayout:
         """
         return self._once(("tiles", block), lambda: self._tiles(block))
 
+    def split_seqs(self, block: int) -> torch.Tensor:
+        """[num_split, 2] int32: (sequence, its first row in `tiles(block)`) of those with more than one tile.
+
+        They are the longest, so their tiles open that list; the tiles of one sequence follow one another.
+        """
+        return self._once(("split_seqs", block), lambda: self._split_seqs(block))
+
     def runs(self) -> list[Run]:
         """Neighbouring sequences of equal length, merged; empty ones left out. Few when sorted by length."""
         if "runs" not in self._cache:
@@ -89,6 +96,12 @@ class SeqLayout:
         per_seq = -(-lengths[order] // block)
         first_tile = np.repeat(np.cumsum(per_seq) - per_seq, per_seq)
         return np.stack([np.repeat(order, per_seq), (np.arange(per_seq.sum()) - first_tile) * block], axis=1)
+
+    def _split_seqs(self, block: int) -> np.ndarray:
+        tiles = self._tiles(block)
+        # a second tile starts at `block`, right after the first
+        second = np.flatnonzero(tiles[:, 1] == block)
+        return np.stack([tiles[second, 0], second - 1], axis=1)
 
     def _per_token(self, values: np.ndarray) -> np.ndarray:
         return np.repeat(values, self.lengths)

@@ -14,6 +14,33 @@ from einops import rearrange
 
 from nvembed_fast.kernels.layout import SeqLayout
 
+# CPU libraries sum a product of very few rows in another order than one of many, per thread
+_LEAST_ROWS_PER_THREAD = 8
+_ATTENTION_ROWS = 32
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias, where on a CPU a row's result does not depend on how many rows there are.
+
+    Args:
+        x: [T, D].
+        weight: [E, D].
+        bias: [E] or None.
+
+    Returns:
+        [T, E] in the dtype of x.
+    """
+    return F.linear(_enough_rows(x), weight, bias)[: len(x)]
+
+
+def _enough_rows(x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
+    """x with rows of zeros added, on a CPU, until libraries treat every row alike."""
+    if x.device.type != "cpu":
+        return x
+    rows = max(len(x), _LEAST_ROWS_PER_THREAD * torch.get_num_threads())
+    rows = -(-rows // multiple) * multiple
+    return x if rows == len(x) else F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)))
+
 
 def flash_attention(
     q: torch.Tensor,
@@ -73,9 +100,10 @@ def latent_attention(
     Returns:
         [T, N, H] in the dtype of q. Source: arXiv 2405.17428, section 3.1 (Perceiver-style cross-attention).
     """
-    q_1NTH, k_1NLH, v_1NLH = (rearrange(t, "s n h -> 1 n s h") for t in (q, k, v))
+    padded = _enough_rows(q, multiple=_ATTENTION_ROWS)
+    q_1NTH, k_1NLH, v_1NLH = (rearrange(t, "s n h -> 1 n s h") for t in (padded, k, v))
     out = F.scaled_dot_product_attention(q_1NTH, k_1NLH, v_1NLH, scale=scale)
-    return rearrange(out, "1 n t h -> t n h")
+    return rearrange(out, "1 n t h -> t n h")[: len(q)]
 
 
 def latent_weights(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -89,7 +117,7 @@ def latent_weights(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Te
     Returns:
         [T, N * L] in the dtype of x; each group of L sums to one.
     """
-    scores = x @ a.mT
+    scores = linear(x, a)
     return rearrange(rearrange(scores, "t (n l) -> t n l", n=num_heads).softmax(-1), "t n l -> t (n l)")
 
 
@@ -114,7 +142,8 @@ def absorbed_latent_attention(
     Returns:
         [T, D] in the dtype of x.
     """
-    return torch.addmm(residual, latent_weights(x, a, num_heads), b)
+    weights = _enough_rows(latent_weights(x, a, num_heads))
+    return torch.addmm(_enough_rows(residual), weights, b)[: len(x)]
 
 
 def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None) -> torch.Tensor:

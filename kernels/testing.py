@@ -150,6 +150,7 @@ POOL_CASES = (
     PoolCase("nvembed-32x512", (512,) * 32, 4096, bench=True),
     PoolCase("nvembed-512x32", (32,) * 512, 4096, bench=True),
     PoolCase("nvembed-1x16384", (16384,), 4096, bench=True),
+    PoolCase("nvembed-32x512-mlp", (512,) * 32, 16384, bench=True),
 )
 
 
@@ -170,6 +171,12 @@ class RowCase:
 
     def gated_input(self, device: str, dtype: torch.dtype, seed: int = 0):
         return (2 * torch.randn(self.num_tokens, 2 * self.width, generator=generator(seed))).to(device, dtype)
+
+    def norm_bytes(self, dtype: torch.dtype, residual: bool) -> int:
+        return (4 if residual else 2) * self.num_tokens * self.width * dtype.itemsize
+
+    def gated_bytes(self, dtype: torch.dtype) -> int:
+        return 3 * self.num_tokens * self.width * dtype.itemsize
 
 
 NORM_CASES = (
@@ -209,6 +216,10 @@ class RotaryCase:
         angle = torch.arange(max(layout.max_length, 1), device=device)[:, None] * frequency
         rotated = self.num_heads + self.num_kv_heads
         return qkv.to(device, dtype), angle.cos(), angle.sin(), layout.positions(), rotated
+
+    def bytes_moved(self, dtype: torch.dtype, inplace: bool) -> int:
+        heads = self.num_heads + (1 if inplace else 2) * self.num_kv_heads
+        return 2 * sum(self.lengths) * heads * self.head_width * dtype.itemsize
 
 
 ROTARY_CASES = (

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 import torch
+from torch import nn
 
 from nvembed_fast.kernels import reference
 
@@ -87,16 +88,30 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
+NAMES: list[str] = []
+
+
 def _op(reference_fn: Callable, module: str) -> Callable:
     """The public operation: `reference_fn`, or the kernel of the same name in `kernels/<module>.py`."""
     name = reference_fn.__name__
+    NAMES.append(name)
 
     @functools.wraps(reference_fn)
     def op(x, *args, **kwargs):
         chosen, _ = choose(x.device, x.dtype)
         if chosen == "torch":
             return reference_fn(x, *args, **kwargs)
-        return getattr(importlib.import_module(f"nvembed_fast.kernels.{module}"), name)(x, *args, **kwargs)
+        if torch.is_grad_enabled() and any(
+            isinstance(t, torch.Tensor) and t.requires_grad for t in (x, *args)
+        ):
+            raise ValueError(
+                f"{name} has no backward pass in Triton yet: use impl='torch' where gradients are needed, or "
+                "torch.no_grad() where they are not"
+            )
+        kernel = getattr(importlib.import_module(f"nvembed_fast.kernels.{module}"), name)
+        # Triton launches on the current device, whatever device the tensors are on
+        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            return kernel(x, *args, **kwargs)
 
     return op
 
@@ -111,3 +126,13 @@ add_rms_norm = _op(reference.add_rms_norm, "rms_norm")
 rotary = _op(reference.rotary, "rotary")
 swiglu = _op(reference.swiglu, "gated")
 geglu = _op(reference.geglu, "gated")
+
+# a matrix product is a library's on every device
+linear = reference.linear
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` through `linear`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return linear(x, self.weight, self.bias)

@@ -1,4 +1,7 @@
+import json
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,15 +11,22 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first `import triton`: kernels then run on the CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
+# torch.device("meta") as a context knows the functions it redirects from a list made on first use: made
+# while `poison_empty` is at work, it would miss torch.empty, and "meta" models would take real memory
+with torch.device("meta"):
+    assert torch.empty(1).is_meta
+
 # the Triton interpreter is silently wrong in bf16, so bf16 parity is checked on a GPU alone
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
-    if not HAS_GPU:
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: make test-gpu"))
+    for item in items:
+        if HAS_GPU and "device" in item.fixturenames:
+            item.add_marker("gpu")  # the kernel tests: in the interpreter without a GPU, on it with one
+        elif not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: make test-gpu"))
 
 
 @pytest.fixture
@@ -42,3 +52,34 @@ def poison_empty(monkeypatch):
 
     for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session")
+def mistral_pieces_file() -> Path:
+    """Mistral's SentencePiece model, which the wheel mistral-common carries."""
+    from examples import wheel_file
+
+    return wheel_file.fetch(
+        "mistral-common==1.13.1",
+        "mistral_common/data/tokenizer.model.v1",
+        sha256="dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",
+    )
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer(mistral_pieces_file):
+    """NV-Embed's tokenizer, from that model."""
+    import mistral_tokenizer
+
+    return mistral_tokenizer.build(mistral_pieces_file)
+
+
+@pytest.fixture(scope="session")
+def tiny_directory(mistral_tokenizer, tmp_path_factory) -> Path:
+    """tests/golden/tiny_a with its tokenizer beside it: a whole model directory."""
+    directory = tmp_path_factory.mktemp("tiny")
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(Path(__file__).parent / "golden" / "tiny_a" / name, directory / name)
+    mistral_tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    return directory

@@ -1,0 +1,94 @@
+"""Gated activations of packed rows. Contract: `reference.swiglu`, `reference.geglu`.
+
+Element by element, so the only concern is memory: a program owns a tile of
+output, neighbouring programs own neighbouring tiles of a row, and each thread
+has several 16-byte loads in flight. Everything between load and store is fp32.
+
+Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, check, double_gelu
+
+__all__ = ["geglu", "swiglu"]
+
+
+@triton.jit
+def _silu(b_x):
+    return b_x * tl.sigmoid(b_x)
+
+
+# T changes with every batch: specialising on its value would only compile the same code again
+@triton.jit(do_not_specialize=["num_tokens"])
+def _gated_fwd_kernel(
+    x_ptr, stride_xt,
+    out_ptr, stride_ot,
+    num_tokens,
+    F: tl.constexpr, GATE_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    # one axis, columns fastest: programs that run together read neighbouring memory
+    num_column_blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    i_row_block = tl.program_id(0) // num_column_blocks
+    i_column_block = tl.program_id(0) % num_column_blocks
+    # int64: T * 2F passes 2**31 elements
+    o_t = i_row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    o_f = i_column_block * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    # one row per program always exists
+    m_tf = (o_f < F) if BLOCK_T == 1 else (o_f < F) & (o_t < num_tokens)
+
+    # [BLOCK_T, BLOCK_F] each
+    b_left = tl.load(x_ptr + o_t * stride_xt + o_f, mask=m_tf, other=0.0)
+    b_right = tl.load(x_ptr + o_t * stride_xt + o_f + F, mask=m_tf, other=0.0)
+    b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
+    b_out = _silu(b_left) * b_right if GATE_FIRST else 0.5 * b_left * double_gelu(b_right)
+    tl.store(out_ptr + o_t * stride_ot + o_f, b_out, mask=m_tf)
+
+
+def _launch_config(width: int) -> dict[str, int]:
+    """Tile and warps: 16 elements of each half per thread (two 16-byte loads in 16 bits)."""
+    block_f = min(2048, triton.next_power_of_2(width))
+    return {"BLOCK_T": max(1, 1024 // block_f), "BLOCK_F": block_f, "num_warps": 4 if block_f == 2048 else 2}
+
+
+def _check(name: str, x: torch.Tensor) -> None:
+    check(x.ndim == 2 and x.stride(1) == 1, name, "[T, 2F] with contiguous rows", x)
+    check(
+        x.shape[1] >= 2 and x.shape[1] % 2 == 0, name, "[T, 2F] with an even, positive number of columns", x
+    )
+
+
+def _gated_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    num_tokens, width = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(num_tokens, width)
+    if num_tokens == 0:
+        return out
+    config = _launch_config(width)
+    num_programs = triton.cdiv(num_tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_F"])
+    _gated_fwd_kernel[(num_programs,)](
+        x_ptr=x,
+        stride_xt=x.stride(0),
+        out_ptr=out,
+        stride_ot=out.stride(0),
+        num_tokens=num_tokens,
+        F=width,
+        GATE_FIRST=gate_first,
+        **config,
+        **COMPILE_OPTIONS,
+    )
+    return out
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """Triton version of `reference.swiglu`: same arguments, same result."""
+    _check("gate_up", gate_up)
+    return _gated_fwd(gate_up, gate_first=True)
+
+
+def geglu(value_gate: torch.Tensor) -> torch.Tensor:
+    """Triton version of `reference.geglu`: same arguments, same result."""
+    _check("value_gate", value_gate)
+    return _gated_fwd(value_gate, gate_first=False)

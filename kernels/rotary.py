@@ -1,0 +1,135 @@
+"""Rotary position embedding on a packed QKV product. Contract: `reference.rotary`.
+
+A program owns one token: its row of the tables is read once and serves all
+heads, which are loaded as one tile of first halves and one of second halves.
+In place the values, and any head that does not turn, are never touched.
+
+Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, check
+
+__all__ = ["rotary"]
+
+
+@triton.jit
+def _rotary_fwd_kernel(
+    qkv_ptr, stride_qt, stride_qn,
+    out_ptr, stride_ot, stride_on,
+    cos_ptr, stride_cp,
+    sin_ptr, stride_sp,
+    positions_ptr,
+    HALF: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_ROTATED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    i_t = tl.program_id(0).to(tl.int64)
+    i_pos = tl.load(positions_ptr + i_t).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)[:, None]
+    o_h = tl.arange(0, BLOCK_H)[None, :]
+    m_h = o_h < HALF
+    m_nh = (o_n < NUM_HEADS) & m_h
+
+    # [BLOCK_N, BLOCK_H] each; issued before the tables, which wait for the position
+    o_in = i_t * stride_qt + o_n * stride_qn + o_h
+    b_first = tl.load(qkv_ptr + o_in, mask=m_nh, other=0.0)
+    b_second = tl.load(qkv_ptr + o_in + HALF, mask=m_nh, other=0.0)
+    # [1, BLOCK_H]
+    b_cos = tl.load(cos_ptr + i_pos * stride_cp + o_h, mask=m_h, other=0.0)
+    b_sin = tl.load(sin_ptr + i_pos * stride_sp + o_h, mask=m_h, other=0.0)
+
+    b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
+    b_out_first = b_first * b_cos - b_second * b_sin
+    b_out_second = b_second * b_cos + b_first * b_sin
+    if NUM_HEADS > NUM_ROTATED:
+        # chosen, not multiplied by 1 and 0: an infinite value must pass through
+        b_out_first = tl.where(o_n < NUM_ROTATED, b_out_first, b_first)
+        b_out_second = tl.where(o_n < NUM_ROTATED, b_out_second, b_second)
+    o_out = i_t * stride_ot + o_n * stride_on + o_h
+    tl.store(out_ptr + o_out, b_out_first, mask=m_nh)
+    tl.store(out_ptr + o_out + HALF, b_out_second, mask=m_nh)
+
+
+def _launch_config(num_heads: int, head_width: int) -> dict[str, int]:
+    """Tile over the heads to write, and warps: 32 elements per thread, half of them from each half."""
+    block_n = triton.next_power_of_2(num_heads)
+    block_h = triton.next_power_of_2(head_width // 2)
+    # more threads than a table row has elements: else the compiler moves the whole tile into the layout of
+    # the tables and back, through shared memory (seen in the code of Triton 3.7.1)
+    num_warps = min(max(block_n * block_h // 512, block_h // 16, 1), 16)
+    return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": num_warps}
+
+
+def _check(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_rotated: int,
+    inplace: bool,
+) -> None:
+    if inplace and qkv.requires_grad:
+        raise ValueError("rotary(inplace=True) would overwrite a tensor that needs a gradient")
+    check(qkv.ndim == 3 and qkv.stride(2) == 1, "qkv", "[T, heads, H] with contiguous heads", qkv)
+    num_tokens, num_heads, head_width = qkv.shape
+    check(head_width >= 2 and head_width % 2 == 0, "qkv", "[T, heads, H] with an even H", qkv)
+    for name, table in (("cos", cos), ("sin", sin)):
+        fits = table.ndim == 2 and table.shape == (cos.shape[0], head_width // 2)
+        fits = fits and table.dtype == torch.float32 and table.device == qkv.device
+        wanted = f"[P, {head_width // 2}] torch.float32 on {qkv.device} with contiguous rows"
+        check(fits and table.stride(1) == 1, name, wanted, table)
+    fits = positions.shape == (num_tokens,) and positions.dtype == torch.int32
+    fits = fits and positions.device == qkv.device and positions.is_contiguous()
+    check(fits, "positions", f"[{num_tokens}] torch.int32 on {qkv.device}, contiguous", positions)
+    if not 0 <= num_rotated <= num_heads:
+        raise ValueError(f"num_rotated must be between 0 and the {num_heads} heads of qkv, got {num_rotated}")
+
+
+def _rotary_fwd(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_rotated: int,
+    inplace: bool,
+) -> torch.Tensor:
+    num_tokens, num_heads, head_width = qkv.shape
+    out = qkv if inplace else qkv.new_empty(qkv.shape)
+    num_written = num_rotated if inplace else num_heads
+    if num_tokens == 0 or num_written == 0:
+        return out
+    _rotary_fwd_kernel[(num_tokens,)](
+        qkv_ptr=qkv,
+        stride_qt=qkv.stride(0),
+        stride_qn=qkv.stride(1),
+        out_ptr=out,
+        stride_ot=out.stride(0),
+        stride_on=out.stride(1),
+        cos_ptr=cos,
+        stride_cp=cos.stride(0),
+        sin_ptr=sin,
+        stride_sp=sin.stride(0),
+        positions_ptr=positions,
+        HALF=head_width // 2,
+        NUM_HEADS=num_written,
+        NUM_ROTATED=num_rotated,
+        **_launch_config(num_written, head_width),
+        **COMPILE_OPTIONS,
+    )
+    return out
+
+
+def rotary(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_rotated: int,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Triton version of `reference.rotary`: same arguments, same result."""
+    _check(qkv, cos, sin, positions, num_rotated, inplace)
+    return _rotary_fwd(qkv, cos, sin, positions, num_rotated, inplace)

@@ -1,0 +1,100 @@
+import os
+
+import pytest
+import torch
+
+from nvembed_fast import ops
+
+GPU = torch.cuda.is_available()
+
+
+def test_torch_and_auto_on_a_cpu_take_the_reference():
+    x = torch.randn(3, 8)
+    with ops.use_impl("torch"):
+        assert ops.choose(x.device, x.dtype) == ("torch", "asked for")
+    assert ops.choose(x.device, x.dtype)[0] == "torch"
+    assert torch.equal(ops.swiglu(x), torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
+
+
+def test_use_impl_is_undone_also_after_an_error():
+    with pytest.raises(RuntimeError), ops.use_impl("torch"):
+        raise RuntimeError
+    assert ops._impl.get() == "auto"
+
+
+def test_an_unknown_impl_names_the_choices():
+    with (
+        pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ops.use_impl("cuda"),
+    ):
+        pass
+
+
+def test_triton_on_a_cpu_works_only_in_the_interpreter(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ops.use_impl("triton"):
+        assert ops.choose(cpu, torch.float32)[0] == "triton"
+        with pytest.raises(ValueError, match="bf16 is computed wrongly by the Triton interpreter"):
+            ops.choose(cpu, torch.bfloat16)
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(
+            ValueError, match="impl='triton' cannot run here: tensors are on cpu, not on a GPU"
+        ):
+            ops.swiglu(torch.randn(3, 8))
+
+
+def test_triton_in_float64_raises_and_auto_takes_the_reference():
+    with ops.use_impl("triton"), pytest.raises(ValueError, match="not written for torch.float64"):
+        ops.swiglu(torch.randn(3, 8, dtype=torch.float64))
+
+
+@pytest.mark.skipif(GPU, reason="patches the interpreter's part")
+def test_a_missing_triton_is_said(monkeypatch):
+    monkeypatch.setattr(ops, "_has_triton", lambda: False)
+    with ops.use_impl("triton"), pytest.raises(ValueError, match="the package triton is not installed"):
+        ops.swiglu(torch.randn(3, 8))
+    assert ops.choose(torch.device("cuda", 0), torch.float16) == (
+        "torch",
+        "the package triton is not installed",
+    )
+
+
+def test_an_old_gpu_takes_the_reference_and_says_why(monkeypatch):
+    monkeypatch.setattr(ops, "_capability", lambda index: (7, 5))
+    impl, why = ops.choose(torch.device("cuda", 0), torch.float16)
+    assert impl == "torch" and "8.0 or later, got 7.5" in why
+
+
+def test_triton_refuses_to_lose_a_gradient():
+    x = torch.randn(3, 8, requires_grad=True, device="cuda" if GPU else "cpu")
+    with ops.use_impl("triton"):
+        with pytest.raises(ValueError, match="swiglu has no backward pass in Triton yet"):
+            ops.swiglu(x)
+        with torch.no_grad():
+            ops.swiglu(x)
+
+
+def test_every_operation_reaches_its_kernel():
+    """A wrong module name in the table would show only on a GPU otherwise."""
+    import importlib
+
+    for name in ops.NAMES:
+        op = getattr(ops, name)
+        module = op.__closure__[op.__code__.co_freevars.index("module")].cell_contents
+        assert callable(getattr(importlib.import_module(f"nvembed_fast.kernels.{module}"), name))
+    assert len(ops.NAMES) == 10
+
+
+@pytest.mark.skipif(GPU, reason="about CPU libraries")
+@pytest.mark.parametrize("width", [64, 576])
+def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(width):
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(500, width, generator=g), torch.randn(96, width, generator=g)
+    whole = ops.linear(x, weight)
+    for rows in (1, 2, 3, 5, 7, 9, 31, 100):
+        assert torch.equal(ops.linear(x[:rows], weight), whole[:rows]), rows
+
+
+def test_the_environment_is_the_tests_own():
+    assert GPU or os.environ["TRITON_INTERPRET"] == "1"

@@ -1,0 +1,138 @@
+import inspect
+
+import pytest
+import torch
+
+from nvembed_fast.kernels import reference
+from nvembed_fast.kernels import rms_norm as module
+from nvembed_fast.kernels.rms_norm import add_rms_norm, rms_norm
+from nvembed_fast.kernels.testing import NORM_CASES, RowCase, assert_parity, small
+
+EPS = 1e-5
+CASE = RowCase("property", 7, 80)
+
+
+def _check_parity(case, device, dtype):
+    x, residual, weight = case.norm_inputs(device, dtype)
+    wide = tuple(t.double() for t in (x, residual, weight))
+    low, high = reference.rms_norm(x, weight, EPS), reference.rms_norm(wide[0], wide[2], EPS)
+    assert_parity("rms_norm", rms_norm(x, weight, EPS), low, high)
+
+    y, h = add_rms_norm(x, residual, weight, EPS)
+    low_y, low_h = reference.add_rms_norm(x, residual, weight, EPS)
+    high_y, high_h = reference.add_rms_norm(*wide, EPS)
+    assert torch.equal(h, low_h), "the residual sum is rounded once, so it is the same number everywhere"
+    assert_parity("add_rms_norm h", h, low_h, high_h)
+    assert_parity("add_rms_norm y", y, low_y, high_y)
+
+
+@pytest.mark.parametrize("case", small(NORM_CASES), ids=lambda c: c.name)
+def test_matches_reference(case, dtype, device):
+    _check_parity(case, device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in NORM_CASES if c.bench], ids=lambda c: c.name)
+def test_matches_reference_at_full_size(case, dtype, device):
+    _check_parity(case, device, dtype)
+
+
+def test_statistics_are_taken_from_the_rounded_sum(device):
+    # 2048 + 1 is 2048 in fp16, 2048 + 3 is 2052: unrounded sums would give other ratios to the small element
+    x = torch.tensor([[2048.0, 2048.0, 1.0, 1.0]], device=device, dtype=torch.float16)
+    residual = torch.tensor([[1.0, 3.0, 0.0, 0.0]], device=device, dtype=torch.float16)
+    y, h = add_rms_norm(x, residual, torch.ones(4, device=device, dtype=torch.float16), EPS)
+    assert h.tolist() == [[2048.0, 2052.0, 1.0, 1.0]]
+    wide = h.double()
+    expected = (wide / wide.square().mean().sqrt()).half()
+    assert torch.equal(y, expected) and y[0, 0] != y[0, 1]
+
+
+def test_rounds_before_the_weight_as_the_reference(device):
+    x, _, weight = CASE.norm_inputs(device, torch.float16)
+    wide = x.double()
+    normed = wide * (wide.square().mean(-1, keepdim=True) + EPS).rsqrt()
+    once, twice = (normed * weight.double()).half(), normed.half() * weight
+    assert not torch.equal(once, twice), "both roundings agree here, so this test would prove nothing"
+    got = rms_norm(x, weight, EPS)
+    assert (got != twice).float().mean() < 0.02 < (got != once).float().mean()
+
+
+def test_eps_counts_in_a_tiny_row(device, dtype):
+    x = torch.full((2, 64), 1e-3, device=device, dtype=dtype)
+    x[1] = 0
+    weight = torch.ones(64, device=device, dtype=dtype)
+    got, want = rms_norm(x, weight, 1e-5), reference.rms_norm(x.double(), weight.double(), 1e-5)
+    assert (want[0] < 0.5).all(), "eps does not matter here, so this test would prove nothing"
+    assert_parity("tiny", got, reference.rms_norm(x, weight, 1e-5), want)
+
+
+@pytest.mark.parametrize("width", [16, 576, 4096])
+def test_a_row_depends_on_no_other_row(width, dtype, device):
+    x, residual, weight = RowCase("rows", 5, width).norm_inputs(device, dtype)
+    together = add_rms_norm(x, residual, weight, EPS)
+    doubled = add_rms_norm(torch.cat([x, x]), torch.cat([residual, residual]), weight, EPS)
+    alone = [add_rms_norm(x[i : i + 1], residual[i : i + 1], weight, EPS) for i in range(5)]
+    poisoned = x.clone()
+    poisoned[2] = torch.nan
+    beside_nan = add_rms_norm(poisoned, residual, weight, EPS)
+    others = [0, 1, 3, 4]
+    for i, t in enumerate(together):
+        assert torch.equal(t, doubled[i][:5]) and torch.equal(t, doubled[i][5:])
+        assert torch.equal(t, torch.cat([pair[i] for pair in alone]))
+        assert torch.equal(t[others], beside_nan[i][others]) and beside_nan[i][2].isnan().all()
+
+
+def test_rows_may_be_strided(dtype, device):
+    x, residual, weight = RowCase("strided", 7, 2 * 80).norm_inputs(device, dtype)
+    views = x[:, 80:], residual[:, :96].clone()[:, :80]
+    assert len({v.stride(0) for v in views} | {80}) == 3, "equal strides hide a mixed-up one"
+    got = add_rms_norm(*views, weight[:80], EPS)
+    want = add_rms_norm(*(v.contiguous() for v in views), weight[:80], EPS)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_inputs_stay_untouched(dtype, device):
+    inputs = CASE.norm_inputs(device, dtype)
+    copies = [t.clone() for t in inputs]
+    add_rms_norm(*inputs, EPS)
+    assert all(torch.equal(t, c) for t, c in zip(inputs, copies, strict=True))
+
+
+def test_no_tokens(device):
+    x, residual, weight = RowCase("none", 0, 80).norm_inputs(device, torch.float32)
+    assert rms_norm(x, weight, EPS).shape == (0, 80)
+    assert [t.shape for t in add_rms_norm(x, residual, weight, EPS)] == [(0, 80), (0, 80)]
+
+
+def test_every_width_up_to_the_limit_has_a_launch_config():
+    for width in range(1, module.MAX_WIDTH + 1, 37):
+        config = module._launch_config(width)
+        assert config["BLOCK_D"] >= width and config["num_warps"] in (1, 2, 4, 8, 16)
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
+def test_signature_is_the_reference_signature(name):
+    assert inspect.signature(getattr(module, name)) == inspect.signature(getattr(reference, name))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda x, r, w: (x.mT.contiguous().mT, r, w),
+            r"x must be \[T, D\] with contiguous rows, got \(7, 80\)",
+        ),
+        (lambda x, r, w: (x[0], r, w), r"x must be \[T, D\] with contiguous rows, got \(80,\)"),
+        (lambda x, r, w: (x.new_zeros(2, 16385), r, w), r"x must be \[T, D\] with 1 <= D <= 16384"),
+        (lambda x, r, w: (x, r, w[:-1]), r"weight must be \[80\] torch.float32 on .*, got \(79,\)"),
+        (lambda x, r, w: (x, r, w.half()), r"weight must be \[80\] torch.float32 on .* torch.float16"),
+        (lambda x, r, w: (x, r, w.repeat(2)[::2]), r"weight must be .* contiguous, got .* strides \(2,\)"),
+        (lambda x, r, w: (x, r[:-1], w), r"residual must be \(7, 80\) torch.float32 on .*, got \(6, 80\)"),
+        (lambda x, r, w: (x, r.half(), w), r"residual must be \(7, 80\) torch.float32 on .* torch.float16"),
+        (lambda x, r, w: (x, r.mT.contiguous().mT, w), r"residual must be .* contiguous rows"),
+    ],
+)
+def test_rejects(change, message, device):
+    with pytest.raises(ValueError, match=message):
+        add_rms_norm(*change(*CASE.norm_inputs(device, torch.float32)), EPS)
