@@ -1,0 +1,230 @@
+import dataclasses
+import inspect
+
+import pytest
+import torch
+
+from nvembed_fast import ops
+from nvembed_fast.kernels import flash_attention as module
+from nvembed_fast.kernels import reference
+from nvembed_fast.kernels.flash_attention import flash_attention
+from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.testing import ATTENTION_CASES, AttentionCase, assert_parity, small
+
+HAS_GPU = torch.cuda.is_available()
+
+CASES = small(ATTENTION_CASES)
+# several tiles of keys on either path, an empty sequence, a group padded from three heads to four
+PACK = AttentionCase("pack", (150, 7, 0, 1, 33), 6, 2, 32)
+
+
+@pytest.fixture(params=[80] if HAS_GPU else [80, 90], ids=lambda c: f"sm_{c}")
+def path(request, monkeypatch):
+    """Off a GPU both ways to load run in the interpreter; on a GPU, the machine's own."""
+    if not HAS_GPU:
+        monkeypatch.setattr(module, "capability", lambda device: request.param)
+    return request.param
+
+
+def _with_oracle(case, dtype, device, causal=None, **kwargs):
+    q, k, v, layout = case.inputs(device, dtype)
+    kwargs |= {"causal": case.causal if causal is None else causal, "return_lse": True}
+    got = flash_attention(q, k, v, layout, **kwargs)
+    low = reference.flash_attention(q, k, v, layout, **kwargs)
+    high = reference.flash_attention(q.double(), k.double(), v.double(), layout, **kwargs)
+    return zip(("out", "lse"), got, low, high, strict=True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_matches_the_reference(case, dtype, path, device):
+    for name, got, low, high in _with_oracle(case, dtype, device):
+        assert_parity(name, got, low, high)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_matches_the_reference_over_several_tiles(causal, path, device):
+    for name, got, low, high in _with_oracle(PACK, torch.float16, device, causal=causal):
+        assert_parity(name, got, low, high)
+
+
+@pytest.mark.parametrize("length", [63, 64, 65, 127, 128, 129])
+def test_matches_the_reference_around_the_tile_size(length, path, device):
+    case = AttentionCase("edge", (length,), 1, 1, 16)
+    for causal in (False, True):
+        for name, got, low, high in _with_oracle(case, torch.float16, device, causal=causal):
+            assert_parity(name, got, low, high)
+
+
+@pytest.mark.parametrize("group", [1, 5, 64])
+def test_any_group_size(group, path, device):
+    case = AttentionCase("group", (9, 4), 2 * group, 2, 16)
+    for name, got, low, high in _with_oracle(case, torch.float16, device):
+        assert_parity(name, got, low, high)
+
+
+def test_scale_is_used(path, device):
+    for name, got, low, high in _with_oracle(PACK, torch.float16, device, scale=0.5):
+        assert_parity(name, got, low, high)
+
+
+def test_without_lse_it_is_the_output_alone(path, device):
+    q, k, v, layout = PACK.inputs(device, torch.float16)
+    out = flash_attention(q, k, v, layout)
+    assert out.shape == q.shape and out.is_contiguous()
+    assert torch.equal(out, flash_attention(q, k, v, layout, return_lse=True)[0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_nan_in_a_neighbour_does_not_matter(causal, path, device):
+    q, k, v, layout = PACK.inputs(device, torch.float16)
+    clean = flash_attention(q, k, v, layout, causal=causal, return_lse=True)
+    first, last = 150, 157  # the second sequence: neighbours on both sides
+    for t in (q, k, v):
+        t[first:last] = float("nan")
+    out, lse = flash_attention(q, k, v, layout, causal=causal, return_lse=True)
+    others = torch.ones(len(q), dtype=torch.bool)
+    others[first:last] = False
+    assert torch.equal(out[others], clean[0][others])
+    assert torch.equal(lse[:, others], clean[1][:, others])
+    assert out[first:last].isnan().all(), "the poison did not arrive, so this test would prove nothing"
+
+
+@pytest.mark.parametrize("width", [24, 32])
+def test_nan_around_the_pack_does_not_matter(width, path, device):
+    # rows before the first and after the last token, heads beside and columns right of the ones in use
+    q, k, v, layout = dataclasses.replace(PACK, head_width=width).inputs(device, torch.float16)
+    clean = flash_attention(q, k, v, layout)
+    views = []
+    for t in (q, k, v):
+        tokens, heads, width = t.shape
+        wide = t.new_full((tokens + 200, heads + 8, width + 8), float("nan"))
+        view = wide[100 : 100 + tokens, 4 : 4 + heads, :width]
+        view.copy_(t)
+        views.append(view)
+    assert torch.equal(flash_attention(*views, layout), clean)
+
+
+def test_nan_in_a_later_token_does_not_matter_when_causal(path, device):
+    q, k, v, layout = PACK.inputs(device, torch.float16)
+    clean = flash_attention(q, k, v, layout, causal=True)
+    # the rest of the row's key block holds NaN in k alone: a NaN in v times p = 0 is NaN by IEEE rules
+    k[100:150] = float("nan")
+    assert torch.equal(flash_attention(q, k, v, layout, causal=True)[:100], clean[:100])
+
+
+def test_alone_equals_in_a_pack(path, device):
+    q, k, v, layout = PACK.inputs(device, torch.float16)
+    packed, packed_lse = flash_attention(q, k, v, layout, return_lse=True)
+    start = 0
+    for length in layout.lengths:
+        rows = slice(start, start + length)
+        alone = flash_attention(q[rows], k[rows], v[rows], SeqLayout([length], device), return_lse=True)
+        if length > 128:  # the same tiles, so the same bits
+            assert torch.equal(alone[0], packed[rows]) and torch.equal(alone[1], packed_lse[:, rows])
+        # shorter ones take smaller tiles alone, which may round p's sum otherwise
+        torch.testing.assert_close(alone[0], packed[rows], rtol=2e-3, atol=1e-4)
+        torch.testing.assert_close(alone[1], packed_lse[:, rows], rtol=1e-6, atol=1e-6)
+        start += length
+
+
+def test_doubling_the_batch_changes_no_row(path, device):
+    q, k, v, layout = PACK.inputs(device, torch.float16)
+    once = flash_attention(q, k, v, layout)
+    twice = SeqLayout(layout.lengths * 2, device)
+    both = flash_attention(*(torch.cat([t, t]) for t in (q, k, v)), twice)
+    assert torch.equal(both, torch.cat([once, once]))
+
+
+def test_permuting_keys_changes_nothing(path, device):
+    q, k, v, layout = AttentionCase("keys", (150,), 2, 1, 32).inputs(device, torch.float32)
+    order = torch.randperm(150, generator=torch.Generator().manual_seed(0)).to(device)
+    out, lse = flash_attention(q, k, v, layout, return_lse=True)
+    other, other_lse = flash_attention(q, k[order], v[order], layout, return_lse=True)
+    torch.testing.assert_close(other, out, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(other_lse, lse, rtol=1e-6, atol=1e-6)
+
+
+def test_huge_scores_stay_finite(path, device):
+    q, k, v, layout = PACK.inputs(device, torch.float32)
+    out, lse = flash_attention(100 * q, 100 * k, v, layout, return_lse=True)
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [(), (0, 0)])
+def test_no_tokens(lengths, path, device):
+    q, k, v, layout = AttentionCase("empty", lengths, 4, 2, 16).inputs(device, torch.float16)
+    out, lse = flash_attention(q, k, v, layout, return_lse=True)
+    assert out.shape == (0, 4, 16) and lse.shape == (4, 0) and lse.dtype == torch.float32
+
+
+def test_descriptors_only_where_they_can_be_made(path, device, monkeypatch):
+    configs = []
+
+    def spy(*args):
+        configs.append(real(*args))
+        return configs[-1]
+
+    real = module._launch_config
+    monkeypatch.setattr(module, "_launch_config", spy)
+    q, k, v, layout = PACK.inputs(device, torch.float16)
+    odd = torch.zeros(len(k), k.shape[1], k.shape[2] + 1, dtype=k.dtype, device=device)[..., :-1].copy_(k)
+    shifted = torch.zeros(v.numel() + 1, dtype=v.dtype, device=device)[1:].view(v.shape).copy_(v)
+    base = flash_attention(q, k, v, layout)
+    for operands in ((q, odd, v), (q, k, shifted)):
+        torch.testing.assert_close(flash_attention(*operands, layout), base, rtol=2e-3, atol=1e-4)
+    if not HAS_GPU:
+        assert [c["USE_TMA"] for c in configs] == [path == 90, False, False]
+
+
+def test_launch_config_covers_every_width_and_group():
+    for capability in (80, 86, 90, 100, 120):
+        for dtype in (torch.float16, torch.float32):
+            for width in (16, 80, 128, 256):
+                for group in (1, 3, 4, 64):
+                    for max_length in (1, 16, 64, 4096):
+                        c = module._launch_config(capability, width, group, dtype, max_length)
+                        assert c["BLOCK_GROUP"] >= group and c["BLOCK_H"] >= width
+                        assert c["BLOCK_T"] * c["BLOCK_GROUP"] >= 16 and c["BLOCK_N"] >= 16
+                        assert not c["USE_TMA"] or 90 <= capability < 120
+
+
+def test_signature_is_the_reference_signature():
+    assert inspect.signature(flash_attention) == inspect.signature(reference.flash_attention)
+
+
+def test_ops_takes_the_kernel(device):
+    q, k, v, layout = CASES[0].inputs(device, torch.float16)
+    with ops.use_impl("triton"):
+        assert torch.equal(ops.flash_attention(q, k, v, layout), flash_attention(q, k, v, layout))
+
+
+def _valid(device="cpu"):
+    return list(AttentionCase("valid", (3, 2), 4, 2, 32).inputs(device, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.__setitem__(0, a[0][0]), r"q must be \[5, N, H\], got \(4, 32\)"),
+        (lambda a: a.__setitem__(0, a[0][:4]), r"q must be \[5, N, H\], got \(4, 4, 32\)"),
+        (lambda a: a.__setitem__(0, a[0][:, :3]), r"q must be .* 1 to 64 times the 2 heads of k, got \(5, 3"),
+        (lambda a: a.__setitem__(0, a[0].repeat(1, 33, 1)), r"N from 1 to 64 times the 2 heads of k"),
+        (lambda a: a.__setitem__(slice(0, 3), [t[..., :8] for t in a[:3]]), "q must be .* H from 16 to 256"),
+        (lambda a: a.__setitem__(slice(0, 3), [t.repeat(1, 1, 9) for t in a[:3]]), "H from 16 to 256"),
+        (lambda a: a.__setitem__(1, a[1][:4]), r"k must be \[5, G, 32\], got \(4, 2, 32\)"),
+        (lambda a: a.__setitem__(1, a[1][..., :16]), r"k must be \[5, G, 32\], got \(5, 2, 16\)"),
+        (lambda a: a.__setitem__(1, a[1][:, :0]), "v must be .* like k"),
+        (lambda a: a.__setitem__(2, a[2][:, :1]), r"v must be \[5, 2, 32\] like k, got \(5, 1, 32\)"),
+        (lambda a: a.__setitem__(1, a[1].half()), "k must be torch.float32 like q, got .* torch.float16"),
+        (lambda a: a.__setitem__(0, a[0].double()), "q must be fp16, bf16 or fp32, got .* torch.float64"),
+        (lambda a: a.__setitem__(2, a[2].mT.contiguous().mT), "v must be strided with contiguous heads"),
+        (lambda a: a.__setitem__(1, a[1].to("meta")), "k must be on .* like the layout, got .* on meta"),
+        (lambda a: a.append(-1.0), "scale must be positive and finite, got -1.0"),
+        (lambda a: a.append(float("nan")), "scale must be positive and finite, got nan"),
+    ],
+)
+def test_rejects(change, message, device):
+    args = _valid(device)
+    change(args)
+    with pytest.raises(ValueError, match=message):
+        flash_attention(*args)
