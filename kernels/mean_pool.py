@@ -1,0 +1,212 @@
+"""Masked mean of packed sequences, plain or of a GEGLU. Contracts: `reference.mean_pool`, `mean_pool_geglu`.
+
+1. One program owns one tile of the host's list, at most TOKENS tokens of one
+   sequence, and BLOCK_D columns. It sums the kept rows in fp32 registers, so x
+   is read once. A sequence of one tile is then divided and done.
+2. The tiles of longer sequences leave partial sums; a second kernel adds those
+   of each sequence in their order and divides. It starts only if there are any.
+
+The invariant: tiles begin at the sequence, and their size follows from the
+width alone. So a sequence is summed in the same order whatever else is in the
+batch, and its bits never change. Nothing is atomic.
+
+Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, check, double_gelu
+from nvembed_fast.kernels.layout import SeqLayout
+
+__all__ = ["mean_pool", "mean_pool_geglu"]
+
+
+@triton.jit
+def _mean(b_sum, count):
+    # a sequence that keeps no token gives zeros; the plain fp32 division is approximate
+    return tl.div_rn(b_sum, tl.maximum(count, 1.0))
+
+
+@triton.jit
+def _mean_pool_fwd_kernel(
+    x_ptr, stride_xt,
+    out_ptr, stride_ob,
+    partial_ptr, stride_pt, partial_count_ptr,
+    mask_ptr, tiles_ptr, cu_seqlens_ptr,
+    D: tl.constexpr, GEGLU: tl.constexpr, HAS_MASK: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    # the column blocks of a tile are neighbours: whole rows are read at about the same time
+    NUM_BLOCKS_D: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    i_tile = (tl.program_id(0) // NUM_BLOCKS_D).to(tl.int64)
+    i_d = tl.program_id(0) % NUM_BLOCKS_D
+    i_seq = tl.load(tiles_ptr + 2 * i_tile).to(tl.int64)
+    first = tl.load(tiles_ptr + 2 * i_tile + 1).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
+    stop = tl.load(cu_seqlens_ptr + i_seq + 1).to(tl.int64)
+    o_d = i_d * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+
+    b_acc = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    b_count = tl.zeros([BLOCK_T], dtype=tl.float32)
+    tile_stop = tl.minimum(start + first + TOKENS, stop)
+    for i_t in range(start + first, tile_stop, BLOCK_T):
+        o_t = i_t + tl.arange(0, BLOCK_T)
+        m_t = o_t < tile_stop
+        if HAS_MASK:
+            m_t = m_t & (tl.load(mask_ptr + o_t, mask=m_t, other=0) != 0)
+        m_td = m_t[:, None] & m_d[None, :]
+        # [BLOCK_T, BLOCK_D], a dropped row is never read
+        x_ptrs = x_ptr + o_t[:, None] * stride_xt + o_d[None, :]
+        b_x = tl.load(x_ptrs, mask=m_td, other=0.0).to(tl.float32)
+        if GEGLU:
+            b_x *= double_gelu(tl.load(x_ptrs + D, mask=m_td, other=0.0).to(tl.float32))
+        b_acc += b_x
+        b_count += m_t.to(tl.float32)
+
+    # [BLOCK_D]
+    b_sum = tl.sum(b_acc, axis=0)
+    if GEGLU:
+        b_sum *= 0.5
+    count = tl.sum(b_count, axis=0)
+    if stop - start <= TOKENS:
+        tl.store(out_ptr + i_seq * stride_ob + o_d, _mean(b_sum, count), mask=m_d)
+    else:
+        tl.store(partial_ptr + i_tile * stride_pt + o_d, b_sum, mask=m_d)
+        tl.store(partial_count_ptr + i_tile, count, mask=i_d == 0)
+
+
+@triton.jit
+def _mean_pool_combine_kernel(
+    partial_ptr, stride_pt, partial_count_ptr,
+    out_ptr, stride_ob,
+    split_seqs_ptr, cu_seqlens_ptr,
+    D: tl.constexpr, TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    NUM_BLOCKS_D: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    i_split = (tl.program_id(0) // NUM_BLOCKS_D).to(tl.int64)
+    i_seq = tl.load(split_seqs_ptr + 2 * i_split).to(tl.int64)
+    first_tile = tl.load(split_seqs_ptr + 2 * i_split + 1).to(tl.int64)
+    length = tl.load(cu_seqlens_ptr + i_seq + 1) - tl.load(cu_seqlens_ptr + i_seq)
+    stop_tile = first_tile + tl.cdiv(length, TOKENS)
+    o_d = (tl.program_id(0) % NUM_BLOCKS_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+
+    b_acc = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+    b_count = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for i_tile in range(first_tile, stop_tile, BLOCK_T):
+        o_tile = i_tile + tl.arange(0, BLOCK_T)
+        m_tile = o_tile < stop_tile
+        # [BLOCK_T, BLOCK_D]
+        partial_ptrs = partial_ptr + o_tile[:, None] * stride_pt + o_d[None, :]
+        b_acc += tl.load(partial_ptrs, mask=m_tile[:, None] & m_d[None, :], other=0.0)
+        b_count += tl.load(partial_count_ptr + o_tile, mask=m_tile, other=0.0)
+    b_out = _mean(tl.sum(b_acc, axis=0), tl.sum(b_count, axis=0))
+    tl.store(out_ptr + i_seq * stride_ob + o_d, b_out, mask=m_d)
+
+
+def _launch_config(width: int, geglu: bool) -> dict[str, int]:
+    """Tile and warps: four 16-byte loads of 16-bit data in flight per thread, from one or from two tensors.
+
+    TOKENS is a trade: every sequence longer than that takes the second kernel, and a smaller batch than
+    that has few programs.
+    """
+    return {
+        "TOKENS": 512,
+        "BLOCK_T": 16 if geglu else 32,
+        "BLOCK_D": min(128, triton.next_power_of_2(width)),
+        "num_warps": 4,
+    }
+
+
+def _combine_launch_config(width: int) -> dict[str, int]:
+    """BLOCK_T partial sums at once: 16384 tokens need a single step, and the step is all latency."""
+    return {"BLOCK_T": 32, "BLOCK_D": min(64, triton.next_power_of_2(width)), "num_warps": 4}
+
+
+def _check(
+    name: str, x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool
+) -> None:
+    num_tokens = layout.num_tokens
+    wanted = (
+        f"[{num_tokens}, {'2F' if geglu else 'D'}] on {layout.device} as the layout says, contiguous rows"
+    )
+    fits = x.ndim == 2 and x.shape[0] == num_tokens and x.device == layout.cu_seqlens.device
+    check(fits and x.shape[1] > 0 and x.stride(1) == 1, name, wanted, x)
+    if geglu:
+        check(x.shape[1] % 2 == 0, name, "[T, 2F] with an even number of columns", x)
+    if pool_mask is not None:
+        fits = pool_mask.shape == (num_tokens,) and pool_mask.dtype == torch.bool
+        fits = fits and pool_mask.device == x.device and pool_mask.is_contiguous()
+        check(fits, "pool_mask", f"[{num_tokens}] torch.bool on {x.device}, contiguous", pool_mask)
+
+
+def _mean_pool_fwd(
+    x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool
+) -> torch.Tensor:
+    width = x.shape[1] // 2 if geglu else x.shape[1]
+    # an empty sequence has no tile, so nobody else writes its zeros
+    new_out = x.new_zeros if 0 in layout.lengths else x.new_empty
+    out = new_out(len(layout), width, dtype=torch.float32)
+    if layout.num_tokens == 0:
+        return out
+    config = _launch_config(width, geglu)
+    tiles = layout.tiles(config["TOKENS"])
+    # without a long sequence the kernel is the same and leaves them alone
+    split_seqs, partial, partial_count = None, out, out
+    if layout.max_length > config["TOKENS"]:
+        split_seqs = layout.split_seqs(config["TOKENS"])
+        # every split sequence has at most one tile that is not full
+        num_partials = len(split_seqs) + layout.num_tokens // config["TOKENS"]
+        partial = x.new_empty(num_partials, width, dtype=torch.float32)
+        partial_count = x.new_empty(num_partials, dtype=torch.float32)
+    _mean_pool_fwd_kernel[(len(tiles) * triton.cdiv(width, config["BLOCK_D"]),)](
+        x_ptr=x,
+        stride_xt=x.stride(0),
+        out_ptr=out,
+        stride_ob=out.stride(0),
+        partial_ptr=partial,
+        stride_pt=width,
+        partial_count_ptr=partial_count,
+        mask_ptr=pool_mask,
+        tiles_ptr=tiles,
+        cu_seqlens_ptr=layout.cu_seqlens,
+        D=width,
+        GEGLU=geglu,
+        HAS_MASK=pool_mask is not None,
+        **config,
+        **COMPILE_OPTIONS,
+    )
+    if split_seqs is None:
+        return out
+    combine = _combine_launch_config(width)
+    _mean_pool_combine_kernel[(len(split_seqs) * triton.cdiv(width, combine["BLOCK_D"]),)](
+        partial_ptr=partial,
+        stride_pt=width,
+        partial_count_ptr=partial_count,
+        out_ptr=out,
+        stride_ob=out.stride(0),
+        split_seqs_ptr=split_seqs,
+        cu_seqlens_ptr=layout.cu_seqlens,
+        D=width,
+        TOKENS=config["TOKENS"],
+        **combine,
+        **COMPILE_OPTIONS,
+    )
+    return out
+
+
+def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Triton version of `reference.mean_pool`: same arguments, same result."""
+    _check("x", x, layout, pool_mask, geglu=False)
+    return _mean_pool_fwd(x, layout, pool_mask, geglu=False)
+
+
+def mean_pool_geglu(
+    value_gate: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Triton version of `reference.mean_pool_geglu`: same arguments, same result."""
+    _check("value_gate", value_gate, layout, pool_mask, geglu=True)
+    return _mean_pool_fwd(value_gate, layout, pool_mask, geglu=True)
