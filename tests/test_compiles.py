@@ -1,0 +1,113 @@
+"""Every kernel compiles for A100 and H100, fits their shared memory and got no worse; needs no GPU.
+
+`bench/resources.py` does the work, once, in a child process: TRITON_INTERPRET
+is read once, at the first `import triton`.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+from bench import resources
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> tuple[dict[str, resources.Row], subprocess.CompletedProcess]:
+    path = tmp_path_factory.mktemp("resources") / "rows.json"
+    command = [sys.executable, "-m", "bench.resources", "--json", str(path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
+    assert path.exists(), run.stderr[-4000:]
+    return json.loads(path.read_text()), run
+
+
+@pytest.mark.slow
+def test_nothing_got_worse(measured):
+    _, run = measured
+    assert run.returncode == 0, "\n".join(line for line in run.stdout.splitlines() if "WORSE" in line)
+    snapshot = resources.SNAPSHOTS / f"triton-{triton.__version__}.json"
+    assert ("compared with" in run.stdout) == snapshot.exists()
+
+
+@pytest.mark.slow
+def test_fits_shared_memory(measured):
+    rows, _ = measured
+    assert rows and not resources.beyond_limits(rows)
+
+
+def test_every_kernel_is_compiled():
+    specs = Path(resources.__file__).read_text()
+    kernels = {
+        kernel: path.name
+        for path in (ROOT / "kernels").glob("*.py")
+        for kernel in re.findall(r"@triton\.jit(?:\(.*\))?\ndef (_\w+_kernel)\(", path.read_text())
+    }
+    assert kernels, "no kernel found, so this test would prove nothing"
+    for kernel, file in kernels.items():
+        assert re.search(rf"\.{kernel}\b", specs), f"bench/resources.py does not compile {kernel} of {file}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_forward_attention_uses_the_tensor_units_of_sm_90(measured, dtype):
+    row = measured[0][f"flash_attention: forward {dtype} sm_90"]
+    assert row["wgmma"] > 0 and row["tma"] > 0
+    assert row["stack"] == row["spills"] == 0 and row["registers"] <= 255
+
+
+def test_both_snapshots_are_kept():
+    names = {path.name for path in resources.SNAPSHOTS.glob("*.json")}
+    assert names == {"triton-3.6.0.json", "triton-3.7.1.json"}
+
+
+GOOD = {
+    "registers": 100,
+    "stack": 0,
+    "spills": 0,
+    "shared": 1024,
+    "wgmma": 8,
+    "mma": 0,
+    "tma": 2,
+    "load_bytes": 16,
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("registers", 101),
+        ("stack", 8),
+        ("spills", 1),
+        ("shared", 1025),
+        ("wgmma", 0),
+        ("tma", 0),
+        ("load_bytes", 8),
+    ],
+)
+def test_a_worse_row_is_flagged(column, value):
+    (problem,) = resources.worsened({"a: b sm_90": GOOD | {column: value}}, {"a: b sm_90": GOOD})
+    assert problem == f"a: b sm_90: {column} {GOOD[column]} -> {value}"
+
+
+def test_an_equal_or_better_row_is_not_flagged():
+    better = {"registers": 90, "shared": 512, "wgmma": 4, "mma": 4, "load_bytes": 32}
+    for row in (GOOD, GOOD | better):
+        assert not resources.worsened({"a: b sm_90": row}, {"a: b sm_90": GOOD})
+
+
+def test_a_row_on_one_side_only_is_flagged():
+    assert resources.worsened({"a: b sm_90": GOOD}, {}) == ["a: b sm_90: not in the snapshot"]
+    assert "no kernel has it" in resources.worsened({}, {"a: b sm_90": GOOD})[0]
+
+
+def test_a_row_beyond_shared_memory_is_flagged():
+    rows = {"a: b sm_80": GOOD | {"shared": 200 * 1024}, "a: b sm_90": GOOD | {"shared": 200 * 1024}}
+    (problem,) = resources.beyond_limits(rows)
+    assert problem.startswith("a: b sm_80: 204800 bytes")
