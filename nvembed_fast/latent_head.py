@@ -1,0 +1,156 @@
+"""The latent attention head: hidden states of packed tokens to one vector per text.
+
+The original computes, per token h with c = LN(latents):
+
+    h1 = h + softmax(LN(h) Wq^T (c Wk^T)^T / sqrt(H)) (c Wv^T) Wout^T      8 heads
+    h2 = h1 + (u * gelu(g)) W2^T + b2,  (u, g) = LN(h1) W0^T + b0
+    e  = normalize(mean(h2))
+
+and recomputes c Wk^T and c Wv^T for every text. Three identities save that work:
+
+1. Hoist: keys and values of the latents depend on weights only; they are built once and kept.
+2. Absorb: A = (c Wk^T) Wq / sqrt(H) and B = (c Wv^T) Wout^T per head are constants too, so the query and the
+   output product vanish: h1 = h + softmax(LN(h) A^T) B. Cheaper when L * D < H * (D + L).
+3. Commute: the mean is linear, so W2 acts on the pooled vector, once per text instead of once per token.
+
+`latents="direct"` leaves out 2 and keeps the strict order of the original up to there.
+
+What 1 and 2 build is a cache: it never enters a state dict, it is thrown away
+when a weight changes or moves, and where gradients flow it is not used.
+
+Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H head width, F = 4 D.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from nvembed_fast import ops
+from nvembed_fast.config import LatentConfig
+from nvembed_fast.kernels.layout import SeqLayout
+
+__all__ = ["LatentHead", "Latents", "check_latents"]
+
+Latents = Literal["auto", "direct", "absorbed"]
+_FEED_FORWARD_RATIO = 4
+
+
+def check_latents(latents: str) -> Latents:
+    """`latents` itself, or a ValueError that names the choices."""
+    if latents not in get_args(Latents):
+        raise ValueError(f"latents must be one of {', '.join(map(repr, get_args(Latents)))}, got {latents!r}")
+    return latents
+
+
+class LatentHead(nn.Module):
+    """Latent cross-attention, feed-forward, masked mean and normalisation."""
+
+    def __init__(self, config: LatentConfig):
+        super().__init__()
+        self.config = config
+        width, inner = config.hidden_dim, config.num_cross_heads * config.cross_dim_head
+        self.latents = nn.Parameter(torch.randn(config.num_latents_value, config.latent_dim))
+        self.cross_norm = nn.LayerNorm(width)
+        self.context_norm = nn.LayerNorm(config.latent_dim)
+        self.to_q = ops.Linear(width, inner, bias=False)
+        self.to_kv = ops.Linear(config.latent_dim, 2 * inner, bias=False)
+        self.to_out = ops.Linear(inner, width, bias=False)
+        self.ff_norm = nn.LayerNorm(width)
+        self.ff_up = ops.Linear(width, 2 * _FEED_FORWARD_RATIO * width)
+        self.ff_down = ops.Linear(_FEED_FORWARD_RATIO * width, width)
+        self.mode: Latents = "auto"
+        # form -> (state of the weights, the weights it was built from, what was built)
+        self._cache: dict[str, tuple[tuple, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def forward(
+        self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embeddings of packed texts.
+
+        Args:
+            h_TD: [T, D] hidden states of the backbone.
+            layout: where the texts lie.
+            pool_mask: [T] bool; False leaves a token out. None pools all.
+
+        Returns:
+            [B, D] fp32 (float64 for float64), of unit norm when the config says so.
+        """
+        h1_TD = self.cross_attention(h_TD)
+        pooled_BF = ops.mean_pool_geglu(self.ff_up(self.ff_norm(h1_TD)), layout, pool_mask)
+        pooled_BD = self.ff_down(pooled_BF.to(h1_TD.dtype)).to(pooled_BF.dtype)
+        pooled_BD = pooled_BD + ops.mean_pool(h1_TD, layout, pool_mask)
+        return F.normalize(pooled_BD, dim=-1) if self.config.output_normalize else pooled_BD
+
+    def token_states(self, h_TD: torch.Tensor) -> torch.Tensor:
+        """[T, D] h2 of every token: the head without pooling, for callers that pool themselves."""
+        h1_TD = self.cross_attention(h_TD)
+        return self.ff_down(ops.geglu(self.ff_up(self.ff_norm(h1_TD)))) + h1_TD
+
+    def cross_attention(self, h_TD: torch.Tensor) -> torch.Tensor:
+        """[T, D] h1: the residual stream behind the latent cross-attention."""
+        x_TD = self.cross_norm(h_TD)
+        heads = self.config.num_cross_heads
+        if self.form() == "absorbed":
+            a, b = self._constant("absorbed")
+            return ops.absorbed_latent_attention(x_TD, a, b, h_TD, heads)
+        k_LNH, v_LNH = self._constant("direct")
+        q_TNH = rearrange(self.to_q(x_TD), "t (n h) -> t n h", n=heads)
+        out_TNH = ops.latent_attention(q_TNH, k_LNH, v_LNH)
+        return self.to_out(rearrange(out_TNH, "t n h -> t (n h)")) + h_TD
+
+    def form(self) -> Literal["direct", "absorbed"]:
+        """The form the shapes make cheaper, or the one that `mode` forces."""
+        if check_latents(self.mode) != "auto":
+            return self.mode
+        c = self.config
+        absorbed_cost = c.num_latents_value * c.hidden_dim
+        direct_cost = c.cross_dim_head * (c.hidden_dim + c.num_latents_value)
+        return "absorbed" if absorbed_cost < direct_cost else "direct"
+
+    def _constant(self, form: Literal["direct", "absorbed"]) -> tuple[torch.Tensor, torch.Tensor]:
+        """What depends on weights only, from the cache unless a gradient is wanted."""
+        build = {"direct": self._keys_and_values, "absorbed": self._absorbed}[form]
+        weights = [self.latents, *self.context_norm.parameters(), self.to_kv.weight]
+        if form == "absorbed":
+            weights += [self.to_q.weight, self.to_out.weight]
+        if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+            return build()
+        # a weight's version counter moves with every in-place change; inference tensors cannot change
+        state = tuple(
+            (w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights
+        )
+        if form not in self._cache or self._cache[form][0] != state:
+            with torch.no_grad():
+                # the weights are held, so that no later one can come to lie at the same address unseen
+                self._cache[form] = (state, [w.detach() for w in weights], build())
+        return self._cache[form][2]
+
+    def _keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """k and v of the latents, [L, N, H] each: the context product of the original."""
+        kv = self.to_kv(self.context_norm(self.latents))
+        k_LNH, v_LNH = rearrange(kv, "l (two n h) -> two l n h", two=2, n=self.config.num_cross_heads)
+        return k_LNH, v_LNH
+
+    def _absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """A and B, [N * L, D] each: multiplied out in fp32, head by head, and rounded once."""
+        dtype, heads = self.latents.dtype, self.config.num_cross_heads
+        wide = torch.promote_types(dtype, torch.float32)
+        norm = self.context_norm
+        context_LC = F.layer_norm(
+            self.latents.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps
+        )
+        wq_NHD = rearrange(self.to_q.weight, "(n h) d -> n h d", n=heads)
+        wk_NHC, wv_NHC = rearrange(self.to_kv.weight, "(two n h) c -> two n h c", two=2, n=heads)
+        wout_NHD = rearrange(self.to_out.weight, "d (n h) -> n h d", n=heads)
+        scale = self.config.cross_dim_head**-0.5
+        a = [context_LC @ wk.to(wide).mT @ wq.to(wide) * scale for wk, wq in zip(wk_NHC, wq_NHD, strict=True)]
+        b = [context_LC @ wv.to(wide).mT @ wo.to(wide) for wv, wo in zip(wv_NHC, wout_NHD, strict=True)]
+        return torch.cat(a).to(dtype), torch.cat(b).to(dtype)
+
+    def _apply(self, fn, recurse=True):
+        # do not keep the old weights alive beside the moved or cast ones
+        self._cache.clear()
+        return super()._apply(fn, recurse)

@@ -1,0 +1,127 @@
+"""The Mistral / Llama decoder as a bidirectional encoder on packed tokens.
+
+Query, key and value weights are one matrix, gate and up weights another; the
+checkpoint's names are restored when saving. Every residual add is fused with
+the norm behind it, so a layer hands on two tensors: what its last product gave
+and the residual stream before it.
+
+Shape suffixes: T packed tokens, D model width, N query heads, G key/value
+heads, H head width, F feed-forward width, E = N + 2G.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from nvembed_fast import ops
+from nvembed_fast.config import BackboneConfig
+from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.packing import PackedBatch
+
+__all__ = ["MistralBackbone"]
+
+
+class RMSNorm(nn.Module):
+    """The weight of a norm; `ops` computes it, alone or with the residual add."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return ops.rms_norm(x_TD, self.weight, self.eps)
+
+    def add(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.is_causal = config.is_causal
+        width, head_width = config.hidden_size, config.head_dim
+        self.qkv_proj = ops.Linear(width, (self.num_heads + 2 * self.num_kv_heads) * head_width, bias=False)
+        self.o_proj = ops.Linear(self.num_heads * head_width, width, bias=False)
+
+    def forward(self, x_TD: torch.Tensor, layout: SeqLayout, cos: torch.Tensor, sin: torch.Tensor):
+        n, g = self.num_heads, self.num_kv_heads
+        qkv_TEH = rearrange(self.qkv_proj(x_TD), "t (e h) -> t e h", e=n + 2 * g)
+        qkv_TEH = ops.rotary(
+            qkv_TEH, cos, sin, layout.positions(), num_rotated=n + g, inplace=not qkv_TEH.requires_grad
+        )
+        q_TNH, k_TGH, v_TGH = qkv_TEH.split((n, g, g), dim=1)
+        out_TNH = ops.flash_attention(q_TNH, k_TGH, v_TGH, layout, causal=self.is_causal)
+        return self.o_proj(rearrange(out_TNH, "t n h -> t (n h)"))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.gate_up_proj = ops.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = ops.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(ops.swiglu(self.gate_up_proj(x_TD)))
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = FeedForward(config)
+
+
+class MistralBackbone(nn.Module):
+    """Packed token ids to final hidden states."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self._rotary_tables: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def forward(self, batch: PackedBatch, hidden_states: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Run the backbone.
+
+        Args:
+            batch: the packed batch.
+            hidden_states: a list to fill with the [T, D] input of every layer and the result.
+
+        Returns:
+            [T, D] hidden states behind the final norm, in the dtype of the weights.
+        """
+        layout = batch.layout
+        cos, sin = self.rotary_tables(layout.max_length)
+        residual_TD = F.embedding(batch.input_ids, self.embed_tokens.weight)
+        norms = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
+        # a backbone without layers is its embedding and its final norm
+        x_TD = (self.layers[0].input_layernorm if self.layers else self.norm)(residual_TD)
+        for layer, next_norm in zip(self.layers, norms, strict=False):
+            if hidden_states is not None:
+                hidden_states.append(residual_TD)
+            x_TD = layer.self_attn(x_TD, layout, cos, sin)
+            x_TD, residual_TD = layer.post_attention_layernorm.add(x_TD, residual_TD)
+            x_TD, residual_TD = next_norm.add(layer.mlp(x_TD), residual_TD)
+        if hidden_states is not None:
+            hidden_states.append(x_TD)
+        return x_TD
+
+    def rotary_tables(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """(cos, sin), each [P, H/2] fp32 with P >= num_positions, on the device of the weights."""
+        device = self.embed_tokens.weight.device
+        tables = self._rotary_tables
+        if tables is None or tables[0].shape[0] < num_positions or tables[0].device != device:
+            # doubled, so that slowly growing batches do not rebuild them each time
+            count = max(512, 2 * num_positions)
+            exponent = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
+            frequency = 1.0 / self.config.rope_theta**exponent
+            angle = torch.arange(count, device=device).float()[:, None] * frequency
+            tables = self._rotary_tables = (angle.cos(), angle.sin())
+        return tables

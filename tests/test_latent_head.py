@@ -1,0 +1,105 @@
+"""The identities behind the latent head, in float64, and the life of its cache."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nvembed_fast import ops
+from nvembed_fast.config import LatentConfig
+from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.latent_head import LatentHead
+
+CONFIG = LatentConfig(
+    num_latents_value=12, num_cross_heads=3, cross_dim_head=20, hidden_dim=16, latent_dim=10
+)
+
+
+def make_head(config: LatentConfig = CONFIG) -> LatentHead:
+    torch.manual_seed(0)
+    head = LatentHead(config).double().requires_grad_(False)
+    for norm in (head.cross_norm, head.context_norm, head.ff_norm):
+        norm.weight.normal_(1, 0.3)
+        norm.bias.normal_(0, 0.3)
+    return head
+
+
+def original(head: LatentHead, h: torch.Tensor) -> torch.Tensor:
+    """h2 of one text, written down from the equations and nothing else."""
+    c, n = head.config, head.config.num_cross_heads
+    context = F.layer_norm(head.latents, (c.latent_dim,), head.context_norm.weight, head.context_norm.bias)
+    x = F.layer_norm(h, (c.hidden_dim,), head.cross_norm.weight, head.cross_norm.bias)
+    q = (x @ head.to_q.weight.T).view(len(h), n, c.cross_dim_head)
+    k, v = (t.view(-1, n, c.cross_dim_head) for t in (context @ head.to_kv.weight.T).chunk(2, dim=-1))
+    weights = (torch.einsum("tnh,lnh->ntl", q, k) / c.cross_dim_head**0.5).softmax(-1)
+    h1 = torch.einsum("ntl,lnh->tnh", weights, v).flatten(1) @ head.to_out.weight.T + h
+    x = F.layer_norm(h1, (c.hidden_dim,), head.ff_norm.weight, head.ff_norm.bias)
+    u, g = (x @ head.ff_up.weight.T + head.ff_up.bias).chunk(2, dim=-1)
+    return (u * F.gelu(g)) @ head.ff_down.weight.T + head.ff_down.bias + h1
+
+
+@pytest.mark.parametrize("latents", ["direct", "absorbed"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_hoisted_absorbed_and_commuted_equal_the_original_order(latents, normalize):
+    head = make_head(dataclasses.replace(CONFIG, output_normalize=normalize))
+    head.mode = latents
+    h = torch.randn(9, 16, dtype=torch.float64)
+    layout, keep = SeqLayout((5, 4)), torch.tensor([0, 0, 1, 1, 1, 1, 0, 1, 1], dtype=torch.bool)
+    h2 = original(head, h)
+    wanted = torch.stack([h2[:5][keep[:5]].mean(0), h2[5:][keep[5:]].mean(0)])
+    wanted = F.normalize(wanted, dim=-1) if normalize else wanted
+    with ops.use_impl("torch"):
+        torch.testing.assert_close(head.token_states(h), h2, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(head(h, layout, keep), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("shape", "form"),
+    [
+        ({}, "absorbed"),  # the published head: 512 * 4096 < 4096 * 4608
+        ({"cross_dim_head": 64, "hidden_dim": 576, "latent_dim": 576}, "direct"),  # 512 * 576 > 64 * 1088
+    ],
+)
+def test_auto_takes_the_cheaper_form(shape, form):
+    with torch.device("meta"):
+        assert LatentHead(LatentConfig(**shape)).form() == form
+
+
+def test_a_changed_weight_is_seen_in_place_and_after_a_move():
+    head = make_head()
+    head.mode = "absorbed"
+    h = torch.randn(4, 16, dtype=torch.float64)
+    with ops.use_impl("torch"):
+        head.token_states(h)  # fills the cache
+        head.to_kv.weight.mul_(1.5)
+        torch.testing.assert_close(head.token_states(h), original(head, h))
+        head.to_out.weight.data = head.to_out.weight.data * 2
+        torch.testing.assert_close(head.token_states(h), original(head, h))
+        head.float().double()
+        torch.testing.assert_close(head.token_states(h), original(head, h))
+
+
+def test_the_cache_is_used_and_never_stored():
+    head = make_head()
+    head.mode = "absorbed"
+    first, second = head._constant("absorbed"), head._constant("absorbed")
+    assert first[0] is second[0]
+    assert not any("cache" in name for name in head.state_dict())
+
+
+@pytest.mark.parametrize("latents", ["direct", "absorbed"])
+def test_gradients_reach_every_weight_of_the_cross_attention(latents):
+    head = make_head().requires_grad_(True)
+    head.mode = latents
+    with ops.use_impl("torch"):
+        head(torch.randn(4, 16, dtype=torch.float64), SeqLayout((4,))).sum().backward()
+    for name, weight in head.named_parameters():
+        assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+
+
+def test_rejects_an_unknown_form():
+    head = make_head()
+    head.mode = "fast"
+    with pytest.raises(ValueError, match="latents must be one of 'auto', 'direct', 'absorbed', got 'fast'"):
+        head.form()

@@ -1,0 +1,167 @@
+"""The backbone against transformers' own Mistral, and the properties of packing.
+
+The reference runs with attn_implementation="eager": its mask is then the whole truth about what is seen.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nvembed_fast import ops
+from nvembed_fast.checkpoint import published_tensors
+from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
+from nvembed_fast.mistral import MistralBackbone
+from nvembed_fast.packing import PackedBatch, from_padded, pad_rows
+
+# nothing at its default; heads * head_dim differs from the width; lengths that no tile divides
+CONFIG = BackboneConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rope_theta=500.0,
+    rms_norm_eps=1e-3,
+)
+LENGTHS = (11, 1, 19, 5)
+TOLERANCE = {"torch": 1e-5, "triton": 2e-5}
+
+
+def transformers_model(is_causal: bool) -> torch.nn.Module:
+    from transformers import MistralConfig, MistralModel
+
+    config = MistralConfig(
+        **dataclasses.asdict(dataclasses.replace(CONFIG, is_causal=is_causal))
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": CONFIG.rope_theta}},
+        sliding_window=None,
+        attn_implementation="eager",
+    )
+    torch.manual_seed(1)
+    model = MistralModel(config).eval().requires_grad_(False)
+    # fresh norms are ones and fresh matrices tiny: a forgotten norm weight or residual would hardly show
+    for parameter in model.parameters():
+        parameter.normal_(1.0 if parameter.ndim == 1 else 0.0, 0.2)
+    return model
+
+
+def ours(reference: torch.nn.Module, is_causal: bool = False) -> MistralBackbone:
+    config = dataclasses.replace(CONFIG, is_causal=is_causal)
+    backbone = MistralBackbone(config).eval().requires_grad_(False)
+    parameters = dict(backbone.named_parameters())
+    weights = {f"embedding_model.{name}": value for name, value in reference.state_dict().items()}
+    table = published_tensors(NVEmbedConfig(config, LatentConfig(hidden_dim=CONFIG.hidden_size)))
+    for name in weights.keys() & table.keys():
+        slot = table[name]
+        parameters[slot.parameter.removeprefix("embedding_model.")][slot.rows] = weights.pop(name)
+    assert not weights
+    return backbone
+
+
+def padded_batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(0, CONFIG.vocab_size, (len(LENGTHS), max(LENGTHS)), generator=_generator())
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(LENGTHS):
+        mask[row, slice(None, length) if side == "right" else slice(ids.shape[1] - length, None)] = 1
+    return ids, mask
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(2)
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return ((got - wanted).norm() / wanted.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def bidirectional() -> torch.nn.Module:
+    return transformers_model(is_causal=False)
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_every_hidden_state_equals_transformers(bidirectional, side, impl):
+    ids, mask = padded_batch(side)
+    wanted = bidirectional(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    batch, places = from_padded(ids, mask)
+    got: list[torch.Tensor] = []
+    with ops.use_impl(impl):
+        last = ours(bidirectional)(batch, got)
+    assert len(got) == len(wanted) == CONFIG.num_hidden_layers + 1
+    assert last is got[-1]
+    for ours_TD, theirs_BSD in zip(got, wanted, strict=True):
+        padded = pad_rows(ours_TD, places, tuple(ids.shape))
+        assert relative(padded[mask == 1], theirs_BSD[mask == 1]) < TOLERANCE[impl]
+        assert (padded[mask == 0] == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_a_late_token_reaches_an_early_one_unless_causal(bidirectional, impl):
+    ids, mask = padded_batch("right")
+    row = LENGTHS.index(19)
+    changed = ids.clone()
+    changed[row, LENGTHS[row] - 1] = (ids[row, LENGTHS[row] - 1] + 1) % CONFIG.vocab_size
+
+    def first_token(model, is_ours: bool, some_ids: torch.Tensor) -> torch.Tensor:
+        if not is_ours:
+            return model(some_ids, attention_mask=mask).last_hidden_state[row, 0]
+        batch, places = from_padded(some_ids, mask)
+        return pad_rows(model(batch), places, tuple(ids.shape))[row, 0]
+
+    causal = transformers_model(is_causal=True)
+    with ops.use_impl(impl):
+        for model, is_ours in ((bidirectional, False), (ours(bidirectional), True)):
+            assert relative(first_token(model, is_ours, changed), first_token(model, is_ours, ids)) > 1e-3
+        model = ours(causal, is_causal=True)
+        assert torch.equal(first_token(model, True, changed), first_token(model, True, ids))
+        assert relative(first_token(model, True, ids), first_token(causal, False, ids)) < TOLERANCE[impl]
+
+
+def test_causal_states_equal_transformers():
+    reference = transformers_model(is_causal=True)
+    ids, mask = padded_batch("right")
+    batch, _ = from_padded(ids, mask)
+    wanted = reference(ids, attention_mask=mask).last_hidden_state[mask == 1]
+    with ops.use_impl("torch"):
+        assert relative(ours(reference, is_causal=True)(batch), wanted) < TOLERANCE["torch"]
+
+
+def test_a_sequence_alone_equals_itself_in_a_pack(bidirectional):
+    backbone = ours(bidirectional)
+    ids, mask = padded_batch("right")
+    together = backbone(from_padded(ids, mask)[0]).split(LENGTHS)
+    for row, (length, packed) in enumerate(zip(LENGTHS, together, strict=True)):
+        alone = backbone(PackedBatch.from_ids([ids[row, :length].numpy()], [0]))
+        assert relative(alone, packed) < 1e-6
+
+
+def test_rotary_tables_grow_with_the_longest_sequence(bidirectional):
+    backbone = ours(bidirectional)
+    short, long = (torch.randint(0, CONFIG.vocab_size, (1, n), generator=_generator()) for n in (4, 530))
+    backbone(from_padded(short)[0])
+    assert len(backbone.rotary_tables(4)[0]) < long.shape[1], (
+        "the table is long enough at once: proves nothing"
+    )
+    mask = torch.ones_like(long)
+    wanted = bidirectional(long, attention_mask=mask).last_hidden_state[0]
+    assert relative(backbone(from_padded(long)[0]), wanted) < TOLERANCE["torch"]
+    assert backbone.rotary_tables(4)[0] is backbone.rotary_tables(530)[0]
+
+
+def test_no_layers_is_the_embedding_and_the_norm():
+    backbone = MistralBackbone(dataclasses.replace(CONFIG, num_hidden_layers=0)).requires_grad_(False)
+    batch = PackedBatch.from_ids([torch.arange(5).numpy()], [0])
+    got: list[torch.Tensor] = []
+    last = backbone(batch, got)
+    embedded = backbone.embed_tokens.weight[:5]
+    wanted = embedded * (embedded.square().mean(-1, keepdim=True) + CONFIG.rms_norm_eps).rsqrt()
+    assert relative(last, wanted) < 1e-6
+    assert len(got) == 1
+
+
+def test_no_tokens_give_no_rows(bidirectional):
+    backbone = ours(bidirectional)
+    assert backbone(PackedBatch.from_ids([], [])).shape == (0, CONFIG.hidden_size)
