@@ -1,0 +1,147 @@
+"""Texts to token ids and the first token that is pooled.
+
+The published checkpoints tokenise the one string instruction + text + "</s>",
+let the tokenizer's own template add what it adds (BOS), and cut at the right,
+end mark included. What the instruction covers is left out of the pooling; how
+its end is found is a rule of the model (`NVEmbedConfig.pooling_start`).
+
+The checkpoint's tokenizer.json is the truth and is read by `tokenizers`: the
+LlamaTokenizer of transformers 5 gives other ids for leading or repeated spaces.
+"""
+
+import functools
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from nvembed_fast.config import PoolingStart
+
+__all__ = ["TextTokenizer", "TokenizedTexts", "check_texts"]
+
+
+class TokenizedTexts(NamedTuple):
+    """Per text: int32 token ids, and how many leading tokens stay out of the pooling."""
+
+    ids: list[np.ndarray]
+    first_pooled: list[int]
+
+    def lengths(self) -> list[int]:
+        return [len(i) for i in self.ids]
+
+
+class TextTokenizer:
+    """Tokenises texts as the model was trained to read them.
+
+    Args:
+        tokenizer: the checkpoint's tokenizer; its own truncation and padding are switched off.
+        eos_token: appended to every text, as a string.
+        pooling_start: see `NVEmbedConfig`.
+        directory: where it came from; saving a model copies the files from there.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token: str,
+        pooling_start: PoolingStart = "token_count",
+        directory: Path | None = None,
+    ):
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if tokenizer.token_to_id(eos_token) is None:
+            raise ValueError(f"the end mark {eos_token!r} is not in the tokenizer's vocabulary")
+        self.backend = tokenizer
+        self.eos_token = eos_token
+        self.pooling_start = pooling_start
+        self.directory = directory
+
+    @classmethod
+    def from_directory(cls, directory: Path, pooling_start: PoolingStart = "token_count") -> "TextTokenizer":
+        """Read tokenizer.json, and the end mark from tokenizer_config.json."""
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            if not (directory / name).is_file():
+                raise FileNotFoundError(
+                    f"{directory / name} is missing: a model directory needs its tokenizer"
+                )
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        eos_token = config.get("eos_token") or "</s>"
+        if isinstance(eos_token, dict):  # an AddedToken
+            eos_token = eos_token["content"]
+        try:
+            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(
+                f"{directory / 'tokenizer.json'} is not a readable tokenizer: {error}"
+            ) from error
+        return cls(tokenizer, eos_token, pooling_start, directory)
+
+    def __call__(self, texts: list[str], instruction: str, max_length: int) -> TokenizedTexts:
+        """Tokenise checked texts (`check_texts`).
+
+        Args:
+            texts: any number of texts.
+            instruction: put in front of every text; "" for none.
+            max_length: tokens per text, instruction and marks included; what is over is cut at the right.
+        """
+        full = [self._clip(instruction + text + self.eos_token, max_length) for text in texts]
+        by_offset = bool(instruction) and self.pooling_start == "text_offset"
+        # the fast form leaves the offsets out
+        encodings = (self.backend.encode_batch if by_offset else self.backend.encode_batch_fast)(full)
+        ids = [np.asarray(e.ids[:max_length], dtype=np.int32) for e in encodings]
+        if not instruction:
+            return TokenizedTexts(ids, [0] * len(ids))
+        if by_offset:
+            border = len(instruction.rstrip())
+            return TokenizedTexts(ids, [_first_from(e.offsets[:max_length], border) for e in encodings])
+        return TokenizedTexts(ids, [self.instruction_length(instruction)] * len(ids))
+
+    def instruction_length(self, instruction: str) -> int:
+        """Tokens of the instruction on its own, without marks: what "token_count" drops."""
+        return len(self.backend.encode(instruction, add_special_tokens=False).ids)
+
+    def _clip(self, text: str, max_length: int) -> str:
+        """Spare the tokenizer what cannot matter: megabytes behind the last token that is kept.
+
+        A token covers at most `longest` characters, so the kept tokens lie in the first half of what is left,
+        and the cut is thousands of characters behind them.
+        """
+        bound = 2 * self._longest_token * max(max_length, 512)
+        return text if len(text) <= bound else text[:bound]
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        return max(map(len, self.backend.get_vocab()))
+
+
+def _first_from(offsets: list[tuple[int, int]], border: int) -> int:
+    """Index of the first token that starts at or after the character `border`; marks have empty offsets."""
+    for index, (start, stop) in enumerate(offsets):
+        if start >= border and stop > start:
+            return index
+    return len(offsets)
+
+
+def check_texts(texts: Iterable[str], what: str = "prompts") -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        TypeError: one is not a string; names its index.
+        ValueError: one cannot be written as UTF-8 (a lone surrogate); names its index.
+    """
+    texts = list(texts)
+    for index, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"{what}[{index}] must be a string, got {type(text).__name__}: {text!r:.80}")
+        if not text.isascii():
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"{what}[{index}] has a lone surrogate at character {error.start}, which no tokenizer "
+                    "can read. Clean it with text.encode('utf-8', 'replace').decode('utf-8')."
+                ) from error
+    return texts

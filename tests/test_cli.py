@@ -1,0 +1,137 @@
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from nvembed_fast import NVEmbed, cli, query_instruction
+
+TEXTS = ["a judo throw", "", "parse a date \u2028 in Python", "tabs\tand caf\u00e9"]
+
+
+@pytest.fixture
+def texts_file(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = cli.main([str(a) for a in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_encode_writes_what_the_encoder_gives(tiny_directory, texts_file, tmp_path, capsys):
+    out = tmp_path / "out.npy"
+    status, printed, _ = run(
+        capsys, "encode", texts_file, "-o", out, "--model", tiny_directory, "--task", "find"
+    )
+    assert status == 0 and "4 texts x 64" in printed
+    wanted = NVEmbed.from_pretrained(tiny_directory).encode(TEXTS, query_instruction("find"), output="numpy")
+    np.testing.assert_allclose(np.load(out), wanted, atol=1e-6)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
+
+
+def test_encode_reads_standard_input_and_jsonl(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):
+    lines = tmp_path / "texts.jsonl"
+    lines.write_text("".join(json.dumps({"body": t}) + "\n" for t in TEXTS))
+    assert run(capsys, "encode", texts_file, "-o", tmp_path / "a.npy", "--model", tiny_directory)[0] == 0
+    arguments = ("encode", lines, "--field", "body", "-o", tmp_path / "b.npy", "--model", tiny_directory)
+    assert run(capsys, *arguments)[0] == 0
+    stdin = io.TextIOWrapper(io.BytesIO(texts_file.read_bytes()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert run(capsys, "encode", "-", "-o", tmp_path / "c.npy", "--model", tiny_directory)[0] == 0
+    a, b, c = (np.load(tmp_path / f"{name}.npy") for name in "abc")
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, c)
+
+
+def test_search_ranks_a_text_equal_to_the_question_first(tiny_directory, texts_file, tmp_path, capsys):
+    status, printed, _ = run(
+        capsys, "search", texts_file, "a judo throw", "--top", 2, "--model", tiny_directory
+    )
+    assert status == 0 and printed.count("\n  ") == 2
+    run(capsys, "encode", texts_file, "-o", tmp_path / "e.npy", "--model", tiny_directory)
+    arguments = ("search", texts_file, "a judo throw", "--top", 2, "--model", tiny_directory)
+    assert run(capsys, *arguments, "--embeddings", tmp_path / "e.npy")[1] == printed
+
+
+def test_info_says_which_implementation_and_why(tiny_directory, capsys):
+    status, printed, _ = run(capsys, "info", "--model", tiny_directory)
+    assert status == 0
+    for part in ("torch 2.", "cpu: ", "-> torch (", "flash_attention", "43 tensors", '"hidden_size": 64'):
+        assert part in printed
+
+
+@pytest.mark.parametrize("command", ["encode", "search", "init", "info"])
+def test_help_has_examples(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    assert stop.value.code == 0
+    assert f"nvembed-fast {command}" in capsys.readouterr().out.split("examples:")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "absent.txt", "-o", "{tmp}/o.npy"], "absent.txt"),
+        (["encode", "{texts}", "-o", "{tmp}/o.bin"], "--output must end in .npy"),
+        (["encode", "{texts}", "-o", "{tmp}/nowhere/o.npy"], "the directory of --output does not exist"),
+        (["encode", "{texts}", "-o", "{tmp}/o.npy", "--model", "{tmp}"], "has no config.json"),
+        (["encode", "{texts}", "-o", "{tmp}/o.npy", "--impl", "cuda"], "impl must be one of"),
+        (["encode", "{texts}", "-o", "{tmp}/o.npy", "--device", "cuda:77"], "is not there"),
+        (["search", "{texts}", "q", "--top", "0"], "--top must be at least 1"),
+    ],
+)
+def test_errors_are_one_line_and_leave_nothing(
+    arguments, message, tiny_directory, texts_file, tmp_path, capsys
+):
+    arguments = [a.format(tmp=tmp_path, texts=texts_file) for a in arguments]
+    if "--model" not in arguments:
+        arguments += ["--model", tiny_directory]
+    status, _, error = run(capsys, *arguments)
+    assert status == 1 and message in error and error.count("\n") == 1, error
+    assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_a_bad_line_of_jsonl_is_named(tiny_directory, tmp_path, capsys):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"text": "fine"}\n{"other": 1}\n')
+    status, _, error = run(capsys, "encode", path, "-o", tmp_path / "o.npy", "--model", tiny_directory)
+    assert status == 1 and "x.jsonl, line 2: no JSON object with 'text'" in error
+
+
+def test_an_array_of_another_file_or_model_is_refused(tiny_directory, texts_file, tmp_path, capsys):
+    np.save(tmp_path / "e.npy", np.zeros((3, 64), np.float32))
+    arguments = ("search", texts_file, "q", "--model", tiny_directory, "--embeddings", tmp_path / "e.npy")
+    assert "has shape (3, 64), but" in run(capsys, *arguments)[2]
+    np.save(tmp_path / "e.npy", np.zeros((4, 32), np.float32))
+    assert "not of the same model" in run(capsys, *arguments)[2]
+
+
+def test_a_full_disk_leaves_no_file(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
+    assert status == 1 and "No space left" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_an_interrupt_says_so_and_leaves_no_file(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(NVEmbed, "encode", interrupted)
+    status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
+    assert status == 130 and "nothing was written" in error
+    assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
+
+
+def test_a_closed_pipe_is_no_error(tiny_directory):
+    command = f"{sys.executable} -m nvembed_fast.cli info --model {tiny_directory} | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("nvembed-fast") and done.stderr == ""

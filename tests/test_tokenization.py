@@ -1,0 +1,71 @@
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from nvembed_fast.tokenization import TextTokenizer, check_texts
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenization.json").read_text())
+
+
+@pytest.fixture
+def published(mistral_tokenizer) -> TextTokenizer:
+    return TextTokenizer(mistral_tokenizer, "</s>")
+
+
+def test_golden_rows_are_exact(published):
+    assert len(GOLDEN) == 216
+    for row in GOLDEN:
+        got = published([row["text"]], row["instruction"], row["max_length"])
+        assert got.ids[0].tolist() == row["input_ids"], row
+        # the original clips the index to the length, here a text that pools nothing is the encoder's error
+        assert min(got.first_pooled[0], len(got.ids[0])) == row["first_pooled"], row
+
+
+def test_texts_together_equal_texts_alone(published):
+    rows = [r for r in GOLDEN if not r["instruction"] and r["max_length"] == 4096]
+    got = published([r["text"] for r in rows], "", 4096)
+    assert [i.tolist() for i in got.ids] == [r["input_ids"] for r in rows]
+
+
+@pytest.mark.parametrize("unit", ["x", "ab", " ", "\n", "\U0001f600"])
+def test_megabytes_without_a_space_are_clipped_without_a_trace(published, unit):
+    """The kept ids equal those of a text four times as long as what the clip leaves."""
+    max_length = 16
+    bound = 2 * published._longest_token * 512
+    whole = published.backend.encode(unit * (4 * bound // len(unit))).ids[:max_length]
+    start = time.perf_counter()
+    got = published([unit * (10_000_000 // len(unit))], "", max_length)
+    assert time.perf_counter() - start < 5
+    assert got.ids[0].tolist() == whole
+
+
+def test_text_offset_pools_the_first_word_that_a_count_would_drop(mistral_tokenizer):
+    """ "Query:" without the space behind it: the offset rule starts at the text, whatever merges."""
+    instruction = "Instruct: find it\nQuery: "
+    by_offset = TextTokenizer(mistral_tokenizer, "</s>", "text_offset")(["word more"], instruction, 64)
+    tokens = [mistral_tokenizer.id_to_token(i) for i in by_offset.ids[0][by_offset.first_pooled[0] :]]
+    assert tokens == ["\u2581word", "\u2581more", "</s>"]
+
+
+def test_text_offset_of_a_text_cut_inside_its_instruction_is_its_length(mistral_tokenizer):
+    tokenizer = TextTokenizer(mistral_tokenizer, "</s>", "text_offset")
+    got = tokenizer(["word"], "Instruct: a long instruction that is cut\nQuery: ", 6)
+    assert got.first_pooled == [6] == got.lengths()
+
+
+def test_rejects_an_unknown_end_mark(mistral_tokenizer):
+    with pytest.raises(ValueError, match="end mark '<nope>'"):
+        TextTokenizer(mistral_tokenizer, "<nope>")
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"bytes", ["nested"]])
+def test_check_texts_names_the_index_of_what_is_no_string(wrong):
+    with pytest.raises(TypeError, match=r"prompts\[1\] must be a string, got " + type(wrong).__name__):
+        check_texts(["fine", wrong])
+
+
+def test_check_texts_names_the_index_of_a_lone_surrogate():
+    with pytest.raises(ValueError, match=r"prompts\[2\] has a lone surrogate at character 1"):
+        check_texts(["fine", "caf\u00e9", "x\ud800"])
