@@ -1,0 +1,40 @@
+# PYTHON makes the virtual environment: make test PYTHON=python3.12
+PYTHON ?= python3
+PY := .venv/bin/python
+STAMP := .venv/installed
+SUPPORT := _common layout reference testing
+KERNEL_TESTS := $(patsubst kernels/%.py,tests/test_%.py,$(filter-out $(SUPPORT:%=kernels/%.py),$(wildcard kernels/*.py)))
+
+.PHONY: help venv demo test check test-gpu
+
+help:
+	@echo "make venv      make .venv and install the project there (once; the others do it too)"
+	@echo "make demo      embed real text with a small real decoder, and search it"
+	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter"
+	@echo "make check     format, lint, layers, and what the compiler makes of every kernel"
+	@echo "make test-gpu  the kernel tests and the full-size tests on a CUDA GPU"
+
+venv: $(STAMP)
+
+# touched last: an interrupted install is done again
+$(STAMP): setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -c constraints.txt -e '.[demo,test,dev]'
+	touch $@
+
+demo: $(STAMP)
+	$(PY) examples/demo.py
+
+test: $(STAMP)
+	$(PY) -m pytest
+
+check: $(STAMP)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q tests/test_layering.py
+	$(PY) -m bench.resources
+
+test-gpu: $(STAMP)
+	$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a CUDA GPU')"
+	$(PY) -m pytest $(KERNEL_TESTS)
+	$(PY) -m pytest -m gpu

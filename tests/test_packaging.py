@@ -1,0 +1,146 @@
+"""A wheel, an sdist, an editable install and the bare checkout all import `nvembed_fast.kernels`.
+
+The folder is called kernels/, and so is a package on PyPI that transformers looks for: with an `__init__.py`
+in the folder, `from transformers import MistralModel` would fail in the repository's root.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "nvembed_fast", "kernels")
+KERNEL_FILES = {p.name for p in ROOT.glob("kernels/*.py")}
+IMPORT = "import nvembed_fast.cli, nvembed_fast.kernels.reference as r; print(r.__file__)"
+
+
+def _run(*command: str | Path, cwd: Path, **env: str) -> str:
+    run = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=os.environ | env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    return run.stdout.strip()
+
+
+def _pip(*arguments: str | Path, cwd: Path) -> None:
+    _run(sys.executable, "-m", "pip", *arguments, "--no-deps", "--no-build-isolation", "-q", cwd=cwd)
+
+
+def _imported_from(target: Path, cwd: Path) -> Path:
+    """Where `nvembed_fast.kernels.reference` comes from when only `target` could hold the project.
+
+    `site` is off, or an editable install in the running environment would answer instead.
+    """
+    names = ("torch", "numpy", "einops", "tqdm", "tokenizers", "safetensors", "huggingface_hub")
+    elsewhere = dict.fromkeys(str(Path(importlib.util.find_spec(n).origin).parents[1]) for n in names)
+    # the target first: an editable install elsewhere has a finder of the same name
+    code = f"import sys, site; site.addsitedir({str(target)!r}); sys.path += {list(elsewhere)}; {IMPORT}"
+    return Path(_run(sys.executable, "-S", "-P", "-c", code, cwd=cwd, PYTHONPATH=""))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory) -> Path:
+    """A copy of what is packaged: building leaves files behind, and not in the repository."""
+    copy = tmp_path_factory.mktemp("packaging") / "checkout"
+    copy.mkdir()
+    for name in SOURCES:
+        source = ROOT / name
+        if source.is_dir():
+            ignore = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(source, copy / name, symlinks=True, ignore=ignore)
+        else:
+            shutil.copy(source, copy / name)
+    assert (copy / "nvembed_fast" / "kernels").is_symlink()
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    _pip("wheel", ".", "-w", folder, cwd=checkout)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def _kernel_files(names: list[str]) -> set[str]:
+    return {Path(n).name for n in names if n.startswith("nvembed_fast/kernels/")}
+
+
+def test_the_wheel_holds_the_kernels_below_the_package(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    assert _kernel_files(names) == KERNEL_FILES
+    assert {n.split("/")[0] for n in names if not n.split("/")[0].endswith(".dist-info")} == {"nvembed_fast"}
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_the_wheel_imports(wheel, tmp_path):
+    target = tmp_path / "target"
+    _pip("install", "--target", target, wheel, cwd=tmp_path)
+    assert _imported_from(target, tmp_path) == target / "nvembed_fast" / "kernels" / "reference.py"
+    command = target / "bin" / "nvembed-fast"
+    assert command.exists()
+
+
+def test_the_wheel_states_version_licence_and_requirements(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
+    init = (ROOT / "nvembed_fast" / "__init__.py").read_text()
+    stated = next(line for line in metadata.splitlines() if line.startswith("Version: "))
+    assert f'__version__ = "{stated.removeprefix("Version: ")}"' in init
+    for line in (
+        "License-Expression: Apache-2.0",
+        "Requires-Python: >=3.11",
+        "Requires-Dist: torch>=2.11",
+        "Requires-Dist: transformers>=5.13",
+        'Requires-Dist: triton>=3.6; platform_system == "Linux"',
+    ):
+        assert line in metadata.splitlines()
+
+
+def test_a_wheel_made_from_the_sdist_is_the_same(checkout, wheel, tmp_path):
+    code = f"from setuptools.build_meta import build_sdist; build_sdist({str(tmp_path)!r})"
+    _run(sys.executable, "-c", code, cwd=checkout)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(sdist) as tar:
+        tar.extractall(tmp_path, filter="data")
+    unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    assert (unpacked / "kernels").is_dir() and not (unpacked / "nvembed_fast" / "kernels").exists()
+    _pip("wheel", ".", "-w", tmp_path / "again", cwd=unpacked)
+    (again,) = (tmp_path / "again").glob("*.whl")
+    assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_an_editable_install_imports(checkout, tmp_path):
+    target = tmp_path / "target"
+    _pip("install", "--target", target, "-e", checkout, cwd=tmp_path)
+    got = _imported_from(target, tmp_path).resolve()
+    assert got == checkout / "kernels" / "reference.py"
+
+
+def test_the_bare_checkout_imports(checkout):
+    got = Path(_run(sys.executable, "-c", IMPORT, cwd=checkout)).resolve()
+    assert got == checkout / "kernels" / "reference.py"
+
+
+def test_transformers_imports_from_the_root_beside_the_kernels_package():
+    try:
+        importlib.metadata.version("kernels")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.fail("the PyPI package kernels is not installed, so this test would prove nothing: make venv")
+    code = "import kernels; from transformers import MistralModel; print(kernels.__file__)"
+    found = Path(_run(sys.executable, "-c", code, cwd=ROOT))
+    assert ROOT / "kernels" not in found.parents, "the folder took the place of the package"
+
+
+def test_the_folder_stays_a_namespace():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = ROOT / "nvembed_fast" / "kernels"
+    assert link.is_symlink() and os.readlink(link) == "../kernels"
