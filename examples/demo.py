@@ -66,7 +66,7 @@ def main() -> None:
         print(f"\n{question}")
         for rank, index in enumerate(scores.topk(3).indices.tolist(), start=1):
             print(f"  {rank}. {scores[index]:.4f}  {texts[index][:100]}")
-    print("\nThe latent head is fresh, not trained: this ranking is close to chance, and that is expected.")
+    print("\nThe latent head is fresh, so this ranking is poor, as expected: training is what makes it good.")
 
     tokens = sum(model.text_tokenizer(texts, "", arguments.max_length).lengths())
     print(f"\n{len(texts)} texts, {tokens} tokens in {total:.1f} s: {tokens / total:.0f} tokens/s")

@@ -1,0 +1,83 @@
+"""The demo's model: a real decoder behind a fresh head, on real text."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from examples import demo, fetch_decoder
+from nvembed_fast import NVEmbed, query_instruction
+from nvembed_fast.decoders import init_model
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY_TEXTS = ["a", "I", "of the", "one two three", "", "\n", "42"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("model") / "smollm2"
+    init_model(fetch_decoder.fetch(), directory)
+    return NVEmbed.from_pretrained(directory, device="cpu", dtype="float32")
+
+
+@pytest.mark.slow
+def test_one_text_one_vector(model):
+    texts = TINY_TEXTS + [t[:400] for t in demo.standard_library_docstrings()[:9]]
+    lengths = model.text_tokenizer(texts, "", 4096).lengths()
+    assert {1, 2, 3} <= set(lengths) and max(lengths) > 50
+    together = model.encode(texts, output="numpy")
+    order = np.random.default_rng(0).permutation(len(texts))
+    shuffled = model.encode([texts[i] for i in order], output="numpy", max_batch_tokens=64)
+    alone = np.stack([model.encode(t, output="numpy") for t in texts])
+    for other in (alone, shuffled[np.argsort(order)]):
+        assert np.linalg.norm(other - together, axis=1).max() < 5e-5  # unit vectors: relative
+    # and the bound means something: different texts are further apart than that
+    assert np.linalg.norm(together[0] - together[1]) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_offset_rule_pools_the_text_and_nothing_before(model):
+    """With this tokenizer the count of the published rule would also drop the text's first word."""
+    instruction = query_instruction("find the word")
+    window = model.text_tokenizer(["remove a directory"], instruction, 64)
+    pooled = model.text_tokenizer.backend.decode(
+        window.ids[0][window.first_pooled[0] :], skip_special_tokens=False
+    )
+    assert pooled == f" remove a directory{model.text_tokenizer.eos_token}"
+    assert window.first_pooled[0] < model.text_tokenizer.instruction_length(instruction)
+
+
+@pytest.mark.slow
+def test_the_demo_runs(tmp_path):
+    command = [
+        sys.executable,
+        "examples/demo.py",
+        "--texts",
+        "12",
+        "--max-length",
+        "32",
+        "--cache",
+        str(tmp_path),
+    ]
+    source = fetch_decoder.fetch()
+    cached = tmp_path / source.parent.name / source.name
+    cached.parent.mkdir()
+    cached.symlink_to(source)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    for part in (
+        *demo.QUESTIONS,
+        "tokens/s",
+        "peak memory",
+        "matrix products of the backbone",
+        "ranking is poor",
+    ):
+        assert part in run.stdout
+    assert "12/12" in run.stderr  # the progress bar
+
+
+def test_there_are_enough_docstrings():
+    texts = demo.standard_library_docstrings()
+    assert len(texts) >= 2048 and len(set(texts)) == len(texts)
