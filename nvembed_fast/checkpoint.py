@@ -240,10 +240,7 @@ def load_model(
         ValueError: a file or a tensor is not what the config asks for, or holds NaN or Inf.
     """
     directory = Path(directory)
-    config_file = directory / CONFIG_FILE
-    if not config_file.is_file():
-        raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}: it is no model directory")
-    config = NVEmbedConfig.from_file(config_file)
+    config = NVEmbedConfig.from_file(directory / CONFIG_FILE)
     device = check_device(device)
     stored_dtype = check_dtype(config.torch_dtype)
     if dtype is None:

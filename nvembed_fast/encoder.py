@@ -10,6 +10,7 @@ The way of a call of `encode`:
 A text's vector does not depend on what it is batched with.
 """
 
+import contextlib
 import inspect
 import warnings
 from collections import deque
@@ -261,7 +262,7 @@ class NVEmbed(nn.Module):
             {"sentence_embeddings": [B, D] fp32, of unit norm}, or without a pool_mask [B, S, D] token states
             in the model's dtype, zeros at pads.
         """
-        with ops.use_impl(self.impl):
+        with self._computing():
             batch, places = from_padded(input_ids, attention_mask, pool_mask)
             if pool_mask is None:
                 result = pad_rows(self.model.token_states(batch), places, tuple(input_ids.shape))
@@ -321,10 +322,16 @@ class NVEmbed(nn.Module):
             again = token_budget_batches([lengths[row] for row in left], budget)
             pending = deque([left[index] for index in batch] for batch in again)
 
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The model's own implementation and dtype, whatever autocast the caller is in."""
+        with ops.use_impl(self.impl), torch.autocast(self.device.type, enabled=False):
+            yield
+
     def _embed(self, ids: list[np.ndarray], first_pooled: list[int]) -> torch.Tensor | None:
         """[B, D] fp32 vectors of one packed batch, or None when the device's memory does not hold it."""
         try:
-            with ops.use_impl(self.impl):
+            with self._computing():
                 return self.model(PackedBatch.from_ids(ids, first_pooled, self.device))
         except torch.OutOfMemoryError:
             return None

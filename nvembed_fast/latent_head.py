@@ -123,7 +123,8 @@ class LatentHead(nn.Module):
             (w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights
         )
         if form not in self._cache or self._cache[form][0] != state:
-            with torch.no_grad():
+            # what is built under inference_mode could not be used outside it
+            with torch.inference_mode(False), torch.no_grad():
                 # the weights are held, so that no later one can come to lie at the same address unseen
                 self._cache[form] = (state, [w.detach() for w in weights], build())
         return self._cache[form][2]

@@ -120,8 +120,10 @@ class MistralBackbone(nn.Module):
         if tables is None or tables[0].shape[0] < num_positions or tables[0].device != device:
             # doubled, so that slowly growing batches do not rebuild them each time
             count = max(512, 2 * num_positions)
-            exponent = torch.arange(0, self.config.head_dim, 2, device=device).float() / self.config.head_dim
-            frequency = 1.0 / self.config.rope_theta**exponent
-            angle = torch.arange(count, device=device).float()[:, None] * frequency
-            tables = self._rotary_tables = (angle.cos(), angle.sin())
+            # what is built under inference_mode could not be used outside it
+            with torch.inference_mode(False):
+                exponent = torch.arange(0, self.config.head_dim, 2, device=device).float()
+                frequency = 1.0 / self.config.rope_theta ** (exponent / self.config.head_dim)
+                angle = torch.arange(count, device=device).float()[:, None] * frequency
+                tables = self._rotary_tables = (angle.cos(), angle.sin())
         return tables

@@ -183,6 +183,20 @@ def test_weights_ask_for_no_gradient_and_forward_can(model):
     assert not model.encode(["a"]).requires_grad
 
 
+def test_the_callers_modes_change_nothing(tiny_directory):
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    wanted = NVEmbed.from_pretrained(tiny_directory, device="cpu").encode(TEXTS)
+    with torch.inference_mode():
+        assert torch.equal(model.encode(TEXTS), wanted)  # builds the caches
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.encode(TEXTS), wanted)
+    # what was built under inference_mode serves a backward pass
+    model.model.embedding_model.requires_grad_(True)
+    ids = torch.tensor([[1, 5, 6, 2]])
+    model(ids, torch.ones_like(ids), torch.ones_like(ids))["sentence_embeddings"].sum().backward()
+    assert model.model.embedding_model.layers[0].mlp.down_proj.weight.grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("text", ["\x00", "a\x00b", "x" * 10_000_000, "a</s>b", "\ufeff", "\u202e"])
 def test_odd_texts_have_vectors(model, text):
     vector = model.encode(text, max_length=64)
