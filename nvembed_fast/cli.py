@@ -64,7 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="nvembed-fast", description="NV-Embed text embeddings, fast.")
+    parser = argparse.ArgumentParser(
+        prog="nvembed-fast",
+        description="NV-Embed text embeddings, fast.",
+        epilog="examples:\n" + "\n".join(text.splitlines()[1] for text in EXAMPLES.values()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"nvembed-fast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

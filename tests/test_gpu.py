@@ -1,11 +1,14 @@
 """What only a GPU can show: 16-bit kernels at the real sizes, and a model on it end to end."""
 
 import dataclasses
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from test_encoder import TEXTS
+from tokenizers import Tokenizer, models
 
 from nvembed_fast import NVEmbed, ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
@@ -144,13 +147,26 @@ def test_one_text_one_vector(dtype):
     assert cosine.min() > 0.99999, cosine
 
 
-def test_encode_on_a_gpu_equals_the_cpu(tiny_directory):
-    cpu = NVEmbed.from_pretrained(tiny_directory, device="cpu")
-    gpu = NVEmbed.from_pretrained(tiny_directory, device="cuda", dtype="float32")
+@pytest.fixture
+def byte_directory(tmp_path) -> Path:
+    """The golden model with a tokenizer of bytes, so that nothing has to be downloaded."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(Path(__file__).parent / "golden" / "tiny_a" / name, tmp_path / name)
+    vocab = {"</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    return tmp_path
+
+
+def test_encode_on_a_gpu_equals_the_cpu(byte_directory):
+    cpu = NVEmbed.from_pretrained(byte_directory, device="cpu")
+    gpu = NVEmbed.from_pretrained(byte_directory, device="cuda", dtype="float32")
     wanted = cpu.encode(TEXTS)
     got = gpu.encode(TEXTS)
     assert got.is_cuda
     torch.testing.assert_close(got.cpu(), wanted, rtol=1e-4, atol=1e-5)
     on_host = gpu.encode(TEXTS, output="numpy", max_batch_tokens=64)
     np.testing.assert_allclose(on_host, wanted.numpy(), rtol=1e-4, atol=1e-5)
-    assert NVEmbed.from_pretrained(tiny_directory, device="cuda").dtype == torch.float16
+    assert NVEmbed.from_pretrained(byte_directory, device="cuda").dtype == torch.float16
