@@ -2,8 +2,6 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 STAMP := .venv/installed
-SUPPORT := _common layout reference testing
-KERNEL_TESTS := $(patsubst kernels/%.py,tests/test_%.py,$(filter-out $(SUPPORT:%=kernels/%.py),$(wildcard kernels/*.py)))
 
 .PHONY: help venv demo test check test-gpu
 
@@ -36,5 +34,4 @@ check: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a CUDA GPU')"
-	$(PY) -m pytest $(KERNEL_TESTS)
 	$(PY) -m pytest -m gpu

@@ -1,6 +1,7 @@
 """What the compiler makes of every kernel on sm_80 and sm_90; needs no GPU.
 
     python -m bench.resources [--only STEM] [--update] [--json FILE]
+    python -m bench.resources --capability 86 120 [--rows NAME ...]
 
 Every kernel is compiled in its shipped configurations at the shapes of
 NV-Embed-v2. A row shows registers, stack bytes, local loads and stores
@@ -8,7 +9,7 @@ NV-Embed-v2. A row shows registers, stack bytes, local loads and stores
 the widest global load. A kernel beyond the shared memory of its GPU always
 fails. Where `resource_snapshots/triton-<version>.json` exists for the running
 Triton, a row that got worse fails too; with any other version the table is only
-printed.
+printed. So it is for other GPUs and for a choice of rows.
 
 To add a kernel file `kernels/<stem>.py`: write a generator
 `_<stem>_specs(capability)` below that yields one `CompileSpec` per shipped
@@ -27,13 +28,15 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SNAPSHOTS = Path(__file__).parent / "resource_snapshots"
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+# bytes that one program may take
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+TARGETS = (80, 90)  # those of the snapshots
 COLUMNS = ("registers", "stack", "spills", "shared", "wgmma", "mma", "tma", "load_bytes")
 LOWER_IS_BETTER = ("registers", "stack", "spills", "shared")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
@@ -148,9 +151,19 @@ def _compile_named(capability: int, name: str) -> Row:
     return _compile(_collect(capability, name.split(":")[0])[name], capability)
 
 
-def measure(only: str | None, num_workers: int = 2) -> dict[str, Row]:
-    """{"stem: name sm_80": row} for both targets."""
-    jobs = [(capability, name) for capability in sorted(SHARED_LIMIT) for name in _collect(capability, only)]
+def measure(
+    only: str | None,
+    capabilities: Sequence[int] = TARGETS,
+    names: Sequence[str] | None = None,
+    num_workers: int = 2,
+) -> dict[str, Row]:
+    """{"stem: name sm_80": row} of every kernel, or of those `names` ("stem: name") alone."""
+    jobs = []
+    for capability in capabilities:
+        specs = _collect(capability, only)
+        if unknown := set(names or ()) - set(specs):
+            raise SystemExit(f"no rows of these names: {', '.join(sorted(unknown))}")
+        jobs += [(capability, name) for name in (names or specs)]
     spawn = multiprocessing.get_context("spawn")
     workers = min(num_workers, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
@@ -209,7 +222,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", metavar="STEM", help="one kernel file, such as flash_attention")
     parser.add_argument("--update", action="store_true", help="rewrite the snapshot of the running Triton")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
+    parser.add_argument("--capability", type=int, nargs="+", choices=SHARED_LIMIT, help="other GPUs")
+    parser.add_argument("--rows", metavar="NAME", nargs="+", help='these alone, such as "rotary: copy bf16"')
     args = parser.parse_args(argv)
+    partial = bool(args.capability or args.rows)
+    if args.update and partial:
+        parser.error("--update keeps all rows of both targets: no --capability, no --rows")
     if os.environ.get("TRITON_INTERPRET"):
         # read at the first `import triton`, which also decides what @triton.jit returns
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -217,7 +235,7 @@ def main(argv: list[str] | None = None) -> int:
         return subprocess.run(command, env=env).returncode
     import triton
 
-    rows = measure(args.only)
+    rows = measure(args.only, args.capability or TARGETS, args.rows)
     sys.stdout.write(_table(rows) + "\n")
     if args.json:
         _write(args.json, rows)
@@ -228,6 +246,8 @@ def main(argv: list[str] | None = None) -> int:
         others = {name: row for name, row in snapshot.items() if name not in _of_stem(snapshot, args.only)}
         _write(path, others | rows)
         verdict = f"wrote {path.name}"
+    elif partial:
+        verdict = "printed only"
     elif path.exists():
         problems += worsened(rows, _of_stem(snapshot, args.only))
         verdict = f"compared with {path.name}"
@@ -289,7 +309,9 @@ def _gated_specs(capability: int) -> Iterator[CompileSpec]:
 
 def _latent_attention_specs(capability: int) -> Iterator[CompileSpec]:
     m = _kernels("latent_attention")
-    precision = {"bf16": "tf32", "fp16": "tf32", "fp32": "ieee"}
+    torch, common = importlib.import_module("torch"), _kernels("_common")
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    precision = {name: common.input_precision(dtype) for name, dtype in dtypes.items()}
     for head_width in (64, 256):
         for dtype in DTYPES:
             itemsize = 4 if dtype == "fp32" else 2

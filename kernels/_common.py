@@ -1,4 +1,4 @@
-"""What all launchers share: compile options, the target, scratch memory for descriptors, checks."""
+"""What all launchers share: compile options, the target, scratch memory for descriptors, errors."""
 
 import functools
 
@@ -27,12 +27,16 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
 def allow_descriptors() -> None:
     """Give Triton the allocator that tensor descriptors made inside a kernel need.
 
     At every launch: Triton keeps it in a context variable, so a new thread starts without one.
     """
-    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
+    triton.set_allocator(_scratch)
 
 
 def use_descriptors(capability: int, *tensors: torch.Tensor) -> bool:
@@ -47,13 +51,16 @@ def use_descriptors(capability: int, *tensors: torch.Tensor) -> bool:
     )
 
 
-def check(condition: bool, name: str, wanted: str, got: torch.Tensor) -> None:
-    """ValueError that names the tensor, what it must be and what it is."""
-    if not condition:
-        raise ValueError(
-            f"{name} must be {wanted}, got {tuple(got.shape)} {got.dtype} "
-            f"with strides {got.stride()} on {got.device}"
-        )
+class Unsupported(ValueError):
+    """A well-posed problem that a kernel is not written for: impl="auto" takes the reference instead."""
+
+
+def mismatch(name: str, wanted: str, got: torch.Tensor) -> ValueError:
+    """The error that names the tensor, what it must be and what it is."""
+    return ValueError(
+        f"{name} must be {wanted}, got {tuple(got.shape)} {got.dtype} "
+        f"with strides {got.stride()} on {got.device}"
+    )
 
 
 @triton.jit

@@ -27,6 +27,8 @@ every block (sm_80), so the last ones have a loop of their own.
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -34,10 +36,11 @@ import triton.language as tl
 from nvembed_fast.kernels._common import (
     COMPILE_OPTIONS,
     LOG2E,
+    Unsupported,
     allow_descriptors,
     capability,
-    check,
     input_precision,
+    mismatch,
     use_descriptors,
 )
 from nvembed_fast.kernels.layout import SeqLayout
@@ -45,6 +48,8 @@ from nvembed_fast.kernels.layout import SeqLayout
 __all__ = ["flash_attention"]
 
 LN2 = tl.constexpr(0.6931471805599453)
+MIN_HEAD_WIDTH, MAX_HEAD_WIDTH = 16, 256
+MAX_GROUP = 64  # query heads per key/value head: they share a tile
 
 
 @triton.jit
@@ -99,7 +104,8 @@ def _attend(
     return b_m_new, b_l, b_acc
 
 
-@triton.jit
+# the number of tokens changes with every batch: specialising on it would only compile the same code again
+@triton.jit(do_not_specialize=["stride_ln"])
 def _flash_attention_fwd_kernel(
     q_ptr, stride_qt, stride_qn,
     k_ptr, stride_kt, stride_kg,
@@ -179,6 +185,7 @@ def _flash_attention_fwd_kernel(
         tl.store(out_ptr + o_out, b_out, mask=m_m[:, None] & (o_h < H)[None, :])
 
 
+@functools.cache
 def _launch_config(
     capability: int, head_width: int, group: int, dtype: torch.dtype, max_length: int, aligned: bool = True
 ) -> dict[str, int | bool]:
@@ -218,20 +225,31 @@ def _launch_config(
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SeqLayout, scale: float) -> None:
-    check(q.ndim == 3 and q.shape[0] == layout.num_tokens, "q", f"[{layout.num_tokens}, N, H]", q)
+    if q.ndim != 3 or q.shape[0] != layout.num_tokens:
+        raise mismatch("q", f"[{layout.num_tokens}, N, H]", q)
     num_heads, width = q.shape[1:]
-    check(16 <= width <= 256, "q", "[T, N, H] with H from 16 to 256", q)
-    wanted = f"[{layout.num_tokens}, G, {width}]"
-    check(k.ndim == 3 and k.shape[0] == q.shape[0] and k.shape[2] == width, "k", wanted, k)
-    check(v.shape == k.shape, "v", f"{list(k.shape)} like k", v)
+    if k.ndim != 3 or k.shape[0] != q.shape[0] or k.shape[2] != width:
+        raise mismatch("k", f"[{layout.num_tokens}, G, {width}]", k)
+    if v.shape != k.shape:
+        raise mismatch("v", f"{list(k.shape)} like k", v)
     num_kv_heads = k.shape[1]
-    fits = num_kv_heads > 0 and num_heads % num_kv_heads == 0 and 0 < num_heads // num_kv_heads <= 64
-    check(fits, "q", f"[T, N, H] with N from 1 to 64 times the {num_kv_heads} heads of k", q)
+    if not num_kv_heads or not num_heads or num_heads % num_kv_heads:
+        raise mismatch("q", f"[T, N, H] with N a multiple of the {num_kv_heads} heads of k", q)
     for name, t in (("q", q), ("k", k), ("v", v)):
-        check(t.dtype in (torch.float16, torch.bfloat16, torch.float32), name, "fp16, bf16 or fp32", t)
-        check(t.dtype == q.dtype, name, f"{q.dtype} like q", t)
-        check(t.device == layout.cu_seqlens.device, name, f"on {layout.cu_seqlens.device} like the layout", t)
-        check(t.stride(2) == 1, name, "strided with contiguous heads (last stride 1)", t)
+        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            raise mismatch(name, "fp16, bf16 or fp32", t)
+        if t.dtype != q.dtype:
+            raise mismatch(name, f"{q.dtype} like q", t)
+        if t.device != layout.cu_seqlens.device:
+            raise mismatch(name, f"on {layout.cu_seqlens.device} like the layout", t)
+        if t.stride(2) != 1:
+            raise mismatch(name, "strided with contiguous heads (last stride 1)", t)
+    if not MIN_HEAD_WIDTH <= width <= MAX_HEAD_WIDTH:
+        limits = f"from {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}"
+        raise Unsupported(f"q must have heads {limits} wide for this kernel, got {width}")
+    if num_heads // num_kv_heads > MAX_GROUP:
+        group = num_heads // num_kv_heads
+        raise Unsupported(f"q must have at most {MAX_GROUP} heads per head of k for this kernel, got {group}")
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
 
@@ -246,7 +264,8 @@ def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[to
     group = num_heads // num_kv_heads
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v, out)
-    config = _launch_config(sm, width, group, q.dtype, layout.max_length, aligned)
+    longest = triton.next_power_of_2(max(layout.max_length, 1))  # few values, so that few are cached
+    config = _launch_config(sm, width, group, q.dtype, longest, aligned)
     if config["USE_TMA"]:
         allow_descriptors()
     tiles = layout.tiles(config["BLOCK_T"])

@@ -7,11 +7,13 @@ has several 16-byte loads in flight. Everything between load and store is fp32.
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, check, double_gelu
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, double_gelu, mismatch
 
 __all__ = ["geglu", "swiglu"]
 
@@ -48,6 +50,7 @@ def _gated_fwd_kernel(
     tl.store(out_ptr + o_t * stride_ot + o_f, b_out, mask=m_tf)
 
 
+@functools.cache
 def _launch_config(width: int) -> dict[str, int]:
     """Tile and warps: 16 elements of each half per thread (two 16-byte loads in 16 bits)."""
     block_f = min(2048, triton.next_power_of_2(width))
@@ -55,10 +58,10 @@ def _launch_config(width: int) -> dict[str, int]:
 
 
 def _check(name: str, x: torch.Tensor) -> None:
-    check(x.ndim == 2 and x.stride(1) == 1, name, "[T, 2F] with contiguous rows", x)
-    check(
-        x.shape[1] >= 2 and x.shape[1] % 2 == 0, name, "[T, 2F] with an even, positive number of columns", x
-    )
+    if x.ndim != 2 or x.stride(1) != 1:
+        raise mismatch(name, "[T, 2F] with contiguous rows", x)
+    if x.shape[1] < 2 or x.shape[1] % 2:
+        raise mismatch(name, "[T, 2F] with an even, positive number of columns", x)
 
 
 def _gated_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:

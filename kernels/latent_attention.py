@@ -26,6 +26,8 @@ No tile depends on T, so a token's bits do not depend on its batch.
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -33,10 +35,11 @@ import triton.language as tl
 from nvembed_fast.kernels._common import (
     COMPILE_OPTIONS,
     LOG2E,
+    Unsupported,
     allow_descriptors,
     capability,
-    check,
     input_precision,
+    mismatch,
     use_descriptors,
 )
 
@@ -180,6 +183,7 @@ def _latent_weights_fwd_kernel(
             tl.store(p_ptrs + i_piece * BLOCK_L, b_p.to(p_ptr.dtype.element_ty), mask=m_t)
 
 
+@functools.cache
 def _launch_config(num_latents: int, head_width: int, itemsize: int, sm: int) -> dict[str, int]:
     """Tiles of the direct kernel for capability `sm`; descriptors (TMA) for 16-bit data where it has them."""
     block_h = max(16, triton.next_power_of_2(head_width))
@@ -192,7 +196,8 @@ def _launch_config(num_latents: int, head_width: int, itemsize: int, sm: int) ->
         num_warps, num_stages = 8, 3 if block_h <= 64 else 2
     else:
         block_t, block_l = (128, 64) if block_h <= 128 else (64, 32)
-        num_warps, num_stages = 8, 3
+        # 8.6, 8.9 and 12.0 have 99 KB of shared memory for a program, 8.0 has 163
+        num_warps, num_stages = 8, 3 if sm == 80 or block_h <= 128 else 2
     return {
         "BLOCK_T": block_t,
         "BLOCK_L": min(block_l, max(16, triton.next_power_of_2(num_latents))),
@@ -203,6 +208,7 @@ def _launch_config(num_latents: int, head_width: int, itemsize: int, sm: int) ->
     }
 
 
+@functools.cache
 def _weights_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str, int]:
     """Tiles of the fused softmax for capability `sm`; descriptors (TMA) for 16-bit data where it has them."""
     use_tma = itemsize == 2 and use_descriptors(sm)
@@ -221,24 +227,29 @@ def _weights_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-    check(q.ndim == 3 and q.stride(2) == 1, "q", "[T, N, H] with a last stride of 1", q)
+    if q.ndim != 3 or q.stride(2) != 1:
+        raise mismatch("q", "[T, N, H] with a last stride of 1", q)
     num_heads, head_width = q.shape[1:]
     for name, t in (("k", k), ("v", v)):
         fits = t.ndim == 3 and t.shape[0] > 0 and t.shape[1:] == q.shape[1:] and t.shape[0] == k.shape[0]
-        fits = fits and t.dtype == q.dtype and t.device == q.device and t.stride(2) == 1
-        wanted = f"[L, {num_heads}, {head_width}] {q.dtype} on {q.device} with a last stride of 1"
-        check(fits, name, wanted, t)
-    if scale <= 0:
-        raise ValueError(f"scale must be positive, got {scale}")
+        if not fits or t.dtype != q.dtype or t.device != q.device or t.stride(2) != 1:
+            wanted = f"[L, {num_heads}, {head_width}] {q.dtype} on {q.device} with a last stride of 1"
+            raise mismatch(name, wanted, t)
+    if not 0 < scale < float("inf"):
+        raise ValueError(f"scale must be positive and finite, got {scale}")
 
 
 def _check_absorbed(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> None:
-    check(x.ndim == 2 and x.shape[1] > 0 and x.stride(1) == 1, "x", "[T, D] with contiguous rows", x)
+    if x.ndim != 2 or x.shape[1] == 0 or x.stride(1) != 1:
+        raise mismatch("x", "[T, D] with contiguous rows", x)
     fits = a.ndim == 2 and a.shape[1] == x.shape[1] and a.dtype == x.dtype and a.device == x.device
-    wanted = f"[N * L, {x.shape[1]}] {x.dtype} on {x.device} with contiguous rows"
-    check(fits and a.stride(1) == 1, "a", wanted, a)
-    fits = num_heads > 0 and a.shape[0] % num_heads == 0 and 0 < a.shape[0] <= num_heads * MAX_LATENTS
-    check(fits, "a", f"[N * L, D] with N = {num_heads} and 1 <= L <= {MAX_LATENTS}", a)
+    if not fits or a.stride(1) != 1:
+        raise mismatch("a", f"[N * L, {x.shape[1]}] {x.dtype} on {x.device} with contiguous rows", a)
+    if num_heads <= 0 or a.shape[0] == 0 or a.shape[0] % num_heads:
+        raise mismatch("a", f"[N * L, D] with N = {num_heads} and L >= 1", a)
+    if a.shape[0] > num_heads * MAX_LATENTS:
+        num_latents = a.shape[0] // num_heads
+        raise Unsupported(f"a must have at most {MAX_LATENTS} latents for this kernel, got {num_latents}")
 
 
 def _latent_attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -247,7 +258,7 @@ def _latent_attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sca
     if num_tokens == 0:
         return out
     sm = capability(q.device)
-    config = _launch_config(len(k), head_width, q.itemsize, sm)
+    config = dict(_launch_config(len(k), head_width, q.itemsize, sm))
     config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v)
     if config["USE_TMA"]:
         allow_descriptors()
@@ -299,7 +310,7 @@ def _latent_weights_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> tor
     if num_tokens == 0:
         return p
     sm = capability(x.device)
-    config = _weights_launch_config(num_latents, x.itemsize, sm)
+    config = dict(_weights_launch_config(num_latents, x.itemsize, sm))
     config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, x, a)
     if config["USE_TMA"]:
         allow_descriptors()
@@ -343,6 +354,6 @@ def absorbed_latent_attention(
     """Triton version of `reference.absorbed_latent_attention`: same arguments, same result."""
     _check_absorbed(x, a, num_heads)
     for name, t, shape in (("b", b, (a.shape[0], x.shape[1])), ("residual", residual, x.shape)):
-        fits = t.shape == shape and t.dtype == x.dtype and t.device == x.device
-        check(fits, name, f"{tuple(shape)} {x.dtype} on {x.device}", t)
+        if t.shape != shape or t.dtype != x.dtype or t.device != x.device:
+            raise mismatch(name, f"{tuple(shape)} {x.dtype} on {x.device}", t)
     return torch.addmm(residual, _latent_weights_fwd(x, a, num_heads), b)

@@ -20,9 +20,18 @@ __all__ = ["Run", "SeqLayout"]
 class Run(NamedTuple):
     """Neighbouring sequences of one length: a [num_seqs, length] block without padding."""
 
-    first_row: int
+    first_seq: int
     num_seqs: int
     length: int
+    first_row: int
+
+    @property
+    def seqs(self) -> slice:
+        return slice(self.first_seq, self.first_seq + self.num_seqs)
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.first_row, self.first_row + self.num_seqs * self.length)
 
 
 class SeqLayout:
@@ -82,11 +91,11 @@ class SeqLayout:
         """Neighbouring sequences of equal length, merged; empty ones left out. Few when sorted by length."""
         if "runs" not in self._cache:
             runs: list[Run] = []
-            for start, length in zip(self._starts.tolist(), self.lengths, strict=False):
-                if length and runs and runs[-1].length == length:
+            for seq, (start, length) in enumerate(zip(self._starts.tolist(), self.lengths, strict=False)):
+                if runs and runs[-1].length == length and runs[-1].seqs.stop == seq:
                     runs[-1] = runs[-1]._replace(num_seqs=runs[-1].num_seqs + 1)
                 elif length:
-                    runs.append(Run(start, 1, length))
+                    runs.append(Run(seq, 1, length, start))
             self._cache["runs"] = runs
         return self._cache["runs"]
 

@@ -13,11 +13,13 @@ batch, and its bits never change. Nothing is atomic.
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, check, double_gelu
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, double_gelu, mismatch
 from nvembed_fast.kernels.layout import SeqLayout
 
 __all__ = ["mean_pool", "mean_pool_geglu"]
@@ -107,6 +109,7 @@ def _mean_pool_combine_kernel(
     tl.store(out_ptr + i_seq * stride_ob + o_d, b_out, mask=m_d)
 
 
+@functools.cache
 def _launch_config(width: int, geglu: bool) -> dict[str, int]:
     """Tile and warps: four 16-byte loads of 16-bit data in flight per thread, from one or from two tensors.
 
@@ -121,6 +124,7 @@ def _launch_config(width: int, geglu: bool) -> dict[str, int]:
     }
 
 
+@functools.cache
 def _combine_launch_config(width: int) -> dict[str, int]:
     """BLOCK_T partial sums at once: 16384 tokens need a single step, and the step is all latency."""
     return {"BLOCK_T": 32, "BLOCK_D": min(64, triton.next_power_of_2(width)), "num_warps": 4}
@@ -130,17 +134,17 @@ def _check(
     name: str, x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool
 ) -> None:
     num_tokens = layout.num_tokens
-    wanted = (
-        f"[{num_tokens}, {'2F' if geglu else 'D'}] on {layout.device} as the layout says, contiguous rows"
-    )
     fits = x.ndim == 2 and x.shape[0] == num_tokens and x.device == layout.cu_seqlens.device
-    check(fits and x.shape[1] > 0 and x.stride(1) == 1, name, wanted, x)
-    if geglu:
-        check(x.shape[1] % 2 == 0, name, "[T, 2F] with an even number of columns", x)
+    if not fits or x.shape[1] == 0 or x.stride(1) != 1:
+        columns = "2F" if geglu else "D"
+        wanted = f"[{num_tokens}, {columns}] on {layout.device} as the layout says, contiguous rows"
+        raise mismatch(name, wanted, x)
+    if geglu and x.shape[1] % 2:
+        raise mismatch(name, "[T, 2F] with an even number of columns", x)
     if pool_mask is not None:
         fits = pool_mask.shape == (num_tokens,) and pool_mask.dtype == torch.bool
-        fits = fits and pool_mask.device == x.device and pool_mask.is_contiguous()
-        check(fits, "pool_mask", f"[{num_tokens}] torch.bool on {x.device}, contiguous", pool_mask)
+        if not fits or pool_mask.device != x.device or not pool_mask.is_contiguous():
+            raise mismatch("pool_mask", f"[{num_tokens}] torch.bool on {x.device}, contiguous", pool_mask)
 
 
 def _mean_pool_fwd(

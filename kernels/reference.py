@@ -8,14 +8,17 @@ Dimensions: B sequences, T packed tokens, D model width, N query heads, G
 key/value heads, H head width, L latents, F feed-forward width.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
 from nvembed_fast.kernels.layout import SeqLayout
 
-# CPU libraries sum a product of very few rows in another order than one of many, per thread
-_LEAST_ROWS_PER_THREAD = 8
+# CPU libraries sum a product of very few rows per thread in another order than one of many. Beyond MOST the
+# padding would cost more than that is worth: one text on a machine of many cores
+_LEAST_ROWS_PER_THREAD, _MOST_PADDED_ROWS = 8, 64
 _ATTENTION_ROWS = 32
 
 
@@ -37,7 +40,8 @@ def _enough_rows(x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
     """x with rows of zeros added, on a CPU, until libraries treat every row alike."""
     if x.device.type != "cpu":
         return x
-    rows = max(len(x), _LEAST_ROWS_PER_THREAD * torch.get_num_threads())
+    least = min(_LEAST_ROWS_PER_THREAD * torch.get_num_threads(), _MOST_PADDED_ROWS)
+    rows = max(len(x), least)
     rows = -(-rows // multiple) * multiple
     return x if rows == len(x) else F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)))
 
@@ -67,9 +71,9 @@ def flash_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     outs, lses = [], []
-    for first_row, num_seqs, length in layout.runs():
-        rows = slice(first_row, first_row + num_seqs * length)
-        q_run, k_run, v_run = (rearrange(t[rows], "(b s) n h -> b n s h", b=num_seqs) for t in (q, k, v))
+    for run in layout.runs():
+        parts = (rearrange(t[run.rows], "(b s) n h -> b n s h", b=run.num_seqs) for t in (q, k, v))
+        q_run, k_run, v_run = parts
         out = F.scaled_dot_product_attention(
             q_run, k_run, v_run, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -157,14 +161,7 @@ def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None
     Returns:
         [B, D] fp32 (float64 for float64). A sequence that keeps no token gives zeros, never NaN.
     """
-    wide = torch.promote_types(x.dtype, torch.float32)
-    seq_of_token = layout.seq_of_token().long()
-    keep = torch.ones_like(seq_of_token, dtype=torch.bool) if pool_mask is None else pool_mask
-    count = torch.zeros(len(layout), dtype=wide, device=x.device).index_add(0, seq_of_token, keep.to(wide))
-    # where, not a product: 0 * NaN is NaN
-    kept = torch.where(keep[:, None], x.to(wide), 0.0)
-    total = torch.zeros(len(layout), x.shape[1], dtype=wide, device=x.device).index_add(0, seq_of_token, kept)
-    return total / count.clamp_min(1)[:, None]
+    return _pool(x, layout, pool_mask, width=x.shape[1])
 
 
 def mean_pool_geglu(
@@ -181,8 +178,30 @@ def mean_pool_geglu(
     Returns:
         [B, F] fp32 (float64 for float64); the product is formed in that type and rounded nowhere.
     """
-    wide = torch.promote_types(value_gate.dtype, torch.float32)
-    return mean_pool(geglu(value_gate.to(wide)), layout, pool_mask)
+    return _pool(value_gate, layout, pool_mask, width=value_gate.shape[1] // 2, transform=geglu)
+
+
+def _pool(
+    x: torch.Tensor,
+    layout: SeqLayout,
+    pool_mask: torch.Tensor | None,
+    width: int,
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """[B, width] means of transform(x), run by run, so that nothing wide of all T tokens exists at once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    means = torch.zeros(len(layout), width, dtype=wide, device=x.device)
+    for run in layout.runs():
+        values = x[run.rows].to(wide)
+        values = values if transform is None else transform(values)
+        values = rearrange(values, "(b s) d -> b s d", b=run.num_seqs)
+        if pool_mask is None:
+            means[run.seqs] = values.sum(1) / run.length
+        else:
+            keep = rearrange(pool_mask[run.rows], "(b s) -> b s 1", b=run.num_seqs)
+            # where, not a product: 0 * NaN is NaN
+            means[run.seqs] = torch.where(keep, values, 0.0).sum(1) / keep.sum(1).clamp_min(1)
+    return means
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -8,11 +8,13 @@ The tile follows from D alone, so a row's result never depends on the others.
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, check
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, Unsupported, mismatch
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -51,6 +53,7 @@ def _rms_norm_fwd_kernel(
     tl.store(y_ptr + o_t * stride_yt + o_d, b_y, mask=m_td)
 
 
+@functools.cache
 def _launch_config(width: int) -> dict[str, int]:
     """Tile and warps: 16 elements of every tensor per thread (two or four 16-byte loads), full warps."""
     block_d = triton.next_power_of_2(width)
@@ -60,15 +63,19 @@ def _launch_config(width: int) -> dict[str, int]:
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
-    check(x.ndim == 2 and x.stride(1) == 1, "x", "[T, D] with contiguous rows", x)
+    if x.ndim != 2 or x.stride(1) != 1 or x.shape[1] == 0:
+        raise mismatch("x", "[T, D] with contiguous rows and D > 0", x)
     width = x.shape[1]
-    check(0 < width <= MAX_WIDTH, "x", f"[T, D] with 1 <= D <= {MAX_WIDTH}", x)
+    if width > MAX_WIDTH:
+        raise Unsupported(f"x must have at most {MAX_WIDTH} columns for this kernel, got {width}")
     fits = weight.shape == (width,) and weight.dtype == x.dtype and weight.device == x.device
-    check(fits and weight.stride(0) == 1, "weight", f"[{width}] {x.dtype} on {x.device}, contiguous", weight)
+    if not fits or weight.stride(0) != 1:
+        raise mismatch("weight", f"[{width}] {x.dtype} on {x.device}, contiguous", weight)
     if residual is not None:
         fits = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
-        wanted = f"{tuple(x.shape)} {x.dtype} on {x.device} as x, with contiguous rows"
-        check(fits and residual.stride(1) == 1, "residual", wanted, residual)
+        if not fits or residual.stride(1) != 1:
+            wanted = f"{tuple(x.shape)} {x.dtype} on {x.device} as x, with contiguous rows"
+            raise mismatch("residual", wanted, residual)
 
 
 def _rms_norm_fwd(

@@ -7,11 +7,13 @@ In place the values, and any head that does not turn, are never touched.
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, check
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, mismatch
 
 __all__ = ["rotary"]
 
@@ -53,6 +55,7 @@ def _rotary_fwd_kernel(
     tl.store(out_ptr + o_out + HALF, b_out_second, mask=m_nh)
 
 
+@functools.cache
 def _launch_config(num_heads: int, head_width: int) -> dict[str, int]:
     """Tile over the heads to write, and warps: 32 elements per thread, half of them from each half."""
     block_n = triton.next_power_of_2(num_heads)
@@ -73,17 +76,21 @@ def _check(
 ) -> None:
     if inplace and qkv.requires_grad:
         raise ValueError("rotary(inplace=True) would overwrite a tensor that needs a gradient")
-    check(qkv.ndim == 3 and qkv.stride(2) == 1, "qkv", "[T, heads, H] with contiguous heads", qkv)
+    if qkv.ndim != 3 or qkv.stride(2) != 1:
+        raise mismatch("qkv", "[T, heads, H] with contiguous heads", qkv)
     num_tokens, num_heads, head_width = qkv.shape
-    check(head_width >= 2 and head_width % 2 == 0, "qkv", "[T, heads, H] with an even H", qkv)
+    if head_width < 2 or head_width % 2:
+        raise mismatch("qkv", "[T, heads, H] with an even H", qkv)
     for name, table in (("cos", cos), ("sin", sin)):
         fits = table.ndim == 2 and table.shape == (cos.shape[0], head_width // 2)
         fits = fits and table.dtype == torch.float32 and table.device == qkv.device
-        wanted = f"[P, {head_width // 2}] torch.float32 on {qkv.device} with contiguous rows"
-        check(fits and table.stride(1) == 1, name, wanted, table)
+        if not fits or table.stride(1) != 1:
+            wanted = f"[P, {head_width // 2}] torch.float32 on {qkv.device} with contiguous rows"
+            raise mismatch(name, wanted, table)
     fits = positions.shape == (num_tokens,) and positions.dtype == torch.int32
     fits = fits and positions.device == qkv.device and positions.is_contiguous()
-    check(fits, "positions", f"[{num_tokens}] torch.int32 on {qkv.device}, contiguous", positions)
+    if not fits:
+        raise mismatch("positions", f"[{num_tokens}] torch.int32 on {qkv.device}, contiguous", positions)
     if not 0 <= num_rotated <= num_heads:
         raise ValueError(f"num_rotated must be between 0 and the {num_heads} heads of qkv, got {num_rotated}")
 

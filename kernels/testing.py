@@ -146,7 +146,7 @@ POOL_CASES = (
     PoolCase("empty-middle", EMPTY_MIDDLE, 64),
     PoolCase("no-mask", (16, 16), 128, masked=False),
     PoolCase("no-tile-divides", (77, 131), 77),
-    PoolCase("long", (3000,), 16),
+    PoolCase("long", (3000,), 128),
     PoolCase("nvembed-32x512", (512,) * 32, 4096, bench=True),
     PoolCase("nvembed-512x32", (32,) * 512, 4096, bench=True),
     PoolCase("nvembed-1x16384", (16384,), 4096, bench=True),
@@ -246,7 +246,8 @@ def assert_parity(name: str, got: torch.Tensor, low: torch.Tensor, high: torch.T
         low: the reference run in the dtype of `got`; its error is what the dtype costs.
         high: the reference run in float64 on the same, already rounded, inputs.
 
-    Max error (2x eager) catches one wrong element, RMS error (1x eager) a wrong accumulator.
+    The largest error (2x eager, and 2 eps of the largest value) catches one wrong element; the RMS error (1x
+    eager, 1.25x in fp32, and an eighth of eps) a wrong accumulator.
     """
     assert got.shape == low.shape == high.shape and got.dtype == low.dtype, f"{name}: shape or dtype"
     assert got.numel() > 0, f"{name}: nothing to compare, so this test proves nothing"

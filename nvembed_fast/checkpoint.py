@@ -21,6 +21,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +58,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # buffers that older versions of transformers stored along with the weights
 HARMLESS = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_SHORT_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 _PIECE_BYTES = 64 * 2**20
 _BAR_AFTER_S = 2.0
 
@@ -134,7 +136,10 @@ def check_device(device: str | torch.device) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if found.type == "cuda" and (found.index or 0) >= count:
         have = f"only {count} CUDA device(s), from cuda:0" if count else "no CUDA device"
-        raise ValueError(f"device {str(device)!r} is not there: torch {torch.__version__} finds {have}")
+        raise ValueError(
+            f"device {str(device)!r} is not there: torch {torch.__version__} finds {have}. "
+            "Use device='cpu', or a torch built for CUDA on a machine with a GPU"
+        )
     try:
         torch.empty(0, device=found)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -146,10 +151,13 @@ def check_device(device: str | torch.device) -> torch.device:
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A dtype that weights can have, from itself or its name, or a ValueError."""
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    found = dtype
+    if isinstance(dtype, str):
+        name = dtype.removeprefix("torch.")
+        found = getattr(torch, _SHORT_NAMES.get(name, name), None)
     if found not in _DTYPES.values():
         names = ", ".join(_name(d) for d in _DTYPES.values())
-        raise ValueError(f"dtype {dtype!r} cannot hold the weights: use one of {names}")
+        raise ValueError(f"dtype must be one of {names}, got {dtype!r}")
     return found
 
 
@@ -457,8 +465,10 @@ def save_model(
 ) -> None:
     """Write a model as a published checkpoint directory; `load_model` gives it back bit for bit.
 
-    Everything is written aside and then renamed, config.json last: a directory without it is no model, so an
-    interruption never leaves one that loads but is wrong. Weights of an earlier save are replaced.
+    Everything is written aside and then renamed in place of an earlier save. An error or an interruption
+    leaves the directory with the whole old model (nothing, where there was none) or, from the last rename on,
+    the whole new one. A killed process may leave `.saving-*` (new) and `.old-*` (old) in it, never a mix that
+    loads.
 
     Args:
         model: the model, on any device.
@@ -469,7 +479,8 @@ def save_model(
 
     Raises:
         ValueError: a weight does not fit the dtype, or is NaN or Inf.
-        OSError: the files cannot be written.
+        OSError: the files cannot be written; or an old model cannot be put back, and the two folders that
+            hold the rest of the old and the new one are named.
     """
     directory = Path(directory)
     table = published_tensors(model.config)
@@ -478,29 +489,51 @@ def save_model(
     config = replace(model.config, torch_dtype=_name(dtype))
     copies = [Path(p) for p in tokenizer_files]
 
-    existed = directory.is_dir()
-    directory.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+    with _created(directory):
+        aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
+        retired = aside.with_name(aside.name.replace(".saving-", ".old-"))
+        try:
+            shards = _shards(table, dtype, max_shard_bytes)
+            for file, names in shards.items():
+                tensors = {name: _published_value(name, table[name], parameters, dtype) for name in names}
+                save_file(tensors, aside / file, metadata={"format": "pt"})
+                # safetensors writes for the owner alone; the directory says who may read
+                (aside / file).chmod(ordinary_mode())
+            if len(shards) > 1:
+                weight_map = {name: file for file, names in shards.items() for name in names}
+                total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+                _write_json(aside / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            for path in copies:
+                shutil.copyfile(path, aside / path.name)
+            _write_json(aside / CONFIG_FILE, config.to_dict())
+            _exchange(directory, aside, retired)
+        except BaseException as error:
+            if not retired.exists():  # else both folders still hold files
+                shutil.rmtree(aside, ignore_errors=True)
+            if isinstance(error, SafetensorError):
+                raise OSError(f"cannot write the weights to {directory}: {error}") from error
+            raise
+
+
+@contextmanager
+def _created(directory: Path) -> Iterator[None]:
+    """The directory, made with its parents; on an error those made here are removed again, if empty."""
+    made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
-        shards = _shards(table, dtype, max_shard_bytes)
-        for file, names in shards.items():
-            tensors = {name: _published_value(name, table[name], parameters, dtype) for name in names}
-            save_file(tensors, aside / file, metadata={"format": "pt"})
-        if len(shards) > 1:
-            weight_map = {name: file for file, names in shards.items() for name in names}
-            total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-            _write_json(aside / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for path in copies:
-            shutil.copyfile(path, aside / path.name)
-        _write_json(aside / CONFIG_FILE, config.to_dict())
-        _move_into(directory, aside)
-    except BaseException as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if not existed:
-            shutil.rmtree(directory, ignore_errors=True)
-        if isinstance(error, SafetensorError):
-            raise OSError(f"cannot write the weights to {directory}: {error}") from error
+        directory.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):
+                path.rmdir()
         raise
+
+
+def ordinary_mode() -> int:
+    """The mode of an ordinary new file."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o666 & ~mask
 
 
 def _shards(table: dict[str, Slot], dtype: torch.dtype, max_bytes: int) -> dict[str, list[str]]:
@@ -533,15 +566,43 @@ def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _move_into(directory: Path, aside: Path) -> None:
-    new = sorted((p.name for p in aside.iterdir()), key=lambda name: name == CONFIG_FILE)
-    (directory / CONFIG_FILE).unlink(missing_ok=True)
-    for old in directory.iterdir():
-        if _WEIGHT_FILES.fullmatch(old.name) and old.name not in new:
-            old.unlink()
-    for name in new:
-        os.replace(aside / name, directory / name)
-    aside.rmdir()
+def _exchange(directory: Path, aside: Path, retired: Path) -> None:
+    """Move the old model's files to `retired`, those of `aside` into their place, and delete the old.
+
+    On an error before the last rename the old files are put back. A directory without config.json is no
+    model: it leaves first and comes last, both ways, so that no moment shows a mix that loads.
+    """
+    new = sorted(os.listdir(aside), key=lambda name: name == CONFIG_FILE)
+    old = [name for name in os.listdir(directory) if name in new or _WEIGHT_FILES.fullmatch(name)]
+    old.sort(key=lambda name: name != CONFIG_FILE)
+    try:
+        retired.mkdir()
+        _move(old, directory, retired)
+        _move(new, aside, directory)
+        shutil.rmtree(retired)
+        aside.rmdir()
+    except BaseException:
+        # what was moved is read from the disk: an interruption may come right after a rename
+        if not (aside / CONFIG_FILE).exists():
+            shutil.rmtree(retired, ignore_errors=True)
+            raise
+        try:
+            _move([name for name in new if not (aside / name).exists()], directory, aside)
+            # lexists: a hub snapshot's files are relative links, which point nowhere from `retired`
+            _move([name for name in reversed(old) if os.path.lexists(retired / name)], retired, directory)
+            with suppress(FileNotFoundError):
+                retired.rmdir()
+        except BaseException as error:
+            raise OSError(
+                f"saving to {directory} failed, and so did putting the old model back ({error!r}): files of "
+                f"the old one are in {retired}, of the new one in {aside}, the rest of both in {directory}"
+            ) from error
+        raise
+
+
+def _move(names: Iterable[str], source: Path, target: Path) -> None:
+    for name in names:
+        os.replace(source / name, target / name)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -5,8 +5,10 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 from nvembed_fast import __version__, checkpoint, ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.encoder import NVEmbed, query_instruction
+from nvembed_fast.latent_head import LatentHead
 
 __all__ = ["main"]
 
@@ -37,7 +40,7 @@ examples:
     "init": """\
 examples:
   nvembed-fast init ./Mistral-7B-v0.1 -o ./my-model
-  nvembed-fast init SmolLM2-135M-Instruct.Q4_1.gguf -o ./small-model --latents 256""",
+  nvembed-fast init SmolLM2-135M-Instruct.Q4_1.gguf -o ./small-model --num-latents 256""",
     "info": """\
 examples:
   nvembed-fast info
@@ -85,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     encode = command("encode", _encode, "Embed the texts of a file into a .npy array, one row a text.")
-    encode.add_argument("file", help="one text a line, or .jsonl; - reads standard input")
+    encode.add_argument("file", help="one text a line, or JSON lines; - reads standard input")
     encode.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT.npy", help="fp32 [texts, width]"
     )
@@ -98,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_model_options(encode)
 
     search = command("search", _search, "Rank the texts of a file by their likeness to each question.")
-    search.add_argument("file", help="one text a line, or .jsonl; - reads standard input")
+    search.add_argument("file", help="one text a line, or JSON lines; - reads standard input")
     search.add_argument("question", nargs="+")
     search.add_argument("--top", type=int, default=5, help="results a question (default: 5)")
     search.add_argument("--embeddings", type=Path, metavar="OUT.npy", help="of the same file, made by encode")
@@ -109,8 +112,8 @@ def _parser() -> argparse.ArgumentParser:
     init = command("init", _init, "Start a model from a Mistral or Llama decoder, with a fresh latent head.")
     init.add_argument("decoder", type=Path, help="a Hugging Face directory, or a .gguf file")
     init.add_argument("-o", "--output", required=True, type=Path, metavar="DIRECTORY")
-    init.add_argument("--latents", type=int, default=512, help="latents of the head (default: 512)")
-    init.add_argument("--heads", type=int, default=8, help="heads of the latent attention (default: 8)")
+    init.add_argument("--num-latents", type=int, default=512, help="latents of the head (default: 512)")
+    init.add_argument("--num-heads", type=int, default=8, help="heads of the latent attention (default: 8)")
     init.add_argument("--head-width", type=int, help="their width (default: 64 under 2048 hidden, else 4096)")
     init.add_argument("--seed", type=int, default=0, help="of the fresh head (default: 0)")
 
@@ -120,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_text_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--field", default="text", help="the key to read in .jsonl files (default: text)")
+    sub.add_argument("--field", help="read JSON lines, this key of each (default in .jsonl files: text)")
     sub.add_argument("--max-length", type=int, default=4096, help="tokens a text (default: 4096)")
     sub.add_argument("--max-batch-tokens", type=int, help="tokens a batch (default: by the device)")
 
@@ -133,7 +136,11 @@ def _add_model_options(sub: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("--impl", default="auto", help="auto, triton or torch (default: auto)")
     sub.add_argument("--latents", default="auto", help="auto, direct or absorbed (default: auto)")
-    sub.add_argument("--revision", help="of a hub id")
+    hub = sub.add_argument_group("when MODEL is a hub id")
+    hub.add_argument("--revision", help="branch, tag or commit")
+    hub.add_argument("--token", help="for gated models (default: the one of `hf auth login`)")
+    hub.add_argument("--cache-dir", help="where downloads are kept")
+    hub.add_argument("--local-files-only", action="store_true", help="download nothing")
 
 
 def _encode(arguments: argparse.Namespace) -> None:
@@ -141,9 +148,11 @@ def _encode(arguments: argparse.Namespace) -> None:
     texts = _read_texts(arguments.file, arguments.field)
     instruction = query_instruction(arguments.task) if arguments.task else arguments.instruction
     model = _load(arguments)
+    _note_empty(texts)
+    _check_space(arguments.output, 4 * len(texts) * model.config.hidden_size)
     vectors = model.encode(texts, instruction, output="numpy", **_encode_options(arguments))
     _save_npy(arguments.output, vectors)
-    print(f"{arguments.output}: {vectors.shape[0]} texts x {vectors.shape[1]}, float32")
+    print(f"{arguments.output}: float32 [{vectors.shape[0]}, {vectors.shape[1]}]")
 
 
 def _search(arguments: argparse.Namespace) -> None:
@@ -152,7 +161,7 @@ def _search(arguments: argparse.Namespace) -> None:
     texts = _read_texts(arguments.file, arguments.field)
     documents = None
     if arguments.embeddings:
-        documents = np.load(arguments.embeddings, allow_pickle=False)
+        documents = _load_npy(arguments.embeddings)
         if documents.ndim != 2 or len(documents) != len(texts):
             raise ValueError(
                 f"{arguments.embeddings} has shape {documents.shape}, but {arguments.file} has {len(texts)} "
@@ -161,6 +170,7 @@ def _search(arguments: argparse.Namespace) -> None:
     model = _load(arguments)
     options = _encode_options(arguments)
     if documents is None:
+        _note_empty(texts)
         documents = model.encode_document(texts, output="numpy", **options)
     elif documents.shape[1] != model.config.hidden_size:
         raise ValueError(
@@ -180,8 +190,8 @@ def _init(arguments: argparse.Namespace) -> None:
     init_model(
         arguments.decoder,
         arguments.output,
-        num_latents=arguments.latents,
-        num_heads=arguments.heads,
+        num_latents=arguments.num_latents,
+        num_heads=arguments.num_heads,
         head_width=arguments.head_width,
         seed=arguments.seed,
     )
@@ -189,6 +199,10 @@ def _init(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
+    # first, so that an error stands alone
+    config = None
+    if arguments.model:
+        config = NVEmbedConfig.from_file(checkpoint.resolve(arguments.model) / "config.json")
     print(f"nvembed-fast {__version__}, Python {sys.version.split()[0]}")
     for package in ("torch", "triton", "transformers", "tokenizers", "safetensors"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -200,15 +214,21 @@ def _info(arguments: argparse.Namespace) -> None:
         devices.append((f"cuda:{index}", name))
     for device, facts in devices:
         print(f"\n{device}: {facts}")
+        verdicts: dict[tuple[str, str], list[str]] = {}
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            impl, reason = ops.choose(torch.device(device), dtype)
-            print(f"  {str(dtype).removeprefix('torch.'):8} -> {impl} ({reason})")
-    print(f"\noperations: {', '.join(ops.NAMES)}")
-    if arguments.model:
-        config = NVEmbedConfig.from_file(checkpoint.resolve(arguments.model) / "config.json")
+            verdict = ops.choose(torch.device(device), dtype)
+            verdicts.setdefault(verdict, []).append(str(dtype).removeprefix("torch."))
+        for (impl, reason), dtypes in verdicts.items():
+            print(f"  in {', '.join(dtypes)} these take {impl}, because {reason}:")
+            print(textwrap.fill(", ".join(ops.NAMES), 100, initial_indent="    ", subsequent_indent="    "))
+    print("\nMatrix products are the library's. A shape beyond a kernel's limits takes torch.")
+    if config:
         shapes = [slot.shape for slot in checkpoint.published_tensors(config).values()]
         parameters = sum(int(np.prod(shape)) for shape in shapes)
         print(f"\n{arguments.model}: {parameters:,} parameters in {len(shapes)} tensors")
+        with torch.device("meta"):
+            form = LatentHead(config.latent_attention_config).form()
+        print(f"latents='auto' takes the {form} form: the cheaper one for these shapes")
         print(json.dumps(config.to_dict(), indent=2))
 
 
@@ -220,6 +240,9 @@ def _load(arguments: argparse.Namespace) -> NVEmbed:
         impl=arguments.impl,
         latents=arguments.latents,
         revision=arguments.revision,
+        token=arguments.token,
+        cache_dir=arguments.cache_dir,
+        local_files_only=arguments.local_files_only,
     )
 
 
@@ -227,38 +250,52 @@ def _encode_options(arguments: argparse.Namespace) -> dict:
     return {"max_length": arguments.max_length, "max_batch_tokens": arguments.max_batch_tokens}
 
 
-def _read_texts(file: str, field: str) -> list[str]:
-    """One text a line; of a .jsonl file the string under `field`. Errors name the file and the line."""
+def _read_texts(file: str, field: str | None) -> list[str]:
+    """One text a line, or the strings under `field` of JSON lines. Errors name the file and the line."""
     name = "standard input" if file == "-" else file
     try:
         with _opened(file) as lines:
             texts = [line.rstrip("\r\n") for line in lines]
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: {error}") from error
+    if field is None and file.endswith(".jsonl"):
+        field = "text"
+    if field is not None:
+        texts = [
+            _field(name, number, line, field) for number, line in enumerate(texts, start=1) if line.strip()
+        ]
     if not texts:
         raise ValueError(f"{name} holds no text")
-    if not file.endswith(".jsonl"):
-        return texts
-    records = []
-    for number, line in enumerate(texts, start=1):
-        try:
-            text = json.loads(line)[field]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{name}, line {number}: no JSON object with {field!r} ({error})") from error
-        if not isinstance(text, str):
-            raise ValueError(f"{name}, line {number}: {field!r} must be a string, got {type(text).__name__}")
-        records.append(text)
-    return records
+    return texts
+
+
+def _note_empty(texts: list[str]) -> None:
+    if empty := sum(not text.strip() for text in texts):
+        print(f"note: {empty} of the {len(texts)} texts are empty and are embedded as such", file=sys.stderr)
+
+
+def _field(name: str, number: int, line: str, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{name}, line {number}: not JSON ({error})") from error
+    if not isinstance(record, dict) or field not in record:
+        found = f"has {', '.join(map(repr, record))}" if isinstance(record, dict) else "is no JSON object"
+        raise ValueError(f"{name}, line {number}: no {field!r}, the line {found}; choose with --field")
+    if not isinstance(record[field], str):
+        kind = type(record[field]).__name__
+        raise ValueError(f"{name}, line {number}: {field!r} must be a string, got {kind}")
+    return record[field]
 
 
 @contextlib.contextmanager
 def _opened(file: str) -> Iterator:
     if file == "-":
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
         yield sys.stdin
     else:
-        # only line feeds end a text, whatever else a line holds
-        with open(file, encoding="utf-8", newline="\n") as lines:
+        # only line feeds end a text, whatever else a line holds; a byte order mark is no part of it
+        with open(file, encoding="utf-8-sig", newline="\n") as lines:
             yield lines
 
 
@@ -272,23 +309,32 @@ def _check_output(output: Path) -> None:
         raise PermissionError(f"the directory of --output cannot be written: {output.parent}")
 
 
+def _check_space(output: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if num_bytes > free:
+        raise OSError(f"{output} needs {num_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
+
+
 def _save_npy(output: Path, vectors: np.ndarray) -> None:
     """Write under a temporary name, then rename: the file is whole or absent."""
     handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
     try:
         with open(handle, "wb") as file:
             np.save(file, vectors)
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, checkpoint.ordinary_mode())
         os.replace(temporary, output)
-    except BaseException:
+    except BaseException as error:
         os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise OSError(f"cannot write {output}: {error.strerror or error}") from error
         raise
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _load_npy(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, allow_pickle=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is no .npy array made by nvembed-fast encode") from error
 
 
 if __name__ == "__main__":

@@ -148,7 +148,9 @@ class NVEmbedConfig:
     def from_file(cls, path: Path) -> "NVEmbedConfig":
         """Read config.json; errors name the file."""
         if not path.is_file():
-            raise FileNotFoundError(f"{path.parent} has no {path.name}: it is no model directory")
+            raise FileNotFoundError(
+                f"{path.parent} has no {path.name}: it is no model directory (nvembed-fast init makes one)"
+            )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             return cls.from_dict(raw)

@@ -180,7 +180,9 @@ def _open_gguf(file: Path) -> Decoder:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError(f"{file}: reading GGUF files needs the package gguf: pip install gguf") from error
+        raise ImportError(
+            f"{file}: reading GGUF files needs the package gguf: pip install 'nvembed-fast[demo]'"
+        ) from error
     try:
         reader = gguf.GGUFReader(file)
     except (ValueError, IndexError, KeyError, TypeError) as error:

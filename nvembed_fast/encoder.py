@@ -4,7 +4,8 @@ The way of a call of `encode`:
 
 1. Texts are taken in windows; while one window is on the device, a thread tokenises the next.
 2. A window is sorted by length and cut into batches by a budget of tokens, longest first.
-3. A batch is packed, without padding, and runs through the model. If memory runs out, it is halved.
+3. A batch is packed, without padding, and runs through the model. If a GPU's memory runs out, the budget is
+   halved from there on.
 4. Its vectors go to their places in the result: the caller's order is kept.
 
 A text's vector does not depend on what it is batched with.
@@ -28,14 +29,15 @@ from nvembed_fast import checkpoint, ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.latent_head import Latents, check_latents
 from nvembed_fast.model import NVEmbedModel
-from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, token_budget_batches
+from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, to_device, token_budget_batches
 from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
 
 __all__ = ["NVEmbed", "query_instruction"]
 
 MIN_MAX_LENGTH = 3  # a mark at each end and one token between them
-# texts tokenised at a time: the first window is small, so that the device starts at once
-_FIRST_WINDOW, _WINDOW = 1024, 8192
+# texts tokenised at a time: the first window is small, so that the device starts at once; and characters, so
+# that the ids of very long texts do not fill the memory
+_FIRST_WINDOW, _WINDOW, _WINDOW_CHARACTERS = 1024, 8192, 8_000_000
 _BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 _warned: dict[str, set[str]] = {}
 
@@ -196,21 +198,24 @@ class NVEmbed(nn.Module):
         _warn_unknown("encode", unknown)
         if output not in ("torch", "numpy"):
             raise ValueError(f"output must be 'torch' or 'numpy', got {output!r}")
-        if max_length < MIN_MAX_LENGTH:
-            raise ValueError(f"max_length must be at least {MIN_MAX_LENGTH}, got {max_length}")
+        _check_count("max_length", max_length, MIN_MAX_LENGTH)
         if max_batch_tokens is None:
             max_batch_tokens = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
+        _check_count("max_batch_tokens", max_batch_tokens, 1)
+        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
+            raise TypeError(f"prompts must be a string or texts, got {type(prompts).__name__}")
         single = isinstance(prompts, str)
         texts = check_texts([prompts] if single else prompts)
+        if not isinstance(instruction, str):
+            raise TypeError(f'instruction must be a string ("" for none), got {type(instruction).__name__}')
         check_texts([instruction], "instruction")
-        result = _Result(
-            len(texts), self.config.hidden_size, self.device, output == "numpy" or bool(return_numpy)
-        )
-        with _progress(len(texts), show_progress) as bar:
-            for first, window in self._tokenized_windows(texts, instruction, max_length):
-                for rows, vectors in self._run(window, max_batch_tokens):
-                    result.put([first + row for row in rows], vectors)
-                    bar.update(len(rows))
+        on_host = output == "numpy" or bool(return_numpy)
+        result = _Result(len(texts), self.config.hidden_size, self.device, on_host)
+        with _Progress(texts, max_length, show_progress) as progress:
+            windows = self._tokenized_windows(texts, instruction, max_length)
+            for indices, vectors in self._run(windows, max_batch_tokens):
+                result.put(indices, vectors)
+                progress.advance(indices)
         vectors = result.finish()
         return vectors[0] if single else vectors
 
@@ -263,6 +268,7 @@ class NVEmbed(nn.Module):
             in the model's dtype, zeros at pads.
         """
         with self._computing():
+            _check_ids(input_ids, self.config.text_config.vocab_size)
             batch, places = from_padded(input_ids, attention_mask, pool_mask)
             if pool_mask is None:
                 result = pad_rows(self.model.token_states(batch), places, tuple(input_ids.shape))
@@ -285,42 +291,45 @@ class NVEmbed(nn.Module):
             _check_pooled(window, first, max_length)
             return first, window
 
-        borders = [0, *range(_FIRST_WINDOW, len(texts), _WINDOW), len(texts)] if texts else [0]
-        with ThreadPoolExecutor(1, thread_name_prefix="nvembed-tokenize") as pool:
+        pool = ThreadPoolExecutor(1, thread_name_prefix="nvembed-tokenize")
+        try:
             ahead = None
-            try:
-                for first, stop in zip(borders, borders[1:], strict=False):
-                    ready, ahead = ahead, pool.submit(tokenize, first, stop)
-                    if ready is not None:
-                        yield ready.result()
-                if ahead is not None:
-                    yield ahead.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            for window in _windows(texts, self.text_tokenizer.most_characters(max_length)):
+                ready, ahead = ahead, pool.submit(tokenize, window.start, window.stop)
+                if ready is not None:
+                    yield ready.result()
+            if ahead is not None:
+                yield ahead.result()
+        finally:
+            # an interrupted caller does not wait for a window it will not use
+            pool.shutdown(wait=False, cancel_futures=True)
 
     @torch.no_grad()
-    def _run(self, window: TokenizedTexts, budget: int) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def _run(
+        self, windows: Iterable[tuple[int, TokenizedTexts]], budget: int
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """(indices, vectors) of every batch. One that does not fit in memory halves the budget."""
-        lengths = window.lengths()
-        pending = deque(token_budget_batches(lengths, budget))
-        while pending:
-            rows = pending.popleft()
-            vectors = self._embed(
-                [window.ids[row] for row in rows], [window.first_pooled[row] for row in rows]
-            )
-            if vectors is not None:
-                yield rows, vectors
-                continue
-            if len(rows) == 1:
-                raise torch.OutOfMemoryError(
-                    f"a single text of {lengths[rows[0]]} tokens does not fit in the memory of "
-                    f"{self.device}: lower max_length, or free memory there"
+        for first, window in windows:
+            lengths = window.lengths()
+            pending = deque(token_budget_batches(lengths, budget))
+            while pending:
+                rows = pending.popleft()
+                vectors = self._embed(
+                    [window.ids[row] for row in rows], [window.first_pooled[row] for row in rows]
                 )
-            torch.cuda.empty_cache()
-            left = rows + [row for batch in pending for row in batch]
-            budget = sum(lengths[row] for row in rows) // 2
-            again = token_budget_batches([lengths[row] for row in left], budget)
-            pending = deque([left[index] for index in batch] for batch in again)
+                if vectors is not None:
+                    yield [first + row for row in rows], vectors
+                    continue
+                if len(rows) == 1:
+                    raise torch.OutOfMemoryError(
+                        f"a single text of {lengths[rows[0]]} tokens does not fit in the memory of "
+                        f"{self.device}: lower max_length, or free memory there"
+                    )
+                torch.cuda.empty_cache()
+                left = rows + [row for batch in pending for row in batch]
+                budget = sum(lengths[row] for row in rows) // 2
+                again = token_budget_batches([lengths[row] for row in left], budget)
+                pending = deque([left[index] for index in batch] for batch in again)
 
     @contextlib.contextmanager
     def _computing(self) -> Iterator[None]:
@@ -348,12 +357,13 @@ class _Result:
     def put(self, indices: list[int], vectors: torch.Tensor) -> None:
         index, vectors = torch.tensor(indices), vectors.float()
         if not self.on_host or self.device.type != "cuda":
-            self.rows.index_copy_(0, index.to(self.rows.device, non_blocking=True), vectors)
+            self.rows.index_copy_(0, to_device(index, self.rows.device), vectors)
             return
         staging = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
         staging.copy_(vectors, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        # the stream of the vectors' device, which need not be the current one
+        arrived.record(torch.cuda.current_stream(self.device))
         self._under_way.append((index, staging, arrived))
         self._land(most_left=1)
 
@@ -368,9 +378,62 @@ class _Result:
             self.rows.index_copy_(0, index, staging)
 
 
-def _progress(total: int, show: bool | None) -> tqdm:
-    # disable=None shows the bar only where standard error is a terminal
-    return tqdm(total=total, desc="encode", unit="text", disable=None if show is None else not show)
+class _Progress:
+    """A bar over the characters of the texts: their number says more of the work than the number of texts."""
+
+    def __init__(self, texts: list[str], max_length: int, show: bool | None):
+        # what is cut off costs nothing; a token is about four characters
+        self.work = [1 + min(len(text), 4 * max_length) for text in texts]
+        self.done = 0
+        self.bar = tqdm(
+            total=sum(self.work),
+            desc="encode",
+            unit="char",
+            unit_scale=True,
+            # None shows the bar only where standard error is a terminal
+            disable=None if show is None else not show,
+        )
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def advance(self, indices: list[int]) -> None:
+        self.done += len(indices)
+        self.bar.set_postfix_str(f"{self.done}/{len(self.work)} texts", refresh=False)
+        self.bar.update(sum(self.work[index] for index in indices))
+
+
+def _windows(texts: list[str], most_characters: int) -> Iterator[slice]:
+    """Neighbouring texts to tokenise together, of each of which `most_characters` are read."""
+    first, most_texts, characters = 0, _FIRST_WINDOW, 0
+    for index, text in enumerate(texts):
+        size = min(len(text), most_characters)
+        if index > first and (index - first == most_texts or characters + size > _WINDOW_CHARACTERS):
+            yield slice(first, index)
+            first, most_texts, characters = index, _WINDOW, 0
+        characters += size
+    if texts:
+        yield slice(first, len(texts))
+
+
+def _check_count(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
+    """Told here: on a GPU an id beyond the embedding would end the process."""
+    if input_ids.is_floating_point():
+        raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
+    if input_ids.numel():
+        low, high = (int(v) for v in input_ids.aminmax())
+        if low < 0 or high >= vocab_size:
+            raise ValueError(f"input_ids must lie in 0 to {vocab_size - 1}, got {low if low < 0 else high}")
 
 
 def _check_pooled(window: TokenizedTexts, first: int, max_length: int) -> None:
@@ -406,9 +469,9 @@ def _device(device: Any) -> torch.device:
         if set(device) != {""}:
             raise ValueError(f"device_map must put the whole model on one device, got {device!r}")
         device = device[""]
-    if device is None or device == "auto":
+    if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return checkpoint.check_device(device)
+    return checkpoint.check_device(f"cuda:{device}" if isinstance(device, int) else device)
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

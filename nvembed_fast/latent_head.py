@@ -122,12 +122,19 @@ class LatentHead(nn.Module):
         state = tuple(
             (w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights
         )
-        if form not in self._cache or self._cache[form][0] != state:
+        cached = self._cache.get(form)
+        if cached is None or cached[0] != state:
             # what is built under inference_mode could not be used outside it
             with torch.inference_mode(False), torch.no_grad():
-                # the weights are held, so that no later one can come to lie at the same address unseen
-                self._cache[form] = (state, [w.detach() for w in weights], build())
-        return self._cache[form][2]
+                built = build()
+            if not all(t.isfinite().all() for t in built):
+                raise ValueError(
+                    f"the {form} form of these latents overflows {self.latents.dtype}: load with "
+                    "dtype='bfloat16', or take the other form (latents='direct' or 'absorbed')"
+                )
+            # the weights are held, so that no later one can come to lie at the same address unseen
+            cached = self._cache[form] = (state, [w.detach() for w in weights], built)
+        return cached[2]
 
     def _keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v of the latents, [L, N, H] each: the context product of the original."""
@@ -150,6 +157,10 @@ class LatentHead(nn.Module):
         a = [context_LC @ wk.to(wide).mT @ wq.to(wide) * scale for wk, wq in zip(wk_NHC, wq_NHD, strict=True)]
         b = [context_LC @ wv.to(wide).mT @ wo.to(wide) for wv, wo in zip(wv_NHC, wout_NHD, strict=True)]
         return torch.cat(a).to(dtype), torch.cat(b).to(dtype)
+
+    def __getstate__(self) -> dict:
+        # copies and pickles build their own
+        return {**self.__dict__, "_cache": {}}
 
     def _apply(self, fn, recurse=True):
         # do not keep the old weights alive beside the moved or cast ones

@@ -2,8 +2,8 @@
 
 `auto` takes the Triton kernel for tensors on a GPU of compute capability 8.0
 or later in a dtype the kernels are written for, and the PyTorch reference
-everywhere else. `triton` and `torch` force one, and raise where it cannot run:
-nothing falls back to another meaning.
+everywhere else, also for a shape beyond a kernel's limits. `triton` and `torch`
+force one, and raise where it cannot run: nothing falls back to another meaning.
 """
 
 import contextlib
@@ -50,10 +50,10 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", 
     """
     impl = _impl.get()
     if impl == "torch":
-        return "torch", "asked for"
+        return "torch", "it was asked for"
     obstacle = _triton_obstacle(device, dtype)
     if obstacle is None and (impl == "triton" or device.type == "cuda"):
-        return "triton", "asked for" if impl == "triton" else "a GPU the kernels are written for"
+        return "triton", "it was asked for" if impl == "triton" else "the kernels are written for this GPU"
     if impl == "triton":
         raise ValueError(f"impl='triton' cannot run here: {obstacle}. Use impl='auto' or impl='torch'.")
     return "torch", obstacle or "tensors are on the CPU"
@@ -71,7 +71,14 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return None
     if device.type == "cpu" and _interpreting():
         return "bf16 is computed wrongly by the Triton interpreter" if dtype == torch.bfloat16 else None
-    return f"tensors are on {device.type}, not on a GPU (on a CPU, TRITON_INTERPRET=1 runs them, slowly)"
+    return f"tensors are on {device.type}, not on a GPU; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly"
+
+
+@functools.cache
+def _kernel(module: str, name: str) -> tuple[Callable, type[ValueError]]:
+    """A kernel, and the error by which it declines a problem before anything has run."""
+    common = importlib.import_module("nvembed_fast.kernels._common")
+    return getattr(importlib.import_module(f"nvembed_fast.kernels.{module}"), name), common.Unsupported
 
 
 @functools.cache
@@ -108,10 +115,15 @@ def _op(reference_fn: Callable, module: str) -> Callable:
                 f"{name} has no backward pass in Triton yet: use impl='torch' where gradients are needed, or "
                 "torch.no_grad() where they are not"
             )
-        kernel = getattr(importlib.import_module(f"nvembed_fast.kernels.{module}"), name)
-        # Triton launches on the current device, whatever device the tensors are on
-        with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
-            return kernel(x, *args, **kwargs)
+        kernel, unsupported = _kernel(module, name)
+        try:
+            # Triton launches on the current device, whatever device the tensors are on
+            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+                return kernel(x, *args, **kwargs)
+        except unsupported:
+            if _impl.get() == "triton":
+                raise
+            return reference_fn(x, *args, **kwargs)
 
     return op
 

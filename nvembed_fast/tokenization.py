@@ -87,7 +87,8 @@ class TextTokenizer:
             instruction: put in front of every text; "" for none.
             max_length: tokens per text, instruction and marks included; what is over is cut at the right.
         """
-        full = [self._clip(instruction + text + self.eos_token, max_length) for text in texts]
+        most = self.most_characters(max_length)
+        full = [(instruction + text[:most] + self.eos_token)[:most] for text in texts]
         by_offset = bool(instruction) and self.pooling_start == "text_offset"
         # the fast form leaves the offsets out
         encodings = (self.backend.encode_batch if by_offset else self.backend.encode_batch_fast)(full)
@@ -103,14 +104,13 @@ class TextTokenizer:
         """Tokens of the instruction on its own, without marks: what "token_count" drops."""
         return len(self.backend.encode(instruction, add_special_tokens=False).ids)
 
-    def _clip(self, text: str, max_length: int) -> str:
-        """Spare the tokenizer what cannot matter: megabytes behind the last token that is kept.
+    def most_characters(self, max_length: int) -> int:
+        """How much of a text is tokenised: megabytes behind the last token that is kept cannot matter.
 
-        A token covers at most `longest` characters, so the kept tokens lie in the first half of what is left,
-        and the cut is thousands of characters behind them.
+        A token covers at most `longest` characters, so the kept tokens lie in the first half of this, and the
+        cut is thousands of characters behind them.
         """
-        bound = 2 * self._longest_token * max(max_length, 512)
-        return text if len(text) <= bound else text[:bound]
+        return 2 * self._longest_token * max(max_length, 512)
 
     @functools.cached_property
     def _longest_token(self) -> int:

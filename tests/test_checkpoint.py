@@ -175,6 +175,8 @@ def test_round_trip_is_bit_exact(tmp_path, max_shard_bytes):
     weights = [f for f in files if f.endswith(".safetensors")]
     if max_shard_bytes == 5_000_000_000:
         assert files == ["config.json", "model.safetensors"]
+        modes = {(tmp_path / "a" / "b" / file).stat().st_mode for file in files}
+        assert len(modes) == 1, "whoever may read the config may read the weights"
     else:
         assert set(files) - set(weights) == {"config.json", "model.safetensors.index.json"}
         assert len(weights) == (43 if max_shard_bytes == 1 else 3)
@@ -269,6 +271,154 @@ def test_ctrl_c_while_saving_leaves_what_was_there(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_model(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def everything(directory: Path) -> dict[str, bytes | None]:
+    """Files with their bytes, and folders."""
+    paths = {str(p.relative_to(directory)): p for p in directory.rglob("*")}
+    return {name: p.read_bytes() if p.is_file() else None for name, p in paths.items()}
+
+
+def intercept(patch, before=lambda: None, after=lambda: None) -> None:
+    """Call `before` and `after` around everything that renames or removes."""
+
+    def wrap(real):
+        def call(*args, **options):
+            before()
+            result = real(*args, **options)
+            after()
+            return result
+
+        return call
+
+    for module, name in (os, "replace"), (os, "unlink"), (os, "rmdir"), (shutil, "rmtree"):
+        patch.setattr(module, name, wrap(getattr(module, name)))
+
+
+SHARDED = {"max_shard_bytes": 400_000}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        pytest.param(None, {}, id="nothing-to-1"),
+        pytest.param(None, SHARDED, id="nothing-to-3"),
+        pytest.param({}, SHARDED, id="1-to-3"),
+        pytest.param(SHARDED, {}, id="3-to-1"),
+        pytest.param(SHARDED, SHARDED, id="3-to-3"),
+    ],
+)
+def test_an_interruption_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, old, new, when):
+    model, other = (load_model(TINY, dtype="float16") for _ in range(2))
+    with torch.no_grad():
+        for p in other.parameters():
+            p.neg_()
+    (tmp_path / "tokenizer.json").write_text("new")
+    new = new | {"tokenizer_files": [tmp_path / "tokenizer.json"]}
+
+    def prepared(name: str) -> tuple[Path, Path]:
+        """The root of everything that a save may touch, and the directory in it to save to."""
+        root = tmp_path / name
+        root.mkdir()
+        if old is None:
+            return root, root / "a" / "b"
+        save_model(model, root, **old)
+        (root / "tokenizer.json").write_text("old")
+        (root / "notes.txt").write_text("not ours")
+        return root, root
+
+    root, directory = prepared("wanted")
+    old_model = everything(root)
+    save_model(other, directory, **new)
+    new_model = everything(root)
+    wholes = [{n: b for n, b in m.items() if b is not None} for m in (old_model, new_model)]
+
+    outcomes = []
+    for number in range(100):
+        root, directory = prepared(str(number))
+        calls = 0
+
+        def interrupt():
+            nonlocal calls
+            # what a killed process would leave here: no model, or a whole one
+            now = {n: b for n, b in everything(root).items() if b is not None and "/." not in f"/{n}"}  # noqa: B023
+            assert not any(n.endswith("config.json") for n in now) or now in wholes
+            calls += 1
+            if calls == number + 1:  # noqa: B023
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            intercept(patch, **{when: interrupt})
+            try:
+                save_model(other, directory, **new)
+            except KeyboardInterrupt:
+                pass
+            else:
+                break
+        left = everything(root)
+        assert left in (old_model, new_model), f"call {number}: {sorted(left)}"
+        outcomes.append(left == new_model)
+        shutil.rmtree(root)
+    assert everything(root) == new_model
+    # every rename of both models came under it, and both outcomes did
+    assert len(outcomes) > len(new_model) and outcomes == sorted(outcomes) and len(set(outcomes)) == 2
+
+
+# five files of the old model leave, two of the new one come; then one goes back and the five after it
+@pytest.mark.parametrize("fails", [(2, 3), (6, 7), (6, 11), (7, 8), (7, 9), (7, 11), (7, 13)])
+def test_an_old_model_that_cannot_be_put_back_is_named(sharded, monkeypatch, fails):
+    before = everything(sharded)
+    assert len(before) == 5
+    model = load_model(sharded, dtype="float16")
+    real, calls = os.replace, []
+
+    def fail(source, target):
+        calls.append(source)
+        if len(calls) in fails:
+            raise OSError(f"rename {len(calls)} failed")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match=rf"putting the old model back.*rename {fails[1]} failed") as caught:
+        save_model(model, sharded)
+    assert len(calls) == fails[1]
+    (retired,), (aside,) = sharded.glob(".old-*"), sharded.glob(".saving-*")
+    assert f"old one are in {retired}, of the new one in {aside}" in str(caught.value)
+    assert not (sharded / "config.json").exists()
+    left = everything(sharded) | everything(retired)
+    assert {name: left.get(name) for name in before} == before
+
+
+def test_links_of_a_hub_snapshot_are_put_back(sharded, monkeypatch):
+    model = load_model(sharded, dtype="float16")
+    (sharded.parent / "blobs").mkdir()
+    for file in list(sharded.iterdir()):
+        file.rename(sharded.parent / "blobs" / file.name)
+        file.symlink_to(Path("..", "blobs", file.name))
+    before, blobs = everything(sharded), everything(sharded.parent / "blobs")
+    real = os.replace
+
+    def fail(source, target):
+        if ".saving-" in str(source):
+            raise OSError("the disk is full")
+        real(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="the disk is full"):
+            save_model(model, sharded)
+    assert everything(sharded) == before and all(p.is_symlink() for p in sharded.iterdir())
+    save_model(model, sharded)
+    assert everything(sharded).keys() == {"config.json", "model.safetensors"}
+    assert everything(sharded.parent / "blobs") == blobs
+
+
+def test_parents_made_for_a_save_that_fails_are_removed(tmp_path):
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no\.json"):
+        save_model(load_model(TINY), tmp_path / "mine" / "a" / "b", tokenizer_files=[tmp_path / "no.json"])
+    assert everything(tmp_path) == {"mine": None}
 
 
 def test_values_that_do_not_fit_are_not_saved(tmp_path):
@@ -475,15 +625,15 @@ def test_no_gpu():
 
 @pytest.mark.parametrize("dtype", ["int8", "float17", torch.int64, "nn", torch.float8_e5m2])
 def test_a_dtype_that_cannot_hold_weights(dtype):
-    with pytest.raises(
-        ValueError, match="cannot hold the weights: use one of float16, bfloat16, float32, fl"
-    ):
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, fl"):
         load_model(TINY, dtype=dtype)
 
 
 def test_config_with_an_impossible_dtype(tiny):
     edit_json(tiny / "config.json", lambda c: c.update(torch_dtype="int8"))
-    with pytest.raises(ValueError, match="dtype 'int8' cannot hold the weights"):
+    with pytest.raises(
+        ValueError, match="dtype must be one of float16, bfloat16, float32, float64, got 'int8'"
+    ):
         load_model(tiny)
 
 

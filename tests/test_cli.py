@@ -2,6 +2,7 @@ import io
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def test_encode_writes_what_the_encoder_gives(tiny_directory, texts_file, tmp_pa
     status, printed, _ = run(
         capsys, "encode", texts_file, "-o", out, "--model", tiny_directory, "--task", "find"
     )
-    assert status == 0 and "4 texts x 64" in printed
+    assert status == 0 and "float32 [4, 64]" in printed
     wanted = NVEmbed.from_pretrained(tiny_directory).encode(TEXTS, query_instruction("find"), output="numpy")
     np.testing.assert_allclose(np.load(out), wanted, atol=1e-6)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.npy", "texts.txt"]
@@ -48,6 +49,26 @@ def test_encode_reads_standard_input_and_jsonl(tiny_directory, texts_file, tmp_p
     np.testing.assert_array_equal(a, c)
 
 
+def test_a_mark_at_the_start_and_carriage_returns_are_no_part_of_a_text(
+    tiny_directory, texts_file, tmp_path, capsys
+):
+    windows = tmp_path / "windows.txt"
+    windows.write_bytes(b"\xef\xbb\xbf" + texts_file.read_bytes().replace(b"\n", b"\r\n"))
+    for name, path in (("a", texts_file), ("b", windows)):
+        assert run(capsys, "encode", path, "-o", tmp_path / f"{name}.npy", "--model", tiny_directory)[0] == 0
+    np.testing.assert_array_equal(np.load(tmp_path / "a.npy"), np.load(tmp_path / "b.npy"))
+
+
+def test_json_lines_on_standard_input_and_blank_lines_between(tiny_directory, tmp_path, capsys, monkeypatch):
+    lines = "".join(json.dumps({"body": t}) + "\n\n" for t in TEXTS)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
+    arguments = ("encode", "-", "--field", "body", "-o", tmp_path / "o.npy", "--model", tiny_directory)
+    status, _, error = run(capsys, *arguments)
+    assert status == 0 and "note: 1 of the 4 texts are empty" in error
+    wanted = NVEmbed.from_pretrained(tiny_directory).encode(TEXTS, output="numpy")
+    np.testing.assert_allclose(np.load(tmp_path / "o.npy"), wanted, atol=1e-6)
+
+
 def test_search_ranks_a_text_equal_to_the_question_first(tiny_directory, texts_file, tmp_path, capsys):
     status, printed, _ = run(
         capsys, "search", texts_file, "a judo throw", "--top", 2, "--model", tiny_directory
@@ -61,7 +82,15 @@ def test_search_ranks_a_text_equal_to_the_question_first(tiny_directory, texts_f
 def test_info_says_which_implementation_and_why(tiny_directory, capsys):
     status, printed, _ = run(capsys, "info", "--model", tiny_directory)
     assert status == 0
-    for part in ("torch 2.", "cpu: ", "-> torch (", "flash_attention", "43 tensors", '"hidden_size": 64'):
+    for part in (
+        "torch 2.",
+        "cpu: ",
+        "take torch, because tensors are on the CPU",
+        "flash_attention",
+        "43 tensors",
+        "takes the absorbed form",
+        '"hidden_size": 64',
+    ):
         assert part in printed
 
 
@@ -100,7 +129,7 @@ def test_a_bad_line_of_jsonl_is_named(tiny_directory, tmp_path, capsys):
     path = tmp_path / "x.jsonl"
     path.write_text('{"text": "fine"}\n{"other": 1}\n')
     status, _, error = run(capsys, "encode", path, "-o", tmp_path / "o.npy", "--model", tiny_directory)
-    assert status == 1 and "x.jsonl, line 2: no JSON object with 'text'" in error
+    assert status == 1 and "x.jsonl, line 2: no 'text', the line has 'other'; choose with --field" in error
 
 
 def test_an_array_of_another_file_or_model_is_refused(tiny_directory, texts_file, tmp_path, capsys):
@@ -111,13 +140,28 @@ def test_an_array_of_another_file_or_model_is_refused(tiny_directory, texts_file
     assert "not of the same model" in run(capsys, *arguments)[2]
 
 
+def test_embeddings_that_are_no_array_are_refused_without_advice_to_unpickle(
+    tiny_directory, texts_file, capsys
+):
+    arguments = ("search", texts_file, "q", "--model", tiny_directory, "--embeddings", texts_file)
+    status, _, error = run(capsys, *arguments)
+    assert status == 1 and "is no .npy array made by nvembed-fast encode" in error and "pickle" not in error
+
+
+def test_a_disk_too_small_is_told_before_the_work(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(NVEmbed, "encode", None)  # never called
+    status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
+    assert status == 1 and "o.npy needs" in error and "are free there" in error
+
+
 def test_a_full_disk_leaves_no_file(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "save", full)
     status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
-    assert status == 1 and "No space left" in error
+    assert status == 1 and "cannot write" in error and "o.npy: No space left" in error
     assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
 
 
@@ -132,6 +176,6 @@ def test_an_interrupt_says_so_and_leaves_no_file(tiny_directory, texts_file, tmp
 
 
 def test_a_closed_pipe_is_no_error(tiny_directory):
-    command = f"{sys.executable} -m nvembed_fast.cli info --model {tiny_directory} | head -1"
+    command = f"{sys.executable} -m nvembed_fast info --model {tiny_directory} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("nvembed-fast") and done.stderr == ""

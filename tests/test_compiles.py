@@ -42,6 +42,28 @@ def test_fits_shared_memory(measured):
     assert rows and not resources.beyond_limits(rows)
 
 
+# the largest tiles of 16-bit data
+LARGEST = [
+    "flash_attention: forward bf16",
+    "flash_attention: forward width 256 bf16",
+    "latent_attention: direct 256 bf16",
+    "latent_attention: weights 512 bf16",
+]
+
+
+@pytest.mark.slow
+def test_the_largest_tiles_fit_gpus_with_99_kb(tmp_path):
+    path = tmp_path / "rows.json"
+    options = ["--capability", "86", "120", "--rows", *LARGEST, "--json", str(path)]
+    command = [sys.executable, "-m", "bench.resources", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert path.exists(), run.stderr[-4000:]
+    rows = json.loads(path.read_text())
+    assert set(rows) == {f"{name} sm_{capability}" for name in LARGEST for capability in (86, 120)}
+    assert {name: row["shared"] for name, row in rows.items() if row["shared"] > 101376} == {}
+    assert run.returncode == 0, run.stdout[-4000:]
+
+
 def test_every_kernel_is_compiled():
     specs = Path(resources.__file__).read_text()
     kernels = {

@@ -1,3 +1,4 @@
+import copy
 import json
 import threading
 import time
@@ -148,6 +149,51 @@ def test_out_of_memory_halves_the_batch_and_loses_nothing(model, monkeypatch):
     assert max(sizes) > 260 and sizes.count(max(sizes)) == 1
 
 
+def test_a_budget_once_halved_stays_halved_in_later_windows(model, monkeypatch):
+    failures, run = [], model.model.forward
+
+    def small_device(batch):
+        if batch.layout.num_tokens > 20:
+            failures.append(batch.layout.num_tokens)
+            raise torch.OutOfMemoryError("small")
+        return run(batch)
+
+    texts = ["some words here"] * 30
+    wanted = model.encode(texts)
+    monkeypatch.setattr(encoder, "_FIRST_WINDOW", 10)
+    monkeypatch.setattr(encoder, "_WINDOW", 10)
+    monkeypatch.setattr(model.model, "forward", small_device)
+    assert relative(model.encode(texts, max_batch_tokens=40), wanted) < 1e-6
+    assert len(failures) == 1
+
+
+def test_windows_end_before_their_texts_fill_the_memory(monkeypatch):
+    monkeypatch.setattr(encoder, "_WINDOW_CHARACTERS", 100)
+    texts = ["x" * n for n in (90, 20, 30, 200, 5, 60, 60)]
+    windows = [(w.start, w.stop) for w in encoder._windows(texts, most_characters=80)]
+    assert windows == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7)]  # 80+20, 30, 80+5, 60, 60
+    assert list(encoder._windows([], 80)) == []
+
+
+def test_forward_names_an_id_that_is_none(model):
+    mask = torch.ones(1, 2)
+    for ids, message in (
+        (torch.tensor([[1, 32000]]), "0 to 31999, got 32000"),
+        (torch.ones(1, 2), "integers"),
+    ):
+        with pytest.raises(ValueError, match=f"input_ids must .*{message}"):
+            model(ids, mask, mask)
+
+
+def test_copies_are_their_own(model):
+    wanted = model.encode(TEXTS)
+    copied = copy.deepcopy(model)
+    assert not copied.model.latent_attention_model._cache
+    copied.model.latent_attention_model.to_out.weight.mul_(0.5)
+    assert relative(model.encode(TEXTS), wanted) == 0
+    assert relative(copied.encode(TEXTS), wanted) > 1e-3
+
+
 def test_out_of_memory_of_a_single_text_says_what_to_do(model, monkeypatch):
     def no_device(batch):
         raise torch.OutOfMemoryError("tiny")
@@ -211,9 +257,19 @@ def test_odd_texts_have_vectors(model, text):
         ({"prompts": ["a", "b", 3]}, TypeError, r"prompts\[2\] must be a string, got int"),
         ({"prompts": ["a", "\udc80"]}, ValueError, r"prompts\[1\] has a lone surrogate"),
         ({"prompts": ["a"], "max_length": 2}, ValueError, "max_length must be at least 3, got 2"),
+        ({"prompts": None}, TypeError, "prompts must be a string or texts, got NoneType"),
+        ({"prompts": 5}, TypeError, "prompts must be a string or texts, got int"),
+        ({"prompts": b"ab"}, TypeError, "prompts must be a string or texts, got bytes"),
+        ({"prompts": ["a"], "max_length": None}, TypeError, "max_length must be an int, got NoneType"),
+        ({"prompts": ["a"], "max_length": "512"}, TypeError, "max_length must be an int, got str: '512'"),
+        (
+            {"prompts": ["a"], "max_batch_tokens": 5.5},
+            TypeError,
+            "max_batch_tokens must be an int, got float",
+        ),
         ({"prompts": ["a"], "output": "list"}, ValueError, "output must be 'torch' or 'numpy', got 'list'"),
         ({"prompts": ["a"], "max_batch_tokens": 0}, ValueError, "max_batch_tokens must be at least 1"),
-        ({"prompts": ["a"], "instruction": None}, TypeError, r"instruction\[0\] must be a string"),
+        ({"prompts": ["a"], "instruction": None}, TypeError, "instruction must be a string"),
         (
             {"prompts": ["a", "b"], "instruction": query_instruction("a long task"), "max_length": 6},
             ValueError,
@@ -233,8 +289,9 @@ def test_bad_calls_name_what_is_wrong(model, call, error, message):
         ({"latents": "fast"}, "latents must be one of 'auto', 'direct', 'absorbed', got 'fast'"),
         ({"device": "cuda:77"}, "device 'cuda:77' is not there"),
         ({"device": "nowhere"}, "device 'nowhere' is not a device"),
+        ({"device": 77}, "device 'cuda:77' is not there: .*Use device='cpu'"),
         ({"device_map": {"a": 0, "b": 1}}, "device_map must put the whole model on one device"),
-        ({"dtype": "int8"}, "dtype 'int8' cannot hold the weights"),
+        ({"dtype": "int8"}, "dtype must be one of float16, bfloat16, float32, float64, got 'int8'"),
     ],
 )
 def test_bad_loading_names_what_is_wrong(tiny_directory, call, message):

@@ -1,6 +1,5 @@
-"""What only a GPU can show: 16-bit kernels at the real sizes, and a model on it end to end."""
+"""What only a GPU can show of a whole model. Each kernel at its real sizes is in its own test file."""
 
-import dataclasses
 import shutil
 from pathlib import Path
 
@@ -12,97 +11,12 @@ from tokenizers import Tokenizer, models
 
 from nvembed_fast import NVEmbed, ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
-from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.testing import (
-    ATTENTION_CASES,
-    GATED_CASES,
-    LATENT_CASES,
-    NORM_CASES,
-    POOL_CASES,
-    ROTARY_CASES,
-    assert_parity,
-)
 from nvembed_fast.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
 pytestmark = pytest.mark.gpu
 
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-
-
-def at_size(cases):
-    """The cases of the real model, with their names."""
-    return pytest.mark.parametrize("case", [c for c in cases if c.bench], ids=lambda c: c.name)
-
-
-def parity(name: str, fn: str, args: tuple, doubled: tuple, **kwargs) -> None:
-    with ops.use_impl("triton"):
-        got = getattr(ops, fn)(*args, **kwargs)
-    low, high = getattr(reference, fn)(*args, **kwargs), getattr(reference, fn)(*doubled, **kwargs)
-    tuples = [t if isinstance(t, tuple) else (t,) for t in (got, low, high)]
-    for parts in zip(*tuples, strict=True):
-        assert_parity(name, *parts)
-
-
-def double(args: tuple) -> tuple:
-    return tuple(a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-
-
-@HALF
-@at_size(ATTENTION_CASES)
-def test_attention_at_the_real_size(case, dtype):
-    # float64 attention of 32 heads does not fit; two heads of one group and two sequences show the same sums
-    heads = dataclasses.replace(case, num_heads=8, num_kv_heads=2, lengths=case.lengths[:2])
-    args = heads.inputs("cuda", dtype)
-    parity(case.name, "flash_attention", args, double(args))
-
-
-@HALF
-@at_size(LATENT_CASES)
-def test_latent_attention_at_the_real_size(case, dtype):
-    case = dataclasses.replace(case, num_tokens=2048)
-    args = case.absorbed_inputs("cuda", dtype)
-    parity(case.name, "absorbed_latent_attention", args, double(args))
-    args = case.direct_inputs("cuda", dtype)
-    parity(case.name, "latent_attention", args, double(args))
-
-
-@HALF
-@at_size(POOL_CASES)
-def test_pooling_at_the_real_size(case, dtype):
-    args = case.inputs("cuda", dtype)
-    parity(case.name, "mean_pool", args, double(args))
-    args = case.inputs("cuda", dtype, geglu=True)
-    parity(case.name, "mean_pool_geglu", args, double(args))
-
-
-@HALF
-@at_size(NORM_CASES)
-def test_norms_at_the_real_size(case, dtype):
-    x, residual, weight = case.norm_inputs("cuda", dtype)
-    parity(case.name, "rms_norm", (x, weight, 1e-5), double((x, weight, 1e-5)))
-    # the sum is rounded before the norm: the oracle starts from the rounded one
-    h = x + residual
-    with ops.use_impl("triton"):
-        y, got_h = ops.add_rms_norm(x, residual, weight, 1e-5)
-    assert torch.equal(got_h, h)
-    high = reference.rms_norm(h.double(), weight.double(), 1e-5)
-    assert_parity(case.name, y, reference.rms_norm(h, weight, 1e-5), high)
-
-
-@HALF
-@at_size(GATED_CASES)
-def test_activations_at_the_real_size(case, dtype):
-    for fn in ("swiglu", "geglu"):
-        x = case.gated_input("cuda", dtype)
-        parity(case.name, fn, (x,), (x.double(),))
-
-
-@HALF
-@at_size(ROTARY_CASES)
-def test_rotary_at_the_real_size(case, dtype):
-    args = case.inputs("cuda", dtype)
-    parity(case.name, "rotary", args, double(args))
 
 
 def small_model(dtype: torch.dtype) -> NVEmbedModel:

@@ -98,6 +98,19 @@ def test_gradients_reach_every_weight_of_the_cross_attention(latents):
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
 
 
+def test_matrices_that_overflow_say_what_to_do():
+    head = make_head().half()
+    head.to_q.weight.fill_(3e4)
+    head.to_kv.weight.fill_(3e4)
+    head.mode = "absorbed"
+    with (
+        ops.use_impl("torch"),
+        pytest.raises(ValueError, match="overflows torch.float16: load with dtype='bfloat16'"),
+    ):
+        head.token_states(torch.randn(4, 16).half())
+    assert not head._cache
+
+
 def test_rejects_an_unknown_form():
     head = make_head()
     head.mode = "fast"

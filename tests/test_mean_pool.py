@@ -43,6 +43,13 @@ def test_matches_reference_at_full_size(case, dtype, geglu, device):
     _assert_matches_reference(case, device, dtype, geglu)
 
 
+def test_more_partial_sums_than_the_second_kernel_adds_at_once(geglu, device):
+    block = module._combine_launch_config(16)["BLOCK_T"]
+    # wide, so that the RMS is over many columns
+    case = PoolCase("many tiles", (block * TOKENS + 1,), 256)
+    _assert_matches_reference(case, device, torch.float32, geglu)
+
+
 def test_gelu_is_the_exact_one(device):
     # one sequence per gate, the value is one: the GELU itself
     gate = torch.linspace(-9, 9, 4001, device=device)

@@ -47,7 +47,7 @@ def transformers_model(is_causal: bool) -> torch.nn.Module:
     return model
 
 
-def ours(reference: torch.nn.Module, is_causal: bool = False) -> MistralBackbone:
+def ours(reference: torch.nn.Module, is_causal: bool = False, device: str = "cpu") -> MistralBackbone:
     config = dataclasses.replace(CONFIG, is_causal=is_causal)
     backbone = MistralBackbone(config).eval().requires_grad_(False)
     parameters = dict(backbone.named_parameters())
@@ -57,7 +57,7 @@ def ours(reference: torch.nn.Module, is_causal: bool = False) -> MistralBackbone
         slot = table[name]
         parameters[slot.parameter.removeprefix("embedding_model.")][slot.rows] = weights.pop(name)
     assert not weights
-    return backbone
+    return backbone.to(device)
 
 
 def padded_batch(side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,7 +73,7 @@ def _generator() -> torch.Generator:
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    return ((got - wanted).norm() / wanted.norm()).item()
+    return ((got.cpu() - wanted.cpu()).norm() / wanted.cpu().norm()).item()
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,13 @@ def bidirectional() -> torch.nn.Module:
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_every_hidden_state_equals_transformers(bidirectional, side, impl):
+def test_every_hidden_state_equals_transformers(bidirectional, side, impl, device):
     ids, mask = padded_batch(side)
     wanted = bidirectional(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    batch, places = from_padded(ids, mask)
+    batch, places = from_padded(ids.to(device), mask.to(device))
     got: list[torch.Tensor] = []
     with ops.use_impl(impl):
-        last = ours(bidirectional)(batch, got)
+        last = ours(bidirectional, device=device)(batch, got)
     assert len(got) == len(wanted) == CONFIG.num_hidden_layers + 1
     assert last is got[-1]
     for ours_TD, theirs_BSD in zip(got, wanted, strict=True):
@@ -99,7 +99,7 @@ def test_every_hidden_state_equals_transformers(bidirectional, side, impl):
 
 
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-def test_a_late_token_reaches_an_early_one_unless_causal(bidirectional, impl):
+def test_a_late_token_reaches_an_early_one_unless_causal(bidirectional, impl, device):
     ids, mask = padded_batch("right")
     row = LENGTHS.index(19)
     changed = ids.clone()
@@ -108,14 +108,14 @@ def test_a_late_token_reaches_an_early_one_unless_causal(bidirectional, impl):
     def first_token(model, is_ours: bool, some_ids: torch.Tensor) -> torch.Tensor:
         if not is_ours:
             return model(some_ids, attention_mask=mask).last_hidden_state[row, 0]
-        batch, places = from_padded(some_ids, mask)
+        batch, places = from_padded(some_ids.to(device), mask.to(device))
         return pad_rows(model(batch), places, tuple(ids.shape))[row, 0]
 
     causal = transformers_model(is_causal=True)
     with ops.use_impl(impl):
-        for model, is_ours in ((bidirectional, False), (ours(bidirectional), True)):
+        for model, is_ours in ((bidirectional, False), (ours(bidirectional, device=device), True)):
             assert relative(first_token(model, is_ours, changed), first_token(model, is_ours, ids)) > 1e-3
-        model = ours(causal, is_causal=True)
+        model = ours(causal, is_causal=True, device=device)
         assert torch.equal(first_token(model, True, changed), first_token(model, True, ids))
         assert relative(first_token(model, True, ids), first_token(causal, False, ids)) < TOLERANCE[impl]
 

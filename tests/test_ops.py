@@ -1,9 +1,9 @@
-import os
-
 import pytest
 import torch
 
 from nvembed_fast import ops
+from nvembed_fast.kernels import reference
+from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RowCase
 
 GPU = torch.cuda.is_available()
 
@@ -11,7 +11,7 @@ GPU = torch.cuda.is_available()
 def test_torch_and_auto_on_a_cpu_take_the_reference():
     x = torch.randn(3, 8)
     with ops.use_impl("torch"):
-        assert ops.choose(x.device, x.dtype) == ("torch", "asked for")
+        assert ops.choose(x.device, x.dtype) == ("torch", "it was asked for")
     assert ops.choose(x.device, x.dtype)[0] == "torch"
     assert torch.equal(ops.swiglu(x), torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
 
@@ -75,14 +75,31 @@ def test_triton_refuses_to_lose_a_gradient():
             ops.swiglu(x)
 
 
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        ("flash_attention", AttentionCase("narrow", (5, 9), 2, 1, 8).inputs),
+        ("flash_attention", AttentionCase("too-wide", (5, 9), 2, 1, 272).inputs),
+        ("rms_norm", lambda *a: (*RowCase("wide", 2, 16400).norm_inputs(*a)[::2], 1e-5)),
+        ("absorbed_latent_attention", LatentCase("many", 3, 1040, 1, 8, 16).absorbed_inputs),
+    ],
+)
+def test_a_shape_beyond_a_kernels_limits_takes_the_reference_under_auto_alone(
+    name, inputs, device, monkeypatch
+):
+    op, args = getattr(ops, name), inputs(device, torch.float32)
+    with ops.use_impl("triton"), pytest.raises(ValueError, match="for this kernel, got"):
+        op(*args)
+    monkeypatch.setattr(ops, "choose", lambda *_: ("triton", "as on a GPU"))
+    torch.testing.assert_close(op(*args), getattr(reference, name)(*args))
+
+
 def test_every_operation_reaches_its_kernel():
     """A wrong module name in the table would show only on a GPU otherwise."""
-    import importlib
-
     for name in ops.NAMES:
         op = getattr(ops, name)
         module = op.__closure__[op.__code__.co_freevars.index("module")].cell_contents
-        assert callable(getattr(importlib.import_module(f"nvembed_fast.kernels.{module}"), name))
+        assert callable(ops._kernel(module, name)[0])
     assert len(ops.NAMES) == 10
 
 
@@ -94,7 +111,3 @@ def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(width):
     whole = ops.linear(x, weight)
     for rows in (1, 2, 3, 5, 7, 9, 31, 100):
         assert torch.equal(ops.linear(x[:rows], weight), whole[:rows]), rows
-
-
-def test_the_environment_is_the_tests_own():
-    assert GPU or os.environ["TRITON_INTERPRET"] == "1"

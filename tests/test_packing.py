@@ -12,7 +12,13 @@ def test_layout_lists():
     assert (layout.num_tokens, layout.max_length, len(layout)) == (13, 5, 4)
     assert layout.positions().tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
     assert layout.seq_of_token().tolist() == [0, 0, 0, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
-    assert layout.runs() == [(0, 1, 3), (3, 2, 5)]
+    assert layout.runs() == [(0, 1, 3, 0), (2, 2, 5, 3)]
+    assert [(run.seqs, run.rows) for run in layout.runs()] == [
+        (slice(0, 1), slice(0, 3)),
+        (slice(2, 4), slice(3, 13)),
+    ]
+    # an empty sequence between equal ones parts them: a run's sequences are neighbours
+    assert [run.seqs for run in SeqLayout((4, 0, 4)).runs()] == [slice(0, 1), slice(2, 3)]
 
 
 def test_layout_tiles_cover_every_token_once_longest_sequence_first():

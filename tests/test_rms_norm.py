@@ -121,10 +121,13 @@ def test_signature_is_the_reference_signature(name):
     [
         (
             lambda x, r, w: (x.mT.contiguous().mT, r, w),
-            r"x must be \[T, D\] with contiguous rows, got \(7, 80\)",
+            r"x must be \[T, D\] with contiguous rows and D > 0, got \(7, 80\)",
         ),
-        (lambda x, r, w: (x[0], r, w), r"x must be \[T, D\] with contiguous rows, got \(80,\)"),
-        (lambda x, r, w: (x.new_zeros(2, 16385), r, w), r"x must be \[T, D\] with 1 <= D <= 16384"),
+        (lambda x, r, w: (x[0], r, w), r"x must be \[T, D\] with contiguous rows and D > 0, got \(80,\)"),
+        (
+            lambda x, r, w: (x.new_zeros(2, 16385), r, w),
+            "x must have at most 16384 columns for this kernel, got 16385",
+        ),
         (lambda x, r, w: (x, r, w[:-1]), r"weight must be \[80\] torch.float32 on .*, got \(79,\)"),
         (lambda x, r, w: (x, r, w.half()), r"weight must be \[80\] torch.float32 on .* torch.float16"),
         (lambda x, r, w: (x, r, w.repeat(2)[::2]), r"weight must be .* contiguous, got .* strides \(2,\)"),

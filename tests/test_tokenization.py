@@ -33,7 +33,7 @@ def test_texts_together_equal_texts_alone(published):
 def test_megabytes_without_a_space_are_clipped_without_a_trace(published, unit):
     """The kept ids equal those of a text four times as long as what the clip leaves."""
     max_length = 16
-    bound = 2 * published._longest_token * 512
+    bound = published.most_characters(max_length)
     whole = published.backend.encode(unit * (4 * bound // len(unit))).ids[:max_length]
     start = time.perf_counter()
     got = published([unit * (10_000_000 // len(unit))], "", max_length)
