@@ -17,6 +17,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from numbers import Integral
 from os import PathLike
 from typing import Any, Literal
 
@@ -420,7 +421,7 @@ def _windows(texts: list[str], most_characters: int) -> Iterator[slice]:
 
 
 def _check_count(name: str, value: int, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -71,6 +71,7 @@ def test_forms_of_input_and_output(model):
     assert model.encode([], output="numpy").shape == (0, 64)
     assert relative(model.encode(t for t in ["a b", "c"]), both) < 1e-6
     assert relative(model.encode(np.array(["a b", "c"])), both) < 1e-6
+    assert relative(model.encode(["a b", "c"], max_length=np.int64(9)), both) < 1e-6
     for array in (model.encode(["a b", "c"], output="numpy"), model.encode(["a b", "c"], return_numpy=True)):
         assert isinstance(array, np.ndarray) and array.dtype == np.float32
         assert relative(array, both) < 1e-6
