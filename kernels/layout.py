@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Run", "SeqLayout"]
+__all__ = ["Run", "SeqLayout", "to_device"]
 
 
 class Run(NamedTuple):
@@ -121,7 +121,9 @@ class SeqLayout:
         return self._cache[key]
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        host = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32))
-        if self.device.type != "cuda":
-            return host.to(self.device)
-        return host.pin_memory().to(self.device, non_blocking=True)
+        return to_device(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32)), self.device)
+
+
+def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device, without waiting for the device."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)

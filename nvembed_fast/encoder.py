@@ -28,9 +28,10 @@ from tqdm.auto import tqdm
 
 from nvembed_fast import checkpoint, ops
 from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.kernels.layout import to_device
 from nvembed_fast.latent_head import Latents, check_latents
 from nvembed_fast.model import NVEmbedModel
-from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, to_device, token_budget_batches
+from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, token_budget_batches
 from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
 
 __all__ = ["NVEmbed", "query_instruction"]
@@ -110,10 +111,11 @@ class NVEmbed(nn.Module):
         """
         _warn_unknown("from_pretrained", unknown)
         # wrong arguments are told before gigabytes are read
-        ops.check_impl(impl)
         check_latents(latents)
         target = _device(device if device is not None else device_map)
         wanted = _dtype(dtype if dtype is not None else torch_dtype)
+        with ops.use_impl(impl):
+            ops.choose(target, wanted or torch.float32)
         directory = checkpoint.resolve(
             path_or_id,
             revision=revision,
@@ -124,10 +126,7 @@ class NVEmbed(nn.Module):
         config = NVEmbedConfig.from_file(directory / "config.json")
         tokenizer = TextTokenizer.from_directory(directory, config.pooling_start)
         model = checkpoint.load_model(directory, device=target, dtype=wanted, progress=show_progress)
-        encoder = cls(model, tokenizer, impl, latents).eval().requires_grad_(False)
-        with ops.use_impl(impl):
-            ops.choose(encoder.device, encoder.dtype)
-        return encoder
+        return cls(model, tokenizer, impl, latents).eval().requires_grad_(False)
 
     def save_pretrained(self, directory: str | PathLike, *, dtype: torch.dtype | None = None) -> None:
         """Write weights, config and tokenizer in the published layout; `from_pretrained` reads it back."""

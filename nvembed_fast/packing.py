@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.layout import SeqLayout, to_device
 
-__all__ = ["PackedBatch", "from_padded", "pad_rows", "to_device", "token_budget_batches"]
+__all__ = ["PackedBatch", "from_padded", "pad_rows", "token_budget_batches"]
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,6 @@ class PackedBatch:
             keep = [np.arange(len(i)) >= first for i, first in zip(ids, first_pooled, strict=True)]
             pool_mask = to_device(torch.from_numpy(np.concatenate(keep)), layout.device)
         return cls(to_device(torch.from_numpy(packed.astype(np.int64)), layout.device), layout, pool_mask)
-
-
-def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device, without waiting for the device."""
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def from_padded(

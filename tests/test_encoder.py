@@ -300,6 +300,13 @@ def test_bad_loading_names_what_is_wrong(tiny_directory, call, message):
         NVEmbed.from_pretrained(tiny_directory, **call)
 
 
+def test_kernels_that_cannot_run_are_told_before_the_weights_are_read(tiny_directory, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(encoder.checkpoint, "load_model", None)  # never called
+    with pytest.raises(ValueError, match="impl='triton' cannot run here: tensors are on cpu, not on a GPU"):
+        NVEmbed.from_pretrained(tiny_directory, device="cpu", impl="triton")
+
+
 def test_a_missing_tokenizer_is_named(tiny_directory, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).symlink_to(tiny_directory / name)
