@@ -90,9 +90,8 @@ class ModuleClock:
         self.device = model.device
         backbone, head = model.model.embedding_model, model.model.latent_attention_model
         for layer in backbone.layers:
-            for product in (layer.self_attn.qkv_proj, layer.self_attn.o_proj):
-                self._watch(product, "products")
-            for product in (layer.mlp.gate_up_proj, layer.mlp.down_proj):
+            attention, mlp = layer.self_attn, layer.mlp
+            for product in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):
                 self._watch(product, "products")
         self._watch(backbone, "backbone")
         self._watch(head, "head")

@@ -40,6 +40,7 @@ __all__ = [
     "empty_parameters",
     "load_model",
     "load_weights",
+    "ordinary_mode",
     "published_tensors",
     "resolve",
     "save_model",

@@ -18,7 +18,7 @@ import torch
 from nvembed_fast import __version__, checkpoint, ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.encoder import NVEmbed, query_instruction
-from nvembed_fast.latent_head import LatentHead
+from nvembed_fast.latent_head import cheaper_form
 
 __all__ = ["main"]
 
@@ -220,14 +220,17 @@ def _info(arguments: argparse.Namespace) -> None:
             verdicts.setdefault(verdict, []).append(str(dtype).removeprefix("torch."))
         for (impl, reason), dtypes in verdicts.items():
             print(f"  in {', '.join(dtypes)} these take {impl}, because {reason}:")
-            print(textwrap.fill(", ".join(ops.NAMES), 100, initial_indent="    ", subsequent_indent="    "))
+            print(
+                textwrap.fill(
+                    ", ".join(ops.KERNEL_FILES), 100, initial_indent="    ", subsequent_indent="    "
+                )
+            )
     print("\nMatrix products are the library's. A shape beyond a kernel's limits takes torch.")
     if config:
         shapes = [slot.shape for slot in checkpoint.published_tensors(config).values()]
         parameters = sum(int(np.prod(shape)) for shape in shapes)
         print(f"\n{arguments.model}: {parameters:,} parameters in {len(shapes)} tensors")
-        with torch.device("meta"):
-            form = LatentHead(config.latent_attention_config).form()
+        form = cheaper_form(config.latent_attention_config)
         print(f"latents='auto' takes the {form} form: the cheaper one for these shapes")
         print(json.dumps(config.to_dict(), indent=2))
 

@@ -32,7 +32,7 @@ from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig
 from nvembed_fast.kernels.layout import SeqLayout
 
-__all__ = ["LatentHead", "Latents", "check_latents"]
+__all__ = ["LatentHead", "Latents", "cheaper_form", "check_latents"]
 
 Latents = Literal["auto", "direct", "absorbed"]
 _FEED_FORWARD_RATIO = 4
@@ -43,6 +43,12 @@ def check_latents(latents: str) -> Latents:
     if latents not in get_args(Latents):
         raise ValueError(f"latents must be one of {', '.join(map(repr, get_args(Latents)))}, got {latents!r}")
     return latents
+
+
+def cheaper_form(config: LatentConfig) -> Literal["direct", "absorbed"]:
+    """The form with fewer operations per token and head (L D against H (D + L))."""
+    latents, width = config.num_latents_value, config.hidden_dim
+    return "absorbed" if latents * width < config.cross_dim_head * (width + latents) else "direct"
 
 
 class LatentHead(nn.Module):
@@ -103,12 +109,7 @@ class LatentHead(nn.Module):
 
     def form(self) -> Literal["direct", "absorbed"]:
         """The form the shapes make cheaper, or the one that `mode` forces."""
-        if check_latents(self.mode) != "auto":
-            return self.mode
-        c = self.config
-        absorbed_cost = c.num_latents_value * c.hidden_dim
-        direct_cost = c.cross_dim_head * (c.hidden_dim + c.num_latents_value)
-        return "absorbed" if absorbed_cost < direct_cost else "direct"
+        return cheaper_form(self.config) if check_latents(self.mode) == "auto" else self.mode
 
     def _constant(self, form: Literal["direct", "absorbed"]) -> tuple[torch.Tensor, torch.Tensor]:
         """What depends on weights only, from the cache unless a gradient is wanted."""

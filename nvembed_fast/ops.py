@@ -95,13 +95,14 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-NAMES: list[str] = []
+# operation -> the file in kernels/ that has its kernel
+KERNEL_FILES: dict[str, str] = {}
 
 
 def _op(reference_fn: Callable, module: str) -> Callable:
     """The public operation: `reference_fn`, or the kernel of the same name in `kernels/<module>.py`."""
     name = reference_fn.__name__
-    NAMES.append(name)
+    KERNEL_FILES[name] = module
 
     @functools.wraps(reference_fn)
     def op(x, *args, **kwargs):
