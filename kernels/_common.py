@@ -1,4 +1,4 @@
-"""What all launchers share: compile options, the target, scratch memory for descriptors, errors."""
+"""What all launchers share: compile options, the target, scratch memory for descriptors."""
 
 import functools
 
@@ -51,16 +51,33 @@ def use_descriptors(capability: int, *tensors: torch.Tensor) -> bool:
     )
 
 
-class Unsupported(ValueError):
-    """A well-posed problem that a kernel is not written for: impl="auto" takes the reference instead."""
+def is_dispatched(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call has to go through its registered operation.
+
+    It has to where autograd records it or torch.compile traces it. Everywhere else the launcher is called
+    itself: the dispatcher costs as much host time as the launch.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def mismatch(name: str, wanted: str, got: torch.Tensor) -> ValueError:
-    """The error that names the tensor, what it must be and what it is."""
-    return ValueError(
-        f"{name} must be {wanted}, got {tuple(got.shape)} {got.dtype} "
-        f"with strides {got.stride()} on {got.device}"
-    )
+def with_contiguous_rows(grad: torch.Tensor) -> torch.Tensor:
+    """An upstream gradient as kernels read it: a last stride of 1, and no row twice (an expanded one)."""
+    return grad if grad.stride(-1) == 1 and 0 not in grad.stride() else grad.contiguous()
+
+
+@triton.jit
+def _erfc(b_t):
+    # erfc(t / sqrt(2)) for t >= 0: the polynomial of `double_gelu`
+    b_r = -2.834912720572902e-06 * b_t + 3.9377689972752705e-05
+    b_r = b_r * b_t - 0.000186180230230093
+    b_r = b_r * b_t - 0.00013693637447431684
+    b_r = b_r * b_t + 0.00706342002376914
+    b_r = b_r * b_t - 0.052496179938316345
+    b_r = b_r * b_t - 0.4592081904411316
+    b_r = b_r * b_t - 1.1511051654815674
+    return tl.exp2(b_r * b_t)
 
 
 @triton.jit
@@ -76,11 +93,17 @@ def double_gelu(b_x):
     beyond 5 R falls on to minus infinity. An infinite x gives NaN.
     """
     b_t = tl.abs(b_x)
-    b_r = -2.834912720572902e-06 * b_t + 3.9377689972752705e-05
-    b_r = b_r * b_t - 0.000186180230230093
-    b_r = b_r * b_t - 0.00013693637447431684
-    b_r = b_r * b_t + 0.00706342002376914
-    b_r = b_r * b_t - 0.052496179938316345
-    b_r = b_r * b_t - 0.4592081904411316
-    b_r = b_r * b_t - 1.1511051654815674
-    return (b_x + b_t) - b_t * tl.exp2(b_r * b_t)
+    return (b_x + b_t) - b_t * _erfc(b_t)
+
+
+@triton.jit
+def double_gelu_and_slope(b_x):
+    """2 gelu(x) and its derivative 2 Phi(x) + 2 x phi(x), from one erfc.
+
+    Phi(x) = 1 - erfc(t / sqrt(2)) / 2 for x >= 0, and erfc(t / sqrt(2)) / 2 below; phi is the normal density.
+    """
+    b_t = tl.abs(b_x)
+    b_tail = _erfc(b_t)
+    b_density = 0.7978845608028654 * tl.exp2(-0.7213475204444817 * b_x * b_x)
+    b_slope = tl.where(b_x >= 0, 2.0 - b_tail, b_tail) + b_x * b_density
+    return (b_x + b_t) - b_t * b_tail, b_slope

@@ -4,6 +4,9 @@ Element by element, so the only concern is memory: a program owns a tile of
 output, neighbouring programs own neighbouring tiles of a row, and each thread
 has several 16-byte loads in flight. Everything between load and store is fp32.
 
+Backward: saved is the input alone (2F per token, which the product before it
+has written anyway); the activation is computed again, one pass over memory.
+
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
@@ -13,7 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, double_gelu, mismatch
+from nvembed_fast.kernels._common import (
+    COMPILE_OPTIONS,
+    double_gelu,
+    double_gelu_and_slope,
+    is_dispatched,
+    with_contiguous_rows,
+)
+from nvembed_fast.kernels.errors import mismatch
 
 __all__ = ["geglu", "swiglu"]
 
@@ -48,6 +58,40 @@ def _gated_fwd_kernel(
     b_left, b_right = b_left.to(tl.float32), b_right.to(tl.float32)
     b_out = _silu(b_left) * b_right if GATE_FIRST else 0.5 * b_left * double_gelu(b_right)
     tl.store(out_ptr + o_t * stride_ot + o_f, b_out, mask=m_tf)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _gated_bwd_kernel(
+    x_ptr, stride_xt,
+    dout_ptr, stride_dot,
+    dx_ptr, stride_dxt,
+    num_tokens,
+    F: tl.constexpr, GATE_FIRST: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_F: tl.constexpr,
+):  # fmt: skip
+    num_column_blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
+    i_row_block = tl.program_id(0) // num_column_blocks
+    i_column_block = tl.program_id(0) % num_column_blocks
+    o_t = i_row_block.to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)[:, None]
+    o_f = i_column_block * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    m_tf = (o_f < F) if BLOCK_T == 1 else (o_f < F) & (o_t < num_tokens)
+
+    # [BLOCK_T, BLOCK_F] each
+    b_left = tl.load(x_ptr + o_t * stride_xt + o_f, mask=m_tf, other=0.0).to(tl.float32)
+    b_right = tl.load(x_ptr + o_t * stride_xt + o_f + F, mask=m_tf, other=0.0).to(tl.float32)
+    b_dout = tl.load(dout_ptr + o_t * stride_dot + o_f, mask=m_tf, other=0.0).to(tl.float32)
+    if GATE_FIRST:
+        b_sigmoid = tl.sigmoid(b_left)
+        b_silu = b_left * b_sigmoid
+        b_dleft = b_dout * b_right * (b_sigmoid + b_silu * (1.0 - b_sigmoid))
+        b_dright = b_dout * b_silu
+    else:
+        b_gelu, b_slope = double_gelu_and_slope(b_right)
+        b_half = 0.5 * b_dout
+        b_dleft = b_half * b_gelu
+        b_dright = b_half * b_left * b_slope
+    tl.store(dx_ptr + o_t * stride_dxt + o_f, b_dleft, mask=m_tf)
+    tl.store(dx_ptr + o_t * stride_dxt + o_f + F, b_dright, mask=m_tf)
 
 
 @functools.cache
@@ -85,13 +129,74 @@ def _gated_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
     return out
 
 
+def _gated_bwd(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    num_tokens, width = x.shape[0], x.shape[1] // 2
+    dx = x.new_empty(x.shape)
+    if num_tokens == 0:
+        return dx
+    dout = with_contiguous_rows(dout)
+    config = _launch_config(width)
+    num_programs = triton.cdiv(num_tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_F"])
+    _gated_bwd_kernel[(num_programs,)](
+        x_ptr=x,
+        stride_xt=x.stride(0),
+        dout_ptr=dout,
+        stride_dot=dout.stride(0),
+        dx_ptr=dx,
+        stride_dxt=dx.stride(0),
+        num_tokens=num_tokens,
+        F=width,
+        GATE_FIRST=gate_first,
+        **config,
+        **COMPILE_OPTIONS,
+    )
+    return dx
+
+
+@torch.library.custom_op("nvembed_fast::gated", mutates_args=())
+def _gated(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    return _gated_fwd(x, gate_first)
+
+
+@_gated.register_fake
+def _(x, gate_first):
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+@torch.library.custom_op("nvembed_fast::gated_bwd", mutates_args=())
+def _gated_backward(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    return _gated_bwd(x, dout, gate_first)
+
+
+@_gated_backward.register_fake
+def _(x, dout, gate_first):
+    return x.new_empty(x.shape)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, ctx.gate_first = inputs
+    ctx.save_for_backward(x)
+
+
+def _differentiate(ctx, dout):
+    (x,) = ctx.saved_tensors
+    return _gated_backward(x, dout, ctx.gate_first), None
+
+
+_gated.register_autograd(_differentiate, setup_context=_save)
+
+
+def _run(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    return (_gated if is_dispatched(x) else _gated_fwd)(x, gate_first)
+
+
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """Triton version of `reference.swiglu`: same arguments, same result."""
     _check("gate_up", gate_up)
-    return _gated_fwd(gate_up, gate_first=True)
+    return _run(gate_up, gate_first=True)
 
 
 def geglu(value_gate: torch.Tensor) -> torch.Tensor:
     """Triton version of `reference.geglu`: same arguments, same result."""
     _check("value_gate", value_gate)
-    return _gated_fwd(value_gate, gate_first=False)
+    return _run(value_gate, gate_first=False)

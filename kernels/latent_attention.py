@@ -35,13 +35,12 @@ import triton.language as tl
 from nvembed_fast.kernels._common import (
     COMPILE_OPTIONS,
     LOG2E,
-    Unsupported,
     allow_descriptors,
     capability,
     input_precision,
-    mismatch,
     use_descriptors,
 )
+from nvembed_fast.kernels.errors import Unsupported, mismatch
 
 __all__ = ["absorbed_latent_attention", "latent_attention", "latent_weights"]
 

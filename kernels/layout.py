@@ -5,16 +5,20 @@ tensor, nothing between them. The lengths are known on the host, where the
 texts were tokenised, so every list a kernel or a CPU path needs is made there,
 once per batch, and read by all layers: no kernel ever asks the device.
 
+A registered operation (torch.library) takes tensors only. There the layout
+travels as its `host_lengths`, and `layout_of` finds the lists again.
+
 Dimensions: B sequences, T packed tokens.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-__all__ = ["Run", "SeqLayout", "to_device"]
+__all__ = ["Run", "SeqLayout", "layout_of", "to_device"]
 
 
 class Run(NamedTuple):
@@ -39,7 +43,9 @@ class SeqLayout:
 
     Attributes:
         lengths: tokens per sequence, in packed order; zero is allowed.
+        host_lengths: [B] int32 on the CPU: the same.
         cu_seqlens: [B + 1] int32 on `device`; sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1].
+        positions: [T] int32 on `device`: the place of each token in its own sequence.
         num_tokens: T.
         max_length: the longest sequence, 0 for none.
     """
@@ -54,7 +60,10 @@ class SeqLayout:
         self._starts = np.concatenate(([0], np.cumsum(self.lengths, dtype=np.int64)))
         if self.num_tokens > np.iinfo(np.int32).max:
             raise ValueError(f"a packed batch holds at most 2**31 - 1 tokens, got {self.num_tokens}")
+        self.host_lengths = torch.from_numpy(np.array(self.lengths, dtype=np.int32))
         self.cu_seqlens = self._to_device(self._starts)
+        first_rows = np.repeat(self._starts[:-1], self.lengths)
+        self.positions = self._to_device(np.arange(self.num_tokens) - first_rows)
         self._cache: dict = {}
 
     def __len__(self) -> int:
@@ -62,16 +71,6 @@ class SeqLayout:
 
     def __repr__(self) -> str:
         return f"SeqLayout({len(self)} sequences, {self.num_tokens} tokens, {self.device})"
-
-    def positions(self) -> torch.Tensor:
-        """[T] int32: the place of each token in its own sequence."""
-        return self._once(
-            "positions", lambda: np.arange(self.num_tokens) - self._per_token(self._starts[:-1])
-        )
-
-    def seq_of_token(self) -> torch.Tensor:
-        """[T] int32: the sequence each token belongs to."""
-        return self._once("seq_of_token", lambda: self._per_token(np.arange(len(self))))
 
     def tiles(self, block: int) -> torch.Tensor:
         """[num_tiles, 2] int32: (sequence, first token inside it) of every piece of at most `block` tokens.
@@ -112,9 +111,6 @@ class SeqLayout:
         second = np.flatnonzero(tiles[:, 1] == block)
         return np.stack([tiles[second, 0], second - 1], axis=1)
 
-    def _per_token(self, values: np.ndarray) -> np.ndarray:
-        return np.repeat(values, self.lengths)
-
     def _once(self, key, make) -> torch.Tensor:
         if key not in self._cache:
             self._cache[key] = self._to_device(make())
@@ -122,6 +118,16 @@ class SeqLayout:
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
         return to_device(torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32)), self.device)
+
+
+def layout_of(host_lengths: torch.Tensor, device: torch.device) -> SeqLayout:
+    """The layout of these lengths; the same object for the last few batches, so that lists are made once."""
+    return _layout_of(host_lengths.numpy().tobytes(), device)
+
+
+@functools.lru_cache(maxsize=16)
+def _layout_of(lengths: bytes, device: torch.device) -> SeqLayout:
+    return SeqLayout(np.frombuffer(lengths, dtype=np.int32), device)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

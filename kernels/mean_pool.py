@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, double_gelu, mismatch
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, double_gelu
+from nvembed_fast.kernels.errors import mismatch
 from nvembed_fast.kernels.layout import SeqLayout
 
 __all__ = ["mean_pool", "mean_pool_geglu"]

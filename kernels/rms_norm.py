@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, Unsupported, mismatch
+from nvembed_fast.kernels._common import COMPILE_OPTIONS
+from nvembed_fast.kernels.errors import Unsupported, mismatch
 
 __all__ = ["add_rms_norm", "rms_norm"]
 

@@ -13,7 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, mismatch
+from nvembed_fast.kernels._common import COMPILE_OPTIONS
+from nvembed_fast.kernels.errors import mismatch
 
 __all__ = ["rotary"]
 

@@ -215,7 +215,7 @@ class RotaryCase:
         frequency = 10000.0 ** -(torch.arange(0, self.head_width, 2, device=device) / self.head_width)
         angle = torch.arange(max(layout.max_length, 1), device=device)[:, None] * frequency
         rotated = self.num_heads + self.num_kv_heads
-        return qkv.to(device, dtype), angle.cos(), angle.sin(), layout.positions(), rotated
+        return qkv.to(device, dtype), angle.cos(), angle.sin(), layout.positions, rotated
 
     def bytes_moved(self, dtype: torch.dtype, inplace: bool) -> int:
         heads = self.num_heads + (1 if inplace else 2) * self.num_kv_heads

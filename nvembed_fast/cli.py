@@ -221,9 +221,7 @@ def _info(arguments: argparse.Namespace) -> None:
         for (impl, reason), dtypes in verdicts.items():
             print(f"  in {', '.join(dtypes)} these take {impl}, because {reason}:")
             print(
-                textwrap.fill(
-                    ", ".join(ops.KERNEL_FILES), 100, initial_indent="    ", subsequent_indent="    "
-                )
+                textwrap.fill(", ".join(ops.OPERATIONS), 100, initial_indent="    ", subsequent_indent="    ")
             )
     print("\nMatrix products are the library's. A shape beyond a kernel's limits takes torch.")
     if config:

@@ -50,7 +50,7 @@ class SelfAttention(nn.Module):
         n, g = self.num_heads, self.num_kv_heads
         qkv_TEH = rearrange(self.qkv_proj(x_TD), "t (e h) -> t e h", e=n + 2 * g)
         qkv_TEH = ops.rotary(
-            qkv_TEH, cos, sin, layout.positions(), num_rotated=n + g, inplace=not qkv_TEH.requires_grad
+            qkv_TEH, cos, sin, layout.positions, num_rotated=n + g, inplace=not qkv_TEH.requires_grad
         )
         q_TNH, k_TGH, v_TGH = qkv_TEH.split((n, g, g), dim=1)
         out_TNH = ops.flash_attention(q_TNH, k_TGH, v_TGH, layout, causal=self.is_causal)

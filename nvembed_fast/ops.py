@@ -4,14 +4,17 @@
 or later in a dtype the kernels are written for, and the PyTorch reference
 everywhere else, also for a shape beyond a kernel's limits. `triton` and `torch`
 force one, and raise where it cannot run: nothing falls back to another meaning.
+
+Under autocast an operation takes its tensors in one dtype, as PyTorch's own do:
+those built on matrix products in autocast's, the others in the widest among
+their arguments.
 """
 
 import contextlib
-import contextvars
 import functools
-import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
@@ -19,10 +22,19 @@ import torch
 from torch import nn
 
 from nvembed_fast.kernels import reference
+from nvembed_fast.kernels.errors import Unsupported
 
 Impl = Literal["auto", "triton", "torch"]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_impl: contextvars.ContextVar[Impl] = contextvars.ContextVar("nvembed_fast_impl", default="auto")
+
+
+class _State(threading.local):
+    # not a ContextVar: torch.compile cannot read one
+    impl: Impl = "auto"
+
+
+_state = _State()
 
 
 def check_impl(impl: str) -> Impl:
@@ -35,11 +47,11 @@ def check_impl(impl: str) -> Impl:
 @contextlib.contextmanager
 def use_impl(impl: Impl) -> Iterator[None]:
     """Force an implementation inside a `with` block (models, tests, benchmarks, debugging)."""
-    token = _impl.set(check_impl(impl))
+    before, _state.impl = _state.impl, check_impl(impl)
     try:
         yield
     finally:
-        _impl.reset(token)
+        _state.impl = before
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", "torch"], str]:
@@ -48,7 +60,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", 
     Raises:
         ValueError: `triton` is asked for where it cannot run.
     """
-    impl = _impl.get()
+    impl = _state.impl
     if impl == "torch":
         return "torch", "it was asked for"
     obstacle = _triton_obstacle(device, dtype)
@@ -60,7 +72,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", 
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
-    if not _has_triton():
+    if not HAS_TRITON:
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"the kernels are not written for {dtype}"
@@ -74,71 +86,89 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"tensors are on {device.type}, not on a GPU; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly"
 
 
-@functools.cache
-def _kernel(module: str, name: str) -> tuple[Callable, type[ValueError]]:
-    """A kernel, and the error by which it declines a problem before anything has run."""
-    common = importlib.import_module("nvembed_fast.kernels._common")
-    return getattr(importlib.import_module(f"nvembed_fast.kernels.{module}"), name), common.Unsupported
+# plain dictionaries and no functools.cache: torch.compile reads these, and warns of the other
+_kernels: dict[str, Callable] = {}
+_capabilities: dict[int | None, tuple[int, int]] = {}
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _kernel(name: str) -> Callable:
+    """The kernel of an operation."""
+    if not _kernels:
+        # here, because they import triton; as statements, which torch.compile follows, unlike importlib
+        from nvembed_fast.kernels import flash_attention, gated, latent_attention, mean_pool, rms_norm, rotary
+
+        for module in (flash_attention, gated, latent_attention, mean_pool, rms_norm, rotary):
+            for kernel in module.__all__:
+                _kernels[kernel] = getattr(module, kernel)
+    return _kernels[name]
 
 
-@functools.cache
 def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
+    if index not in _capabilities:
+        properties = torch.cuda.get_device_properties(index)
+        _capabilities[index] = properties.major, properties.minor
+    return _capabilities[index]
 
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-# operation -> the file in kernels/ that has its kernel
-KERNEL_FILES: dict[str, str] = {}
+OPERATIONS: list[str] = []
 
 
-def _op(reference_fn: Callable, module: str) -> Callable:
-    """The public operation: `reference_fn`, or the kernel of the same name in `kernels/<module>.py`."""
+def _op(reference_fn: Callable, autocast: Literal["lower", "widest"] | None = None) -> Callable:
+    """The public operation: `reference_fn`, or the kernel of the same name.
+
+    Args:
+        autocast: the dtype that all floating tensors take under autocast: autocast's own, or the widest among
+            them. None leaves them as they are.
+    """
     name = reference_fn.__name__
-    KERNEL_FILES[name] = module
+    OPERATIONS.append(name)
 
     @functools.wraps(reference_fn)
     def op(x, *args, **kwargs):
+        if autocast is not None and torch.is_autocast_enabled(x.device.type):
+            x, *args = _autocast((x, *args), autocast)
         chosen, _ = choose(x.device, x.dtype)
         if chosen == "torch":
             return reference_fn(x, *args, **kwargs)
-        if torch.is_grad_enabled() and any(
-            isinstance(t, torch.Tensor) and t.requires_grad for t in (x, *args)
-        ):
-            raise ValueError(
-                f"{name} has no backward pass in Triton yet: use impl='torch' where gradients are needed, or "
-                "torch.no_grad() where they are not"
-            )
-        kernel, unsupported = _kernel(module, name)
+        kernel = _kernel(name)
         try:
-            # Triton launches on the current device, whatever device the tensors are on
-            with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+            if not x.is_cuda or torch.compiler.is_compiling():
                 return kernel(x, *args, **kwargs)
-        except unsupported:
-            if _impl.get() == "triton":
+            # Triton launches on the current device, whatever device the tensors are on
+            with torch.cuda.device(x.device):
+                return kernel(x, *args, **kwargs)
+        except Unsupported:
+            if _state.impl == "triton":
                 raise
             return reference_fn(x, *args, **kwargs)
 
     return op
 
 
-flash_attention = _op(reference.flash_attention, "flash_attention")
-latent_attention = _op(reference.latent_attention, "latent_attention")
-absorbed_latent_attention = _op(reference.absorbed_latent_attention, "latent_attention")
-mean_pool = _op(reference.mean_pool, "mean_pool")
-mean_pool_geglu = _op(reference.mean_pool_geglu, "mean_pool")
-rms_norm = _op(reference.rms_norm, "rms_norm")
-add_rms_norm = _op(reference.add_rms_norm, "rms_norm")
-rotary = _op(reference.rotary, "rotary")
-swiglu = _op(reference.swiglu, "gated")
-geglu = _op(reference.geglu, "gated")
+def _autocast(args: tuple, policy: Literal["lower", "widest"]) -> list:
+    """The arguments with all floating tensors in one dtype. float64 is left alone, as PyTorch does."""
+    dtypes = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
+    if torch.float64 in dtypes:
+        return list(args)
+    lower = torch.get_autocast_dtype(args[0].device.type)
+    dtype = lower if policy == "lower" else functools.reduce(torch.promote_types, dtypes)
+    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+flash_attention = _op(reference.flash_attention, autocast="lower")
+latent_attention = _op(reference.latent_attention, autocast="lower")
+absorbed_latent_attention = _op(reference.absorbed_latent_attention, autocast="lower")
+mean_pool = _op(reference.mean_pool)
+mean_pool_geglu = _op(reference.mean_pool_geglu)
+rms_norm = _op(reference.rms_norm, autocast="widest")
+add_rms_norm = _op(reference.add_rms_norm, autocast="widest")
+rotary = _op(reference.rotary)
+swiglu = _op(reference.swiglu)
+geglu = _op(reference.geglu)
 
 # a matrix product is a library's on every device
 linear = reference.linear

@@ -3,6 +3,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
+from gradients import assert_compiles, assert_gradcheck, assert_gradient_parity, gradients
 
 from nvembed_fast.kernels import gated as module
 from nvembed_fast.kernels import reference
@@ -113,3 +114,55 @@ def test_every_width_has_a_launch_config():
     for width in range(1, 20000, 37):
         config = module._launch_config(width)
         assert config["num_warps"] in (1, 2, 4) and config["BLOCK_T"] * config["BLOCK_F"] in (1024, 2048)
+
+
+@OPS
+@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
+def test_gradient_matches_reference(op, case, dtype, device):
+    x = case.gated_input(device, dtype)
+    assert_gradient_parity(op.__name__, op, getattr(reference, op.__name__), [x])
+
+
+@OPS
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in GATED_CASES if c.bench], ids=lambda c: c.name)
+def test_gradient_matches_reference_at_full_size(op, case, dtype, device):
+    part = RowCase(case.name, 512, case.width)
+    assert_gradient_parity(
+        op.__name__, op, getattr(reference, op.__name__), [part.gated_input(device, dtype)]
+    )
+
+
+@OPS
+def test_gradient_of_a_strided_upstream(op, device):
+    x = CASE.gated_input(device, torch.float16)
+    assert_gradient_parity(op.__name__, op, getattr(reference, op.__name__), [x], contiguous=False)
+
+
+@OPS
+def test_gradcheck(op, device):
+    assert_gradcheck(op, [RowCase("smallest", 3, 8).gated_input(device, torch.float32)])
+
+
+@OPS
+def test_compiles_as_one_graph(op, device):
+    assert_compiles(op, [CASE.gated_input(device, torch.float32)])
+
+
+def test_opcheck(device):
+    x = CASE.gated_input(device, torch.float32).requires_grad_()
+    torch.library.opcheck(torch.ops.nvembed_fast.gated, (x, True))
+    torch.library.opcheck(torch.ops.nvembed_fast.gated_bwd, (x.detach(), x.detach()[:, :80], False))
+
+
+@OPS
+def test_gradient_of_no_tokens(op, device):
+    (grad,) = gradients(op, [torch.zeros(0, 8, device=device)])[1]
+    assert grad.shape == (0, 8)
+
+
+@OPS
+def test_gradient_at_peaked_gates_is_finite(op, dtype, device):
+    gate, other = torch.tensor([[-6000.0, -100.0, -9.0, 0.0, 9.0, 100.0, 6000.0]]), torch.ones(1, 7)
+    x = torch.cat([gate, other] if op is swiglu else [other, gate], dim=1).to(device, dtype)
+    assert_gradient_parity(op.__name__, op, getattr(reference, op.__name__), [x])

@@ -14,16 +14,17 @@ from nvembed_fast import ops
 from nvembed_fast.kernels import reference
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_SUPPORT = {"_common", "layout", "reference", "testing"}
+KERNEL_SUPPORT = {"_common", "errors", "layout", "reference", "testing"}
 KERNELS = sorted(p.stem for p in ROOT.glob("kernels/*.py") if p.stem not in KERNEL_SUPPORT)
 
 # kernels/: what a file may import from the project, and what it does import from outside the standard library
 KERNEL_FILES = {
+    "errors": (set(), {"torch"}),
     "layout": (set(), {"numpy", "torch"}),
     "reference": ({"layout"}, {"einops", "torch"}),
     "_common": (set(), {"torch", "triton"}),
     "testing": ({"layout", "reference"}, {"torch"}),
-} | {stem: ({"_common", "layout"}, {"torch", "triton"}) for stem in KERNELS}
+} | {stem: ({"_common", "errors", "layout"}, {"torch", "triton"}) for stem in KERNELS}
 
 # nvembed_fast/, from the ground up: (storey, file, packages from elsewhere). A file imports earlier ones only
 PACKAGE_FILES = [
@@ -90,11 +91,12 @@ def test_a_package_file_imports_only_from_below(place):
     ours, theirs = _split(_imports(path))
     below = {"nvembed_fast" if n == "__init__" else f"nvembed_fast.{n}" for _, n, _ in PACKAGE_FILES[:place]}
     # ops is the only place that chooses an implementation; everyone else knows the layout alone
-    kernels = {"nvembed_fast.kernels.reference"} if name == "ops" else {"nvembed_fast.kernels.layout"}
-    assert ours <= below | kernels
+    known = ("errors", "reference", *KERNELS) if name == "ops" else ("layout",)
+    assert ours <= below | {f"nvembed_fast.kernels.{stem}" for stem in known}
     assert theirs == packages
-    _, early = _split(_imports(path, top_level=True))
+    kernels, early = _split(_imports(path, top_level=True))
     assert not early & LATE_IMPORTS
+    assert not kernels & {f"nvembed_fast.kernels.{stem}" for stem in KERNELS}, "they import triton"
 
 
 @pytest.mark.parametrize("folder", ["nvembed_fast", "kernels", "tests", "bench", "examples"])
@@ -115,12 +117,8 @@ def test_a_kernel_has_its_reference_test_and_bench(stem):
 
 
 def test_every_operation_has_a_kernel():
-    operations = {
-        name for name, value in vars(ops).items() if hasattr(value, "__wrapped__") and name[0] != "_"
-    }
     public = {n for s in KERNELS for n in importlib.import_module(f"nvembed_fast.kernels.{s}").__all__}
-    operations -= {"use_impl"}
-    assert operations and operations <= public
+    assert ops.OPERATIONS and set(ops.OPERATIONS) <= public
 
 
 @pytest.mark.parametrize("package", ["triton", "transformers"])

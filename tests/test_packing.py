@@ -10,8 +10,7 @@ def test_layout_lists():
     layout = SeqLayout((3, 0, 5, 5))
     assert layout.cu_seqlens.tolist() == [0, 3, 3, 8, 13]
     assert (layout.num_tokens, layout.max_length, len(layout)) == (13, 5, 4)
-    assert layout.positions().tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
-    assert layout.seq_of_token().tolist() == [0, 0, 0, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3]
+    assert layout.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 3, 4]
     assert layout.runs() == [(0, 1, 3, 0), (2, 2, 5, 3)]
     assert [(run.seqs, run.rows) for run in layout.runs()] == [
         (slice(0, 1), slice(0, 3)),
@@ -32,7 +31,7 @@ def test_layout_tiles_cover_every_token_once_longest_sequence_first():
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0)])
 def test_layout_without_tokens(lengths):
     layout = SeqLayout(lengths)
-    assert layout.tiles(16).shape == (0, 2) and layout.positions().shape == (0,) and layout.runs() == []
+    assert layout.tiles(16).shape == (0, 2) and layout.positions.shape == (0,) and layout.runs() == []
 
 
 def test_layout_rejects_a_negative_length():
