@@ -88,7 +88,7 @@ class ModuleClock:
         self.spent: Counter[str] = Counter()
         self.running: list[float] = []
         self.device = model.device
-        backbone, head = model.model.embedding_model, model.model.latent_attention_model
+        backbone, head = model.model.embedding_model, model.model.head
         for layer in backbone.layers:
             attention, mlp = layer.self_attn, layer.mlp
             for product in (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj):

@@ -37,8 +37,11 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _enough_rows(x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
-    """x with rows of zeros added, on a CPU, until libraries treat every row alike."""
-    if x.device.type != "cpu":
+    """x with rows of zeros added, on a CPU, until libraries treat every row alike.
+
+    Not under torch.compile, which chooses its products itself.
+    """
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x
     least = min(_LEAST_ROWS_PER_THREAD * torch.get_num_threads(), _MOST_PADDED_ROWS)
     rows = max(len(x), least)

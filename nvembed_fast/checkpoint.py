@@ -97,6 +97,14 @@ def published_tensors(config: NVEmbedConfig) -> dict[str, Slot]:
         ("mlp.up_proj.weight", "mlp.gate_up_proj.weight", (f, d)),
         ("mlp.down_proj.weight", "mlp.down_proj.weight", (d, f)),
     )
+    feed_forward = (
+        ("cross_attend_blocks.1.norm.weight", "ff_norm.weight", (d,)),
+        ("cross_attend_blocks.1.norm.bias", "ff_norm.bias", (d,)),
+        ("cross_attend_blocks.1.fn.net.0.weight", "ff_up.weight", (8 * d, d)),
+        ("cross_attend_blocks.1.fn.net.0.bias", "ff_up.bias", (8 * d,)),
+        ("cross_attend_blocks.1.fn.net.2.weight", "ff_down.weight", (d, 4 * d)),
+        ("cross_attend_blocks.1.fn.net.2.bias", "ff_down.bias", (d,)),
+    )
     latent = (
         ("latents", "latents", (head.num_latents_value, c)),
         ("cross_attend_blocks.0.norm.weight", "cross_norm.weight", (d,)),
@@ -106,25 +114,36 @@ def published_tensors(config: NVEmbedConfig) -> dict[str, Slot]:
         ("cross_attend_blocks.0.fn.to_q.weight", "to_q.weight", (inner, d)),
         ("cross_attend_blocks.0.fn.to_kv.weight", "to_kv.weight", (2 * inner, c)),
         ("cross_attend_blocks.0.fn.to_out.weight", "to_out.weight", (d, inner)),
-        ("cross_attend_blocks.1.norm.weight", "ff_norm.weight", (d,)),
-        ("cross_attend_blocks.1.norm.bias", "ff_norm.bias", (d,)),
-        ("cross_attend_blocks.1.fn.net.0.weight", "ff_up.weight", (8 * d, d)),
-        ("cross_attend_blocks.1.fn.net.0.bias", "ff_up.bias", (8 * d,)),
-        ("cross_attend_blocks.1.fn.net.2.weight", "ff_down.weight", (d, 4 * d)),
-        ("cross_attend_blocks.1.fn.net.2.bias", "ff_down.bias", (d,)),
+        *feed_forward,
     )
-    groups = [("embedding_model.", (("embed_tokens.weight", "embed_tokens.weight", (text.vocab_size, d)),))]
-    groups += [(f"embedding_model.layers.{i}.", layer) for i in range(text.num_hidden_layers)]
-    groups += [("embedding_model.", (("norm.weight", "norm.weight", (d,)),))]
-    groups += [("latent_attention_model.", latent)]
+    # no published model has this head: named after the latent one
+    self_attention = (
+        ("cross_attend_blocks.0.norm.weight", "cross_norm.weight", (d,)),
+        ("cross_attend_blocks.0.norm.bias", "cross_norm.bias", (d,)),
+        ("cross_attend_blocks.0.fn.to_qkv.weight", "to_qkv.weight", (3 * q, d)),
+        ("cross_attend_blocks.0.fn.to_out.weight", "to_out.weight", (d, q)),
+        *feed_forward,
+    )
+    # prefix of the published names, prefix of ours, lines
+    backbone, layers = (
+        "embedding_model.",
+        [f"embedding_model.layers.{i}." for i in range(text.num_hidden_layers)],
+    )
+    groups = [(backbone, backbone, (("embed_tokens.weight", "embed_tokens.weight", (text.vocab_size, d)),))]
+    groups += [(prefix, prefix, layer) for prefix in layers]
+    groups += [(backbone, backbone, (("norm.weight", "norm.weight", (d,)),))]
+    if config.pooling_head == "latent":
+        groups += [("latent_attention_model.", "head.", latent)]
+    elif config.pooling_head == "self_attention":
+        groups += [("self_attention_model.", "head.", self_attention)]
 
     table: dict[str, Slot] = {}
     filled: dict[str, int] = defaultdict(int)
-    for prefix, lines in groups:
+    for published_prefix, prefix, lines in groups:
         for published, ours, shape in lines:
             first = filled[prefix + ours]
             filled[prefix + ours] += shape[0]
-            table[prefix + published] = Slot(prefix + ours, slice(first, first + shape[0]), shape)
+            table[published_prefix + published] = Slot(prefix + ours, slice(first, first + shape[0]), shape)
     return table
 
 

@@ -11,12 +11,13 @@ import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 
 from nvembed_fast import __version__, checkpoint, ops
-from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.config import NVEmbedConfig, PoolingHeadName
 from nvembed_fast.encoder import NVEmbed, query_instruction
 from nvembed_fast.latent_head import cheaper_form
 
@@ -109,12 +110,18 @@ def _parser() -> argparse.ArgumentParser:
     _add_text_options(search)
     _add_model_options(search)
 
-    init = command("init", _init, "Start a model from a Mistral or Llama decoder, with a fresh latent head.")
+    init = command("init", _init, "Start a model from a Mistral or Llama decoder, with a fresh pooling head.")
     init.add_argument("decoder", type=Path, help="a Hugging Face directory, or a .gguf file")
     init.add_argument("-o", "--output", required=True, type=Path, metavar="DIRECTORY")
     init.add_argument("--num-latents", type=int, default=512, help="latents of the head (default: 512)")
     init.add_argument("--num-heads", type=int, default=8, help="heads of the latent attention (default: 8)")
     init.add_argument("--head-width", type=int, help="their width (default: 64 under 2048 hidden, else 4096)")
+    init.add_argument(
+        "--pooling-head",
+        default="latent",
+        choices=get_args(PoolingHeadName),
+        help="latent, or one to compare it with (default: latent)",
+    )
     init.add_argument("--seed", type=int, default=0, help="of the fresh head (default: 0)")
 
     info = command("info", _info, "Versions, devices, and which implementation each operation takes and why.")
@@ -194,8 +201,10 @@ def _init(arguments: argparse.Namespace) -> None:
         num_heads=arguments.num_heads,
         head_width=arguments.head_width,
         seed=arguments.seed,
+        pooling_head=arguments.pooling_head,
     )
-    print(f"{arguments.output}: {arguments.decoder} with a fresh latent head; train it before use")
+    head = arguments.pooling_head
+    print(f"{arguments.output}: {arguments.decoder} with a fresh {head} head; train it before use")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -228,8 +237,9 @@ def _info(arguments: argparse.Namespace) -> None:
         shapes = [slot.shape for slot in checkpoint.published_tensors(config).values()]
         parameters = sum(int(np.prod(shape)) for shape in shapes)
         print(f"\n{arguments.model}: {parameters:,} parameters in {len(shapes)} tensors")
-        form = cheaper_form(config.latent_attention_config)
-        print(f"latents='auto' takes the {form} form: the cheaper one for these shapes")
+        if config.pooling_head == "latent":
+            form = cheaper_form(config.latent_attention_config)
+            print(f"latents='auto' takes the {form} form: the cheaper one for these shapes")
         print(json.dumps(config.to_dict(), indent=2))
 
 

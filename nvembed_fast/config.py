@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["BackboneConfig", "LatentConfig", "NVEmbedConfig", "PoolingStart"]
+__all__ = ["BackboneConfig", "LatentConfig", "NVEmbedConfig", "PoolingHeadName", "PoolingStart"]
 
 PoolingStart = Literal["token_count", "text_offset"]
+PoolingHeadName = Literal["latent", "mean", "eos", "self_attention"]
 
 # tie_word_embeddings, use_cache and the like change nothing in an encoder without a language-model head
 _MUST_BE_ABSENT = ("attention_bias", "mlp_bias", "rope_scaling", "quantization_config")
@@ -99,7 +100,9 @@ class NVEmbedConfig:
 
     Attributes:
         text_config: the backbone.
-        latent_attention_config: the head.
+        latent_attention_config: the latent attention head; its `output_normalize` holds for every head.
+        pooling_head: how token states become one vector. "latent" is the published models'; the others are
+            the rivals of arXiv 2405.17428, table 1.
         is_mask_instruction: leave the instruction's tokens out of the pooling.
         pooling_start: how the first pooled token is found behind an instruction. "token_count" drops as many
             tokens as the instruction has on its own, as the published checkpoints do; "text_offset" pools
@@ -112,13 +115,13 @@ class NVEmbedConfig:
     latent_attention_config: LatentConfig = field(default_factory=LatentConfig)
     is_mask_instruction: bool = True
     pooling_start: PoolingStart = "token_count"
+    pooling_head: PoolingHeadName = "latent"
     torch_dtype: str = "float16"
 
     def __post_init__(self):
-        if self.pooling_start not in get_args(PoolingStart):
-            raise ValueError(
-                f"pooling_start must be one of {get_args(PoolingStart)}, got {self.pooling_start!r}"
-            )
+        for name, choices in (("pooling_start", PoolingStart), ("pooling_head", PoolingHeadName)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name} must be one of {get_args(choices)}, got {getattr(self, name)!r}")
         head, width = self.latent_attention_config, self.text_config.hidden_size
         if head.hidden_dim != width:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Start an NV-Embed model from a decoder: its weights, its tokenizer, and a fresh latent head.
+"""Start an NV-Embed model from a decoder: its weights, its tokenizer, and a fresh pooling head.
 
 A decoder is a Hugging Face directory (model_type mistral or llama) or a GGUF
 file of the llama architecture. Both become the same three things:
@@ -25,7 +25,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import nn
 
 from nvembed_fast import checkpoint
-from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
+from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig, PoolingHeadName
 from nvembed_fast.model import NVEmbedModel
 from nvembed_fast.tokenization import TextTokenizer
 
@@ -71,6 +71,7 @@ def init_model(
     head_width: int | None = None,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
+    pooling_head: PoolingHeadName = "latent",
 ) -> None:
     """Write an untrained NV-Embed model on a decoder, in the published layout.
 
@@ -83,6 +84,8 @@ def init_model(
         dtype: of the stored weights; None takes the decoder's own, and float16 for quantised ones: its
             rounding (2**-11) lies far below a quantisation step.
         seed: of the fresh head; the same seed gives the same head in every dtype.
+        pooling_head: "latent", or for comparison "mean", "eos" or "self_attention"; the three arguments about
+            latents then mean nothing.
 
     Raises:
         FileExistsError: the output directory holds a model.
@@ -104,12 +107,12 @@ def init_model(
     head = LatentConfig(num_latents, num_heads, head_width, hidden_dim=width, latent_dim=width)
     # another tokenizer may merge across the border between instruction and text, so the published rule
     # (drop as many tokens as the instruction has alone) would drop the text's first word with it
-    config = NVEmbedConfig(decoder.config, head, pooling_start="text_offset")
+    config = NVEmbedConfig(decoder.config, head, pooling_start="text_offset", pooling_head=pooling_head)
     with torch.device("meta"):
         model = NVEmbedModel(config)
-    fresh = _fresh_head(model.latent_attention_model, torch.Generator().manual_seed(seed))
+    fresh = _fresh_head(model.head, torch.Generator().manual_seed(seed))
     values = decoder.load(stored)
-    values |= {f"latent_attention_model.{name}": value.to(stored) for name, value in fresh}
+    values |= {f"head.{name}": value.to(stored) for name, value in fresh}
     model.load_state_dict(values, assign=True)
     with tempfile.TemporaryDirectory() as aside:
         checkpoint.save_model(model, output_directory, tokenizer_files=decoder.write_tokenizer(Path(aside)))
@@ -117,7 +120,8 @@ def init_model(
 
 def _fresh_head(head: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
     """What PyTorch's own modules start with, drawn from one generator in fp32, parameter by parameter."""
-    yield "latents", torch.randn(head.latents.shape, generator=generator)
+    for name, parameter in head.named_parameters(recurse=False):  # the latents
+        yield name, torch.randn(parameter.shape, generator=generator)
     for name, module in head.named_children():
         for part, parameter in module.named_parameters():
             if isinstance(module, nn.LayerNorm):

@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from nvembed_fast import checkpoint, ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.kernels.layout import to_device
-from nvembed_fast.latent_head import Latents, check_latents
+from nvembed_fast.latent_head import LatentHead, Latents, check_latents
 from nvembed_fast.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, token_budget_batches
 from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
@@ -70,7 +70,9 @@ class NVEmbed(nn.Module):
         self.model = model
         self.text_tokenizer = text_tokenizer
         self.impl = ops.check_impl(impl)
-        model.latent_attention_model.mode = check_latents(latents)
+        _check_latents(latents, model.config)
+        if isinstance(model.head, LatentHead):
+            model.head.mode = latents
         self._transformers_tokenizer = None
 
     @classmethod
@@ -124,6 +126,7 @@ class NVEmbed(nn.Module):
             local_files_only=local_files_only,
         )
         config = NVEmbedConfig.from_file(directory / "config.json")
+        _check_latents(latents, config)
         tokenizer = TextTokenizer.from_directory(directory, config.pooling_start)
         model = checkpoint.load_model(directory, device=target, dtype=wanted, progress=show_progress)
         return cls(model, tokenizer, impl, latents).eval().requires_grad_(False)
@@ -461,6 +464,13 @@ def _warn_unknown(function: str, unknown: dict[str, Any]) -> None:
         known = [p.name for p in parameters.values() if p.kind is not p.VAR_KEYWORD and p.name != "self"]
         warnings.warn(f"{function}() ignores {name!r}; it knows {', '.join(known)}", stacklevel=3)
         _warned.setdefault(function, set()).add(name)
+
+
+def _check_latents(latents: str, config: NVEmbedConfig) -> None:
+    if check_latents(latents) != "auto" and config.pooling_head != "latent":
+        raise ValueError(
+            f"latents={latents!r} is about the latent head, but this model pools by {config.pooling_head!r}"
+        )
 
 
 def _device(device: Any) -> torch.device:

@@ -1,4 +1,4 @@
-"""The latent attention head: hidden states of packed tokens to one vector per text.
+"""The latent attention head of the published models. Interface: `pooling_heads.PoolingHead`.
 
 The original computes, per token h with c = LN(latents):
 
@@ -15,8 +15,12 @@ and recomputes c Wk^T and c Wv^T for every text. Three identities save that work
 
 `latents="direct"` leaves out 2 and keeps the strict order of the original up to there.
 
+3 is the feed-forward's, so it stands in `pooling_heads.AttentionHead`.
+
 What 1 and 2 build is a cache: it never enters a state dict, it is thrown away
-when a weight changes or moves, and where gradients flow it is not used.
+when a weight changes or moves, and where gradients flow it is not used: a
+training step builds it once per forward. Nor is it under torch.compile, which
+cannot see whether a weight has changed.
 
 Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H head width, F = 4 D.
 """
@@ -31,17 +35,18 @@ from torch import nn
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.pooling_heads import AttentionHead
 
 __all__ = ["LatentHead", "Latents", "cheaper_form", "check_latents"]
 
 Latents = Literal["auto", "direct", "absorbed"]
-_FEED_FORWARD_RATIO = 4
+_LATENTS = get_args(Latents)
 
 
 def check_latents(latents: str) -> Latents:
     """`latents` itself, or a ValueError that names the choices."""
-    if latents not in get_args(Latents):
-        raise ValueError(f"latents must be one of {', '.join(map(repr, get_args(Latents)))}, got {latents!r}")
+    if latents not in _LATENTS:
+        raise ValueError(f"latents must be one of {', '.join(map(repr, _LATENTS))}, got {latents!r}")
     return latents
 
 
@@ -51,52 +56,23 @@ def cheaper_form(config: LatentConfig) -> Literal["direct", "absorbed"]:
     return "absorbed" if latents * width < config.cross_dim_head * (width + latents) else "direct"
 
 
-class LatentHead(nn.Module):
+class LatentHead(AttentionHead):
     """Latent cross-attention, feed-forward, masked mean and normalisation."""
 
     def __init__(self, config: LatentConfig):
-        super().__init__()
+        super().__init__(config.hidden_dim, config.output_normalize)
         self.config = config
         width, inner = config.hidden_dim, config.num_cross_heads * config.cross_dim_head
         self.latents = nn.Parameter(torch.randn(config.num_latents_value, config.latent_dim))
-        self.cross_norm = nn.LayerNorm(width)
         self.context_norm = nn.LayerNorm(config.latent_dim)
         self.to_q = ops.Linear(width, inner, bias=False)
         self.to_kv = ops.Linear(config.latent_dim, 2 * inner, bias=False)
         self.to_out = ops.Linear(inner, width, bias=False)
-        self.ff_norm = nn.LayerNorm(width)
-        self.ff_up = ops.Linear(width, 2 * _FEED_FORWARD_RATIO * width)
-        self.ff_down = ops.Linear(_FEED_FORWARD_RATIO * width, width)
         self.mode: Latents = "auto"
         # form -> (state of the weights, the weights it was built from, what was built)
         self._cache: dict[str, tuple[tuple, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {}
 
-    def forward(
-        self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Embeddings of packed texts.
-
-        Args:
-            h_TD: [T, D] hidden states of the backbone.
-            layout: where the texts lie.
-            pool_mask: [T] bool; False leaves a token out. None pools all.
-
-        Returns:
-            [B, D] fp32 (float64 for float64), of unit norm when the config says so.
-        """
-        h1_TD = self.cross_attention(h_TD)
-        pooled_BF = ops.mean_pool_geglu(self.ff_up(self.ff_norm(h1_TD)), layout, pool_mask)
-        pooled_BD = self.ff_down(pooled_BF.to(h1_TD.dtype)).to(pooled_BF.dtype)
-        pooled_BD = pooled_BD + ops.mean_pool(h1_TD, layout, pool_mask)
-        return F.normalize(pooled_BD, dim=-1) if self.config.output_normalize else pooled_BD
-
-    def token_states(self, h_TD: torch.Tensor) -> torch.Tensor:
-        """[T, D] h2 of every token: the head without pooling, for callers that pool themselves."""
-        h1_TD = self.cross_attention(h_TD)
-        return self.ff_down(ops.geglu(self.ff_up(self.ff_norm(h1_TD)))) + h1_TD
-
-    def cross_attention(self, h_TD: torch.Tensor) -> torch.Tensor:
-        """[T, D] h1: the residual stream behind the latent cross-attention."""
+    def attention(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
         x_TD = self.cross_norm(h_TD)
         heads = self.config.num_cross_heads
         if self.form() == "absorbed":
@@ -117,7 +93,9 @@ class LatentHead(nn.Module):
         weights = [self.latents, *self.context_norm.parameters(), self.to_kv.weight]
         if form == "absorbed":
             weights += [self.to_q.weight, self.to_out.weight]
-        if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
+        if torch.compiler.is_compiling() or (
+            torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+        ):
             return build()
         # a weight's version counter moves with every in-place change; inference tensors cannot change
         state = tuple(
@@ -145,6 +123,10 @@ class LatentHead(nn.Module):
 
     def _absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B, [N * L, D] each: multiplied out in fp32, head by head, and rounded once."""
+        with torch.autocast(self.latents.device.type, enabled=False):
+            return self._multiplied_out()
+
+    def _multiplied_out(self) -> tuple[torch.Tensor, torch.Tensor]:
         dtype, heads = self.latents.dtype, self.config.num_cross_heads
         wide = torch.promote_types(dtype, torch.float32)
         norm = self.context_norm

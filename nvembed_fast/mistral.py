@@ -30,10 +30,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(x_TD, self.weight, self.eps)
-
-    def add(self, x_TD: torch.Tensor, residual_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(
+        self, x_TD: torch.Tensor, residual_TD: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the norm of h, h) of h = x + residual, or of x alone."""
+        if residual_TD is None:
+            return ops.rms_norm(x_TD, self.weight, self.eps), x_TD
         return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
 
 
@@ -75,6 +77,22 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        residual_TD: torch.Tensor | None,
+        layout: SeqLayout,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what the last product gave, the residual stream before it), from the same two of the layer before.
+
+        Everything goes through here, so that checkpointing and sharding can take a layer as their unit.
+        """
+        x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
+        x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, layout, cos, sin), residual_TD)
+        return self.mlp(x_TD), residual_TD
+
 
 class MistralBackbone(nn.Module):
     """Packed token ids to final hidden states."""
@@ -99,16 +117,12 @@ class MistralBackbone(nn.Module):
         """
         layout = batch.layout
         cos, sin = self.rotary_tables(layout.max_length)
-        residual_TD = F.embedding(batch.input_ids, self.embed_tokens.weight)
-        norms = [*(layer.input_layernorm for layer in self.layers[1:]), self.norm]
-        # a backbone without layers is its embedding and its final norm
-        x_TD = (self.layers[0].input_layernorm if self.layers else self.norm)(residual_TD)
-        for layer, next_norm in zip(self.layers, norms, strict=False):
+        x_TD, residual_TD = F.embedding(batch.input_ids, self.embed_tokens.weight), None
+        for layer in self.layers:
             if hidden_states is not None:
-                hidden_states.append(residual_TD)
-            x_TD = layer.self_attn(x_TD, layout, cos, sin)
-            x_TD, residual_TD = layer.post_attention_layernorm.add(x_TD, residual_TD)
-            x_TD, residual_TD = next_norm.add(layer.mlp(x_TD), residual_TD)
+                hidden_states.append(x_TD if residual_TD is None else x_TD + residual_TD)
+            x_TD, residual_TD = layer(x_TD, residual_TD, layout, cos, sin)
+        x_TD, _ = self.norm(x_TD, residual_TD)
         if hidden_states is not None:
             hidden_states.append(x_TD)
         return x_TD

@@ -10,28 +10,41 @@ from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.latent_head import LatentHead
 from nvembed_fast.mistral import MistralBackbone
 from nvembed_fast.packing import PackedBatch
+from nvembed_fast.pooling_heads import EOSHead, MeanHead, PoolingHead, SelfAttentionHead
 
 __all__ = ["NVEmbedModel"]
 
 
 class NVEmbedModel(nn.Module):
-    """Backbone and latent head. The two attributes carry the checkpoint's names.
+    """Backbone and pooling head.
 
     Attributes:
         embedding_model: the backbone.
-        latent_attention_model: the head.
+        head: what makes one vector of a text's tokens.
     """
 
     def __init__(self, config: NVEmbedConfig):
         super().__init__()
         self.config = config
         self.embedding_model = MistralBackbone(config.text_config)
-        self.latent_attention_model = LatentHead(config.latent_attention_config)
+        self.head = _make_head(config)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """[B, D] fp32 embeddings. A text whose pool mask keeps nothing gives the head's constant, not NaN."""
-        return self.latent_attention_model(self.embedding_model(batch), batch.layout, batch.pool_mask)
+        return self.head(self.embedding_model(batch), batch.layout, batch.pool_mask)
 
     def token_states(self, batch: PackedBatch) -> torch.Tensor:
         """[T, D] token states behind the head, before pooling."""
-        return self.latent_attention_model.token_states(self.embedding_model(batch))
+        return self.head.token_states(self.embedding_model(batch), batch.layout)
+
+
+def _make_head(config: NVEmbedConfig) -> PoolingHead:
+    normalize = config.latent_attention_config.output_normalize
+    match config.pooling_head:
+        case "mean":
+            return MeanHead(normalize)
+        case "eos":
+            return EOSHead(normalize)
+        case "self_attention":
+            return SelfAttentionHead(config.text_config, normalize)
+    return LatentHead(config.latent_attention_config)

@@ -189,8 +189,8 @@ def test_forward_names_an_id_that_is_none(model):
 def test_copies_are_their_own(model):
     wanted = model.encode(TEXTS)
     copied = copy.deepcopy(model)
-    assert not copied.model.latent_attention_model._cache
-    copied.model.latent_attention_model.to_out.weight.mul_(0.5)
+    assert not copied.model.head._cache
+    copied.model.head.to_out.weight.mul_(0.5)
     assert relative(model.encode(TEXTS), wanted) == 0
     assert relative(copied.encode(TEXTS), wanted) > 1e-3
 

@@ -36,14 +36,14 @@ def test_every_layer_equals_the_original(tiny, case, impl, latents):
     masks = (golden[name].to(device) for name in ("input_ids", "attention_mask", "pool_mask"))
     batch, _ = from_padded(*masks)
     real = golden["attention_mask"].bool()
-    head = tiny.latent_attention_model
+    head = tiny.head
     head.mode = latents
     got, hidden = {}, []
     with ops.use_impl(impl):
         h = tiny.embedding_model(batch, hidden)
         got |= {f"hidden.{i}": state for i, state in enumerate(hidden)}
-        got["cross_attention"] = head.cross_attention(h)
-        got["latent_output"] = head.token_states(h)
+        got["cross_attention"] = head.attention(h, batch.layout)
+        got["latent_output"] = head.token_states(h, batch.layout)
         embeddings = head(h, batch.layout, batch.pool_mask)
     assert len(hidden) == tiny.config.text_config.num_hidden_layers + 1
     for name, state in got.items():

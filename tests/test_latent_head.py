@@ -15,6 +15,8 @@ CONFIG = LatentConfig(
     num_latents_value=12, num_cross_heads=3, cross_dim_head=20, hidden_dim=16, latent_dim=10
 )
 
+ALONE = SeqLayout((4,))
+
 
 def make_head(config: LatentConfig = CONFIG) -> LatentHead:
     torch.manual_seed(0)
@@ -50,7 +52,7 @@ def test_hoisted_absorbed_and_commuted_equal_the_original_order(latents, normali
     wanted = torch.stack([h2[:5][keep[:5]].mean(0), h2[5:][keep[5:]].mean(0)])
     wanted = F.normalize(wanted, dim=-1) if normalize else wanted
     with ops.use_impl("torch"):
-        torch.testing.assert_close(head.token_states(h), h2, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(head.token_states(h, layout), h2, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(head(h, layout, keep), wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -71,13 +73,13 @@ def test_a_changed_weight_is_seen_in_place_and_after_a_move():
     head.mode = "absorbed"
     h = torch.randn(4, 16, dtype=torch.float64)
     with ops.use_impl("torch"):
-        head.token_states(h)  # fills the cache
+        head.token_states(h, ALONE)  # fills the cache
         head.to_kv.weight.mul_(1.5)
-        torch.testing.assert_close(head.token_states(h), original(head, h))
+        torch.testing.assert_close(head.token_states(h, ALONE), original(head, h))
         head.to_out.weight.data = head.to_out.weight.data * 2
-        torch.testing.assert_close(head.token_states(h), original(head, h))
+        torch.testing.assert_close(head.token_states(h, ALONE), original(head, h))
         head.float().double()
-        torch.testing.assert_close(head.token_states(h), original(head, h))
+        torch.testing.assert_close(head.token_states(h, ALONE), original(head, h))
 
 
 def test_the_cache_is_used_and_never_stored():
@@ -107,7 +109,7 @@ def test_matrices_that_overflow_say_what_to_do():
         ops.use_impl("torch"),
         pytest.raises(ValueError, match="overflows torch.float16: load with dtype='bfloat16'"),
     ):
-        head.token_states(torch.randn(4, 16).half())
+        head.token_states(torch.randn(4, 16).half(), ALONE)
     assert not head._cache
 
 

@@ -32,6 +32,7 @@ PACKAGE_FILES = [
     (1, "packing", {"numpy", "torch"}),
     (2, "config", set()),
     (2, "mistral", {"einops", "torch"}),
+    (2, "pooling_heads", {"einops", "torch"}),
     (2, "latent_head", {"einops", "torch"}),
     (3, "model", {"torch"}),
     (3, "checkpoint", {"huggingface_hub", "safetensors", "torch", "tqdm"}),

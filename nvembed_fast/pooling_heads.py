@@ -1,0 +1,118 @@
+"""From hidden states of packed tokens to one vector per text: the interface, and the latent head's rivals.
+
+`LatentHead` has a file of its own. The others are there for the comparison of
+arXiv 2405.17428, table 1: EOS, mean and self-attention. The paper gives no
+equations for the last; here it is the latent head with self-attention of the
+backbone's shape (a layer's own number of heads and head width, no rotation) in
+the place of the latents, so that the two differ in that alone.
+
+Shape suffixes: B texts, T packed tokens, D model width, N heads, H head width, F = 4 D.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+from nvembed_fast import ops
+from nvembed_fast.config import BackboneConfig
+from nvembed_fast.kernels.layout import SeqLayout
+
+__all__ = ["AttentionHead", "EOSHead", "MeanHead", "PoolingHead", "SelfAttentionHead"]
+
+_FEED_FORWARD_RATIO = 4
+
+
+class PoolingHead(nn.Module):
+    """What every head does: `pool`, then the normalisation."""
+
+    def __init__(self, output_normalize: bool):
+        super().__init__()
+        self.output_normalize = output_normalize
+
+    def forward(
+        self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embeddings of packed texts.
+
+        Args:
+            h_TD: [T, D] hidden states of the backbone.
+            layout: where the texts lie.
+            pool_mask: [T] bool; False leaves a token out. None pools all.
+
+        Returns:
+            [B, D] fp32 (float64 for float64), of unit norm when the config says so.
+        """
+        pooled_BD = self.pool(h_TD, layout, pool_mask)
+        return F.normalize(pooled_BD, dim=-1) if self.output_normalize else pooled_BD
+
+    def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, D] fp32 (float64 for float64) vectors, not yet normalised."""
+        raise NotImplementedError
+
+    def token_states(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
+        """[T, D] states of every token behind the head: no pooling, for callers that pool themselves."""
+        return h_TD
+
+
+class MeanHead(PoolingHead):
+    """The mean of the tokens that the mask keeps."""
+
+    def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
+        return ops.mean_pool(h_TD, layout, pool_mask)
+
+
+class EOSHead(PoolingHead):
+    """The last token of every text, whatever the mask says; zeros for a text without tokens."""
+
+    def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
+        starts, stops = layout.cu_seqlens[:-1], layout.cu_seqlens[1:]
+        last_BD = h_TD.index_select(0, (stops - 1).clamp_min(0))
+        last_BD = last_BD.to(torch.promote_types(h_TD.dtype, torch.float32))
+        return torch.where((stops > starts)[:, None], last_BD, 0.0)
+
+
+class AttentionHead(PoolingHead):
+    """An attention, a GEGLU feed-forward and the mean.
+
+    The mean is linear, so the feed-forward's second product acts on the pooled vector: once per text.
+    """
+
+    def __init__(self, width: int, output_normalize: bool):
+        super().__init__(output_normalize)
+        self.cross_norm = nn.LayerNorm(width)
+        self.ff_norm = nn.LayerNorm(width)
+        self.ff_up = ops.Linear(width, 2 * _FEED_FORWARD_RATIO * width)
+        self.ff_down = ops.Linear(_FEED_FORWARD_RATIO * width, width)
+
+    def attention(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
+        """[T, D]: the residual stream behind the attention."""
+        raise NotImplementedError
+
+    def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
+        h1_TD = self.attention(h_TD, layout)
+        pooled_BF = ops.mean_pool_geglu(self.ff_up(self.ff_norm(h1_TD)), layout, pool_mask)
+        pooled_BD = self.ff_down(pooled_BF.to(h1_TD.dtype)).to(pooled_BF.dtype)
+        return pooled_BD + ops.mean_pool(h1_TD, layout, pool_mask)
+
+    def token_states(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
+        h1_TD = self.attention(h_TD, layout)
+        return self.ff_down(ops.geglu(self.ff_up(self.ff_norm(h1_TD)))) + h1_TD
+
+
+class SelfAttentionHead(AttentionHead):
+    """Every token attends to all tokens of its text."""
+
+    def __init__(self, config: BackboneConfig, output_normalize: bool):
+        width = config.hidden_size
+        super().__init__(width, output_normalize)
+        self.num_heads = config.num_attention_heads
+        self.to_qkv = ops.Linear(width, 3 * self.num_heads * config.head_dim, bias=False)
+        self.to_out = ops.Linear(self.num_heads * config.head_dim, width, bias=False)
+
+    def attention(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
+        qkv_T3NH = rearrange(
+            self.to_qkv(self.cross_norm(h_TD)), "t (e n h) -> t e n h", e=3, n=self.num_heads
+        )
+        out_TNH = ops.flash_attention(*qkv_T3NH.unbind(1), layout)
+        return self.to_out(rearrange(out_TNH, "t n h -> t (n h)")) + h_TD
