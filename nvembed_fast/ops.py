@@ -16,6 +16,7 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Literal, get_args
 
 import torch
@@ -46,12 +47,21 @@ def check_impl(impl: str) -> Impl:
 
 @contextlib.contextmanager
 def use_impl(impl: Impl) -> Iterator[None]:
-    """Force an implementation inside a `with` block (models, tests, benchmarks, debugging)."""
+    """Force an implementation inside a `with` block (models, tests, benchmarks, debugging).
+
+    It holds for the thread. On a GPU autograd runs checkpointed layers again in a thread of its own, where
+    `auto` would hold: see `checkpoint_contexts`.
+    """
     before, _state.impl = _state.impl, check_impl(impl)
     try:
         yield
     finally:
         _state.impl = before
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """The `context_fn` of torch.utils.checkpoint: it runs again in the same implementation."""
+    return contextlib.nullcontext(), use_impl(_state.impl)
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", "torch"], str]:

@@ -1,3 +1,5 @@
+import threading
+
 import pytest
 import torch
 
@@ -20,6 +22,22 @@ def test_use_impl_is_undone_also_after_an_error():
     with pytest.raises(RuntimeError), ops.use_impl("torch"):
         raise RuntimeError
     assert ops._state.impl == "auto"
+
+
+def test_checkpoint_contexts_carry_the_impl_into_another_thread():
+    seen = []
+    with ops.use_impl("torch"):
+        _, again = ops.checkpoint_contexts()
+
+    def recompute():
+        seen.append(ops._state.impl)
+        with again:
+            seen.append(ops._state.impl)
+
+    thread = threading.Thread(target=recompute)
+    thread.start()
+    thread.join()
+    assert seen == ["auto", "torch"]
 
 
 def test_an_unknown_impl_names_the_choices():
