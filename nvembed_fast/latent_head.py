@@ -18,13 +18,16 @@ and recomputes c Wk^T and c Wv^T for every text. Three identities save that work
 3 is the feed-forward's, so it stands in `pooling_heads.AttentionHead`.
 
 What 1 and 2 build is a cache: it never enters a state dict, it is thrown away
-when a weight changes or moves, and where gradients flow it is not used: a
-training step builds it once per forward. Nor is it under torch.compile, which
-cannot see whether a weight has changed.
+when a weight changes or moves, and where gradients flow it is not used: each
+forward builds them with their graph, or all forwards of a step share them
+inside `built_once`. Nor is it used under torch.compile, which cannot see
+whether a weight has changed.
 
 Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H head width, F = 4 D.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -71,14 +74,33 @@ class LatentHead(AttentionHead):
         self.mode: Latents = "auto"
         # form -> (state of the weights, the weights it was built from, what was built)
         self._cache: dict[str, tuple[tuple, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    @contextmanager
+    def built_once(self) -> Iterator[None]:
+        """Around the forwards and backwards of one training step: what depends on weights only is built once.
+
+        Each backward inside leaves its share with the built tensors, and the end of the block takes the sum
+        on to the weights, so a step may be cut into as many backwards as memory asks for.
+        """
+        with torch.enable_grad():
+            built = self._build()
+        self._shared = tuple(t.detach().requires_grad_(t.requires_grad) for t in built)
+        try:
+            yield
+            reached = [(t, s.grad) for t, s in zip(built, self._shared, strict=True) if s.grad is not None]
+        finally:
+            self._shared = None
+        if reached:
+            torch.autograd.backward(*zip(*reached, strict=True))
 
     def attention(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
         x_TD = self.cross_norm(h_TD)
         heads = self.config.num_cross_heads
         if self.form() == "absorbed":
-            a, b = self._constant("absorbed")
+            a, b = self._constant()
             return ops.absorbed_latent_attention(x_TD, a, b, h_TD, heads)
-        k_LNH, v_LNH = self._constant("direct")
+        k_LNH, v_LNH = self._constant()
         q_TNH = rearrange(self.to_q(x_TD), "t (n h) -> t n h", n=heads)
         out_TNH = ops.latent_attention(q_TNH, k_LNH, v_LNH)
         return self.to_out(rearrange(out_TNH, "t n h -> t (n h)")) + h_TD
@@ -87,16 +109,21 @@ class LatentHead(AttentionHead):
         """The form the shapes make cheaper, or the one that `mode` forces."""
         return cheaper_form(self.config) if check_latents(self.mode) == "auto" else self.mode
 
-    def _constant(self, form: Literal["direct", "absorbed"]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _build(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._absorbed() if self.form() == "absorbed" else self._keys_and_values()
+
+    def _constant(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What depends on weights only, from the cache unless a gradient is wanted."""
-        build = {"direct": self._keys_and_values, "absorbed": self._absorbed}[form]
+        if self._shared is not None:
+            return self._shared
+        form = self.form()
         weights = [self.latents, *self.context_norm.parameters(), self.to_kv.weight]
         if form == "absorbed":
             weights += [self.to_q.weight, self.to_out.weight]
         if torch.compiler.is_compiling() or (
             torch.is_grad_enabled() and any(w.requires_grad for w in weights)
         ):
-            return build()
+            return self._build()
         # a weight's version counter moves with every in-place change; inference tensors cannot change
         state = tuple(
             (w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights
@@ -105,7 +132,7 @@ class LatentHead(AttentionHead):
         if cached is None or cached[0] != state:
             # what is built under inference_mode could not be used outside it
             with torch.inference_mode(False), torch.no_grad():
-                built = build()
+                built = self._build()
             if not all(t.isfinite().all() for t in built):
                 raise ValueError(
                     f"the {form} form of these latents overflows {self.latents.dtype}: load with "
@@ -143,7 +170,7 @@ class LatentHead(AttentionHead):
 
     def __getstate__(self) -> dict:
         # copies and pickles build their own
-        return {**self.__dict__, "_cache": {}}
+        return {**self.__dict__, "_cache": {}, "_shared": None}
 
     def _apply(self, fn, recurse=True):
         # do not keep the old weights alive beside the moved or cast ones

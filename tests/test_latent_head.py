@@ -85,7 +85,7 @@ def test_a_changed_weight_is_seen_in_place_and_after_a_move():
 def test_the_cache_is_used_and_never_stored():
     head = make_head()
     head.mode = "absorbed"
-    first, second = head._constant("absorbed"), head._constant("absorbed")
+    first, second = head._constant(), head._constant()
     assert first[0] is second[0]
     assert not any("cache" in name for name in head.state_dict())
 
@@ -98,6 +98,41 @@ def test_gradients_reach_every_weight_of_the_cross_attention(latents):
         head(torch.randn(4, 16, dtype=torch.float64), SeqLayout((4,))).sum().backward()
     for name, weight in head.named_parameters():
         assert weight.grad is not None and weight.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("latents", ["direct", "absorbed"])
+def test_built_once_for_a_step_of_two_backwards(latents, monkeypatch):
+    head = make_head().requires_grad_(True)
+    head.mode = latents
+    h = torch.randn(2, 4, 16, dtype=torch.float64)
+
+    def step():
+        for part in h:
+            head(part, ALONE).square().sum().mul(3).sub(head(part, ALONE)[0, 0]).backward()
+        grads = {name: p.grad for name, p in head.named_parameters()}
+        head.zero_grad()
+        return grads
+
+    builds, build = [], head._build
+    monkeypatch.setattr(head, "_build", lambda: builds.append(1) or build())
+    with ops.use_impl("torch"):
+        wanted = step()
+        assert len(builds) == 4
+        with head.built_once():
+            early = step()
+            assert early["to_kv.weight"] is None, "the weights behind the built tensors wait for the end"
+        assert len(builds) == 5
+    for name, parameter in head.named_parameters():
+        total = parameter.grad if early[name] is None else early[name]
+        torch.testing.assert_close(total, wanted[name], rtol=1e-12, atol=1e-14)
+
+
+def test_built_once_leaves_nothing_behind_after_an_error():
+    head = make_head().requires_grad_(True)
+    with ops.use_impl("torch"), pytest.raises(RuntimeError, match="stop"), head.built_once():
+        head(torch.randn(4, 16, dtype=torch.float64), ALONE).sum().backward()
+        raise RuntimeError("stop")
+    assert head._shared is None and head.to_kv.weight.grad is None
 
 
 def test_matrices_that_overflow_say_what_to_do():
