@@ -283,12 +283,50 @@ def _flash_attention_specs(capability: int) -> Iterator[CompileSpec]:
         constexprs, options = _split(config)
         constexprs |= {"GROUP": heads_per_key, "H": width, "CAUSAL": causal}
         constexprs["PRECISION"] = _kernels("_common").input_precision(dtypes[dtype])
-        arguments = {f"{t}_ptr": f"*{dtype}" for t in ("q", "k", "v", "out")} | {"lse_ptr": "*fp32"}
+        arguments = {f"{t}_ptr": f"*{dtype}" for t in ("q", "k", "v", "out")} | {"lse2_ptr": "*fp32"}
         arguments |= {f"{name}_ptr": "*i32" for name in ("tiles", "cu_seqlens")}
         stride = "i32:16" if aligned else "i32"
         arguments |= {f"stride_{s}": stride for s in ("qt", "qn", "kt", "kg", "vt", "vg", "ot", "on")}
         arguments |= {"stride_ln": "i32", "scale_log2": "fp32", "num_kv_heads": "i32"}
         yield CompileSpec(f"{name} {dtype}", m._flash_attention_fwd_kernel, arguments, constexprs, options)
+    for name, dtype, width, heads_per_key, max_length, causal, aligned in (
+        ("", "bf16", HEAD_WIDTH, group, 4096, False, True),
+        ("", "fp16", HEAD_WIDTH, group, 4096, False, True),
+        ("", "fp32", HEAD_WIDTH, group, 4096, False, True),
+        (" causal", "bf16", HEAD_WIDTH, group, 4096, True, True),
+        (" unaligned", "bf16", HEAD_WIDTH, group, 4096, False, False),
+        (" 64 tokens", "bf16", HEAD_WIDTH, group, 64, False, True),
+        (" smollm2", "bf16", 64, 3, 4096, False, True),
+        (" smollm2", "fp32", 64, 3, 4096, False, True),
+        (" width 256", "bf16", 256, 1, 4096, False, True),
+        (" width 256", "fp32", 256, 1, 4096, False, True),
+    ):
+        for which, results in (("dq", ("dq",)), ("dkv", ("dk", "dv"))):
+            shape = (capability, width, heads_per_key, dtypes[dtype], max_length, aligned)
+            constexprs, options = _split(m._bwd_launch_config(which, *shape))
+            constexprs |= {"GROUP": heads_per_key, "H": width, "CAUSAL": causal}
+            constexprs["PRECISION"] = _kernels("_common").input_precision(dtypes[dtype])
+            constexprs |= {"NEEDS_DK": True, "NEEDS_DV": True} if which == "dkv" else {}
+            arguments = {f"{t}_ptr": f"*{dtype}" for t in ("q", "k", "v", "dout", *results)}
+            arguments |= {f"{t}_ptr": "*fp32" for t in ("lse2", "delta")}
+            arguments |= {f"{t}_ptr": "*i32" for t in ("tiles", "cu_seqlens")}
+            stride = "i32:16" if aligned else "i32"
+            strides = ("qt", "qn", "kt", "kg", "vt", "vg", "dot", "don")
+            arguments |= {f"stride_{s}": stride for s in strides}
+            arguments |= {
+                f"stride_{s}": "i32:16" for s in (("dqt", "dqn") if which == "dq" else ("dt", "dg"))
+            }
+            arguments |= {"stride_ln": "i32", "scale": "fp32", "scale_log2": "fp32", "num_kv_heads": "i32"}
+            kernel = getattr(m, f"_flash_attention_{which}_kernel")
+            yield CompileSpec(f"{which}{name} {dtype}", kernel, arguments, constexprs, options)
+    constexprs, options = _split(m._delta_launch_config(HEADS, HEAD_WIDTH))
+    constexprs |= {"NUM_HEADS": HEADS, "H": HEAD_WIDTH, "HAS_DLSE2": False, "dlse2_ptr": None}
+    for dtype in DTYPES:
+        arguments = {"out_ptr": f"*{dtype}", "dout_ptr": f"*{dtype}", "delta_ptr": "*fp32"}
+        arguments |= {f"stride_{s}": "i32:16" for s in ("ot", "on", "dot", "don")}
+        arguments |= {"stride_dln": "i32", "stride_en": "i32"}
+        kernel = m._flash_attention_delta_kernel
+        yield CompileSpec(f"delta {dtype}", kernel, arguments, constexprs, options)
 
 
 def _gated_specs(capability: int) -> Iterator[CompileSpec]:
@@ -305,6 +343,13 @@ def _gated_specs(capability: int) -> Iterator[CompileSpec]:
             }
             flags = {"F": width, "GATE_FIRST": op == "swiglu"}
             yield CompileSpec(f"{op} {dtype}", m._gated_fwd_kernel, arguments, constexprs | flags, options)
+            arguments |= {f"{name}_ptr": f"*{dtype}" for name in ("dout", "dx")}
+            arguments |= {f"stride_{name}": "i32:16" for name in ("dot", "dxt")}
+            arguments = {
+                name: kind for name, kind in arguments.items() if name not in ("out_ptr", "stride_ot")
+            }
+            name, kernel = f"{op} backward {dtype}", m._gated_bwd_kernel
+            yield CompileSpec(name, kernel, arguments, constexprs | flags, options)
 
 
 def _latent_attention_specs(capability: int) -> Iterator[CompileSpec]:
@@ -315,25 +360,44 @@ def _latent_attention_specs(capability: int) -> Iterator[CompileSpec]:
     for head_width in (64, 256):
         for dtype in DTYPES:
             itemsize = 4 if dtype == "fp32" else 2
-            config = m._launch_config(LATENTS, head_width, itemsize, capability)
-            constexprs, options = _split(config)
-            constexprs |= {"N": LATENT_HEADS, "L": LATENTS, "H": head_width, "PRECISION": precision[dtype]}
-            arguments = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v", "out")}
-            arguments |= {
-                f"stride_{name}": "i32:16" for name in ("qt", "qn", "kl", "kn", "vl", "vn", "ot", "on")
-            }
-            arguments |= {"num_tokens": "i32", "scale_log2": "fp32"}
-            name, kernel = f"direct {head_width} {dtype}", m._latent_attention_fwd_kernel
-            yield CompileSpec(name, kernel, arguments, constexprs, options)
+            shape = {"N": LATENT_HEADS, "L": LATENTS, "H": head_width, "PRECISION": precision[dtype]}
+            inputs = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v")}
+            inputs |= {f"stride_{name}": "i32:16" for name in ("qt", "qn", "kl", "kn", "vl", "vn")}
+            inputs |= {"lse_ptr": "*fp32", "num_tokens": "i32", "scale_log2": "fp32"}
+            out = {"out_ptr": f"*{dtype}", "stride_ot": "i32:16", "stride_on": "i32:16"}
+            dout = {"dout_ptr": f"*{dtype}", "stride_dot": "i32:16", "stride_don": "i32:16"}
+            dout |= {"delta_ptr": "*fp32", "scale": "fp32"}
+            constexprs, options = _split(m._launch_config(LATENTS, head_width, itemsize, capability))
+            for with_lse in (False, True):
+                name = f"direct {head_width} {'lse ' * with_lse}{dtype}"
+                flags = constexprs | shape | {"WITH_LSE": with_lse}
+                yield CompileSpec(name, m._latent_attention_fwd_kernel, inputs | out, flags, options)
+            configs = m._bwd_launch_config(LATENTS, head_width, itemsize, capability)
+            constexprs, options = _split(configs["dq"])
+            arguments = inputs | out | dout | {"dq_ptr": f"*{dtype}"}
+            for needs_dq in (True, False):
+                name = f"direct {head_width} {'dq' if needs_dq else 'delta'} {dtype}"
+                flags = constexprs | shape | {"NEEDS_DQ": needs_dq}
+                yield CompileSpec(name, m._latent_attention_bwd_dq_kernel, arguments, flags, options)
+            constexprs, options = _split(configs["dkv"])
+            arguments = inputs | dout | {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
+            flags = constexprs | shape | {"CHUNK": m.CHUNK, "NEEDS_DK": True, "NEEDS_DV": True}
+            name = f"direct {head_width} dkv {dtype}"
+            yield CompileSpec(name, m._latent_attention_bwd_dkv_kernel, arguments, flags, options)
     for num_latents in (LATENTS, m.MAX_LATENTS):
         for dtype in DTYPES:
-            config = m._weights_launch_config(num_latents, 4 if dtype == "fp32" else 2, capability)
-            constexprs, options = _split(config)
-            constexprs |= {"D": WIDTH, "N": LATENT_HEADS, "L": num_latents, "PRECISION": precision[dtype]}
+            shape = {"D": WIDTH, "N": LATENT_HEADS, "L": num_latents, "PRECISION": precision[dtype]}
+            problem = (num_latents, 4 if dtype == "fp32" else 2, capability)
+            constexprs, options = _split(m._weights_launch_config(*problem))
             arguments = {f"{name}_ptr": f"*{dtype}" for name in ("x", "a", "p")}
             arguments |= {f"stride_{name}": "i32:16" for name in ("xt", "al")} | {"num_tokens": "i32"}
             name, kernel = f"weights {num_latents} {dtype}", m._latent_weights_fwd_kernel
-            yield CompileSpec(name, kernel, arguments, constexprs, options)
+            yield CompileSpec(name, kernel, arguments, constexprs | shape, options)
+            constexprs, options = _split(m._weights_bwd_launch_config(*problem))
+            arguments = {f"{name}_ptr": f"*{dtype}" for name in ("dout", "b", "p", "ds")}
+            arguments |= {f"stride_{name}": "i32:16" for name in ("dot", "bl")} | {"num_tokens": "i32"}
+            name, kernel = f"weights {num_latents} backward {dtype}", m._latent_weights_bwd_kernel
+            yield CompileSpec(name, kernel, arguments, constexprs | shape, options)
 
 
 def _mean_pool_specs(capability: int) -> Iterator[CompileSpec]:
@@ -349,6 +413,14 @@ def _mean_pool_specs(capability: int) -> Iterator[CompileSpec]:
             arguments |= {f"stride_{name}": "i32:16" for name in ("xt", "ob", "pt")}
             kernel, constants = m._mean_pool_fwd_kernel, constexprs | flags
             yield CompileSpec(f"{op} {dtype}", kernel, arguments, constants, options)
+            backward, backward_options = _split(m._bwd_launch_config(width, geglu))
+            arguments = {f"{name}_ptr": f"*{dtype}" for name in ("x", "dx")} | lists
+            arguments |= {"mask_ptr": "*i1", "count_ptr": "*i32", "dout_ptr": "*fp32"}
+            arguments |= {f"stride_{name}": "i32:16" for name in ("xt", "db", "dxt")}
+            constants = backward | flags | ({} if geglu else {"x_ptr": None})
+            arguments = {name: kind for name, kind in arguments.items() if name not in constants}
+            name, kernel = f"{op} backward {dtype}", m._mean_pool_bwd_kernel
+            yield CompileSpec(name, kernel, arguments, constants, backward_options)
     flags = {"D": WIDTH, "TOKENS": constexprs["TOKENS"]}
     constexprs, options = _split(m._combine_launch_config(WIDTH))
     arguments = {"split_seqs_ptr": "*i32", "cu_seqlens_ptr": "*i32"} | results
@@ -369,14 +441,35 @@ def _rms_norm_specs(capability: int) -> Iterator[CompileSpec]:
                 flags |= {name: None for name in ("residual_ptr", "h_ptr")}
             arguments = {name: kind for name, kind in arguments.items() if name not in flags}
             yield CompileSpec(f"{op} {dtype}", m._rms_norm_fwd_kernel, arguments, constexprs | flags, options)
+    constexprs, options = _split(m._bwd_launch_config(WIDTH))
+    for name, needs_dweight in (("backward", True), ("backward, weight frozen", False)):
+        for dtype in DTYPES:
+            arguments = {f"{t}_ptr": f"*{dtype}" for t in ("h", "weight", "dy", "dh_out", "dh")}
+            arguments |= {f"stride_{s}": "i32:16" for s in ("ht", "dyt", "dot", "dht")}
+            arguments |= {"num_tokens": "i32", "eps": "fp32"}
+            arguments |= {"partial_ptr": "*fp32"} if needs_dweight else {}
+            flags = {"D": WIDTH, "HAS_DH_OUT": True, "NEEDS_DH": True, "NEEDS_DWEIGHT": needs_dweight}
+            flags |= {} if needs_dweight else {"partial_ptr": None}
+            kernel = m._rms_norm_bwd_kernel
+            yield CompileSpec(f"{name} {dtype}", kernel, arguments, constexprs | flags, options)
+    constexprs, options = _split(m._dweight_launch_config(WIDTH))
+    arguments = {"partial_ptr": "*fp32", "dweight_ptr": "*bf16", "num_partials": "i32"}
+    yield CompileSpec(
+        "dweight bf16", m._rms_norm_dweight_kernel, arguments, constexprs | {"D": WIDTH}, options
+    )
 
 
 def _rotary_specs(capability: int) -> Iterator[CompileSpec]:
     m = _kernels("rotary")
     rotated = HEADS + KV_HEADS
-    for op, num_heads in (("in place", rotated), ("copy", rotated + KV_HEADS)):
+    for op, num_heads in (
+        ("in place", rotated),
+        ("copy", rotated + KV_HEADS),
+        ("backward", rotated + KV_HEADS),
+    ):
         constexprs, options = _split(m._launch_config(num_heads, HEAD_WIDTH))
         flags = {"HALF": HEAD_WIDTH // 2, "NUM_HEADS": num_heads, "NUM_ROTATED": rotated}
+        flags["INVERSE"] = op == "backward"
         for dtype in DTYPES:
             arguments = {
                 "qkv_ptr": f"*{dtype}",
@@ -386,7 +479,7 @@ def _rotary_specs(capability: int) -> Iterator[CompileSpec]:
                 "positions_ptr": "*i32",
             }
             arguments |= {f"stride_{name}": "i32:16" for name in ("qt", "qn", "ot", "on", "cp", "sp")}
-            yield CompileSpec(f"{op} {dtype}", m._rotary_fwd_kernel, arguments, constexprs | flags, options)
+            yield CompileSpec(f"{op} {dtype}", m._rotary_kernel, arguments, constexprs | flags, options)
 
 
 if __name__ == "__main__":

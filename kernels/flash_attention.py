@@ -11,7 +11,7 @@ With scores s = q k^T and c = scale * log2(e), each key block updates per row
     l' = a l + sum(p),      acc' = a acc + p v,
 
 from m = -inf, l = 0, acc = 0. In the end out = acc / l, and the logarithm of
-the denominator is (m + log2(l)) ln(2). Every row sees key 0, which lies in the
+the denominator, kept in base 2, is lse2 = m + log2(l). Every row sees key 0, which lies in the
 first block, so m is finite from there on and needs no guard. Blocks that all
 rows see whole take no mask; only the end of the sequence and the diagonal do.
 
@@ -24,10 +24,25 @@ pointers elsewhere. With descriptors one loop serves all blocks and a branch
 masks the last ones; with pointers that branch would cost layout conversions in
 every block (sm_80), so the last ones have a loop of their own.
 
+Backward, with p = exp2(c s - lse2) computed again from the scores:
+
+1. delta = rowsum(dout out) - dlse2 log2(e), per row, in fp32.
+2. dq: a program owns a query tile as forward and walks the keys:
+   dp = dout v^T, ds = p (dp - delta), dq += ds k, and in the end dq *= scale.
+3. dk, dv: a program owns a tile of keys of one key/value head and walks the
+   query tiles of its sequence, all heads of the group in the rows of a tile, so
+   that the sum over the group is the product's: dv += p^T dout, dk += ds^T q.
+
+Nothing is atomic, so the bits repeat. Rows beyond the end, or beyond the group,
+have lse2 = +inf: their p is zero. Saved per token: q, k, v (views of the QKV
+product), out, and an fp32 lse2 per head; scores are computed again, because a row of them
+is as long as its sequence.
+
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
 import functools
+from typing import Literal
 
 import torch
 import triton
@@ -39,14 +54,16 @@ from nvembed_fast.kernels._common import (
     allow_descriptors,
     capability,
     input_precision,
+    is_dispatched,
     use_descriptors,
+    with_contiguous_rows,
 )
 from nvembed_fast.kernels.errors import Unsupported, mismatch
-from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.layout import SeqLayout, layout_of
 
 __all__ = ["flash_attention"]
 
-LN2 = tl.constexpr(0.6931471805599453)
+LN2 = 0.6931471805599453
 MIN_HEAD_WIDTH, MAX_HEAD_WIDTH = 16, 256
 MAX_GROUP = 64  # query heads per key/value head: they share a tile
 
@@ -110,7 +127,7 @@ def _flash_attention_fwd_kernel(
     k_ptr, stride_kt, stride_kg,
     v_ptr, stride_vt, stride_vg,
     out_ptr, stride_ot, stride_on,
-    lse_ptr, stride_ln,
+    lse2_ptr, stride_ln,
     tiles_ptr, cu_seqlens_ptr, scale_log2, num_kv_heads,
     GROUP: tl.constexpr, H: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -128,7 +145,7 @@ def _flash_attention_fwd_kernel(
     k_ptr += start * stride_kt + i_g * stride_kg
     v_ptr += start * stride_vt + i_g * stride_vg
     out_ptr += start * stride_ot + i_g * GROUP * stride_on
-    lse_ptr += start + i_g * GROUP * stride_ln
+    lse2_ptr += start + i_g * GROUP * stride_ln
 
     # rows are token-major: row = token * BLOCK_GROUP + head inside the group
     o_m = tl.arange(0, BLOCK_M)
@@ -172,7 +189,7 @@ def _flash_attention_fwd_kernel(
     # [BLOCK_M, BLOCK_H]
     b_out = (b_acc * (1.0 / b_l)[:, None]).to(out_ptr.dtype.element_ty)
     m_m = (o_t < length) & (o_head < GROUP)
-    tl.store(lse_ptr + o_head.to(tl.int64) * stride_ln + o_t, (b_m + tl.log2(b_l)) * LN2, mask=m_m)
+    tl.store(lse2_ptr + o_head.to(tl.int64) * stride_ln + o_t, b_m + tl.log2(b_l), mask=m_m)
     if USE_TMA:
         out_desc = tl.make_tensor_descriptor(
             out_ptr, [length, GROUP, H], [stride_ot, stride_on, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
@@ -182,6 +199,244 @@ def _flash_attention_fwd_kernel(
         o_h = tl.arange(0, BLOCK_H)
         o_out = o_t.to(tl.int64)[:, None] * stride_ot + o_head[:, None] * stride_on + o_h[None, :]
         tl.store(out_ptr + o_out, b_out, mask=m_m[:, None] & (o_h < H)[None, :])
+
+
+@triton.jit
+def _flash_attention_delta_kernel(
+    out_ptr, stride_ot, stride_on,
+    dout_ptr, stride_dot, stride_don,
+    dlse2_ptr, stride_dln,
+    delta_ptr, stride_en,
+    NUM_HEADS: tl.constexpr, H: tl.constexpr, HAS_DLSE2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    i_t = tl.program_id(0).to(tl.int64)
+    o_n = tl.arange(0, BLOCK_N)
+    o_h = tl.arange(0, BLOCK_H)[None, :]
+    m_n = o_n < NUM_HEADS
+    m_nh = m_n[:, None] & (o_h < H)
+    # [BLOCK_N, BLOCK_H]
+    b_out = tl.load(out_ptr + i_t * stride_ot + o_n[:, None] * stride_on + o_h, mask=m_nh, other=0.0)
+    b_dout = tl.load(dout_ptr + i_t * stride_dot + o_n[:, None] * stride_don + o_h, mask=m_nh, other=0.0)
+    # [BLOCK_N]
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), axis=1)
+    if HAS_DLSE2:
+        b_delta -= LOG2E * tl.load(dlse2_ptr + o_n.to(tl.int64) * stride_dln + i_t, mask=m_n, other=0.0)
+    tl.store(delta_ptr + o_n.to(tl.int64) * stride_en + i_t, b_delta, mask=m_n)
+
+
+@triton.jit
+def _load_queries(
+    source, stride_t, stride_n, first, length,
+    GROUP: tl.constexpr, H: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    # [BLOCK_T * BLOCK_GROUP, BLOCK_H], token-major, zeros beyond the sequence and beyond the group
+    if USE_TMA:
+        b_rows = source.load([first, 0, 0]).reshape(BLOCK_T * BLOCK_GROUP, BLOCK_H)
+    else:
+        o_m = tl.arange(0, BLOCK_T * BLOCK_GROUP)
+        o_t = first + o_m // BLOCK_GROUP
+        o_head = o_m % BLOCK_GROUP
+        o_h = tl.arange(0, BLOCK_H)
+        m_rows = ((o_t < length) & (o_head < GROUP))[:, None] & (o_h < H)[None, :]
+        o_rows = o_t.to(tl.int64)[:, None] * stride_t + o_head[:, None] * stride_n + o_h[None, :]
+        b_rows = tl.load(source + o_rows, mask=m_rows, other=0.0)
+    return b_rows
+
+
+@triton.jit
+def _add_dq(
+    b_dq, b_q, b_dout, b_lse2, b_delta,
+    k, stride_kt, v, stride_vt,
+    i_n, o_t, length, num_common, scale_log2,
+    H: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, MASKED: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    # [BLOCK_M, BLOCK_N]
+    b_k = _load_rows(k, stride_kt, i_n, length, H, BLOCK_N, BLOCK_H, MASKED, USE_TMA)
+    b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+    if MASKED:  # noqa: SIM102 - as in _attend
+        if not USE_TMA or i_n + BLOCK_N > num_common:
+            o_n = i_n + tl.arange(0, BLOCK_N)[None, :]
+            m_s = o_n < length
+            if CAUSAL:
+                m_s = m_s & (o_n <= o_t[:, None])
+            b_s = tl.where(m_s, b_s, float("-inf"))
+    b_p = tl.exp2(b_s * scale_log2 - b_lse2[:, None])
+    b_v = _load_rows(v, stride_vt, i_n, length, H, BLOCK_N, BLOCK_H, MASKED, USE_TMA)
+    b_dp = tl.dot(b_dout, b_v.T, input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    # [BLOCK_M, BLOCK_H]
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["stride_ln"])
+def _flash_attention_dq_kernel(
+    q_ptr, stride_qt, stride_qn,
+    k_ptr, stride_kt, stride_kg,
+    v_ptr, stride_vt, stride_vg,
+    dout_ptr, stride_dot, stride_don,
+    dq_ptr, stride_dqt, stride_dqn,
+    lse2_ptr, delta_ptr, stride_ln,
+    tiles_ptr, cu_seqlens_ptr, scale, scale_log2, num_kv_heads,
+    GROUP: tl.constexpr, H: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_GROUP
+    i_tile = (tl.program_id(0) // num_kv_heads).to(tl.int64)
+    i_g = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    i_seq = tl.load(tiles_ptr + 2 * i_tile)
+    first_token = tl.load(tiles_ptr + 2 * i_tile + 1)
+    start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + i_seq + 1) - start).to(tl.int32)
+
+    q_ptr += start * stride_qt + i_g * GROUP * stride_qn
+    k_ptr += start * stride_kt + i_g * stride_kg
+    v_ptr += start * stride_vt + i_g * stride_vg
+    dout_ptr += start * stride_dot + i_g * GROUP * stride_don
+    dq_ptr += start * stride_dqt + i_g * GROUP * stride_dqn
+    first_row = start + i_g * GROUP * stride_ln
+    if USE_TMA:
+        q = tl.make_tensor_descriptor(
+            q_ptr, [length, GROUP, H], [stride_qt, stride_qn, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
+        )
+        dout = tl.make_tensor_descriptor(
+            dout_ptr, [length, GROUP, H], [stride_dot, stride_don, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
+        )
+        k = tl.make_tensor_descriptor(k_ptr, [length, H], [stride_kt, 1], [BLOCK_N, BLOCK_H])
+        v = tl.make_tensor_descriptor(v_ptr, [length, H], [stride_vt, 1], [BLOCK_N, BLOCK_H])
+    else:
+        q = q_ptr
+        dout = dout_ptr
+        k = k_ptr
+        v = v_ptr
+
+    o_m = tl.arange(0, BLOCK_M)
+    o_t = first_token + o_m // BLOCK_GROUP
+    o_head = o_m % BLOCK_GROUP
+    m_m = (o_t < length) & (o_head < GROUP)
+    # [BLOCK_M, BLOCK_H]
+    b_q = _load_queries(
+        q, stride_qt, stride_qn, first_token, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, USE_TMA
+    )
+    b_dout = _load_queries(
+        dout, stride_dot, stride_don, first_token, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, USE_TMA
+    )
+    # [BLOCK_M]
+    o_row = first_row + o_head.to(tl.int64) * stride_ln + o_t
+    b_lse2 = tl.load(lse2_ptr + o_row, mask=m_m, other=float("inf"))
+    b_delta = tl.load(delta_ptr + o_row, mask=m_m, other=0.0)
+
+    num_keys = tl.minimum(first_token + BLOCK_T, length) if CAUSAL else length
+    num_common = first_token + 1 if CAUSAL else length
+    num_full = num_common // BLOCK_N * BLOCK_N
+    b_dq = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
+    for i_n in tl.range(0, num_keys if USE_TMA else num_full, BLOCK_N):
+        b_dq = _add_dq(
+            b_dq, b_q, b_dout, b_lse2, b_delta, k, stride_kt, v, stride_vt,
+            i_n, o_t, length, num_common, scale_log2,
+            H, CAUSAL, PRECISION, BLOCK_N, BLOCK_H, USE_TMA, USE_TMA,
+        )  # fmt: skip
+    if not USE_TMA:
+        for i_n in tl.range(num_full, num_keys, BLOCK_N):
+            b_dq = _add_dq(
+                b_dq, b_q, b_dout, b_lse2, b_delta, k, stride_kt, v, stride_vt,
+                i_n, o_t, length, num_common, scale_log2,
+                H, CAUSAL, PRECISION, BLOCK_N, BLOCK_H, True, USE_TMA,
+            )  # fmt: skip
+
+    # [BLOCK_M, BLOCK_H]
+    b_dq = (b_dq * scale).to(dq_ptr.dtype.element_ty)
+    o_h = tl.arange(0, BLOCK_H)
+    o_dq = o_t.to(tl.int64)[:, None] * stride_dqt + o_head[:, None] * stride_dqn + o_h[None, :]
+    tl.store(dq_ptr + o_dq, b_dq, mask=m_m[:, None] & (o_h < H)[None, :])
+
+
+@triton.jit(do_not_specialize=["stride_ln"])
+def _flash_attention_dkv_kernel(
+    q_ptr, stride_qt, stride_qn,
+    k_ptr, stride_kt, stride_kg,
+    v_ptr, stride_vt, stride_vg,
+    dout_ptr, stride_dot, stride_don,
+    dk_ptr, dv_ptr, stride_dt, stride_dg,
+    lse2_ptr, delta_ptr, stride_ln,
+    tiles_ptr, cu_seqlens_ptr, scale, scale_log2, num_kv_heads,
+    GROUP: tl.constexpr, H: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    USE_TMA: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_GROUP
+    i_tile = (tl.program_id(0) // num_kv_heads).to(tl.int64)
+    i_g = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    i_seq = tl.load(tiles_ptr + 2 * i_tile)
+    i_n = tl.load(tiles_ptr + 2 * i_tile + 1)
+    start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
+    length = (tl.load(cu_seqlens_ptr + i_seq + 1) - start).to(tl.int32)
+
+    q_ptr += start * stride_qt + i_g * GROUP * stride_qn
+    k_ptr += start * stride_kt + i_g * stride_kg
+    v_ptr += start * stride_vt + i_g * stride_vg
+    dout_ptr += start * stride_dot + i_g * GROUP * stride_don
+    first_row = start + i_g * GROUP * stride_ln
+    if USE_TMA:
+        q = tl.make_tensor_descriptor(
+            q_ptr, [length, GROUP, H], [stride_qt, stride_qn, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
+        )
+        dout = tl.make_tensor_descriptor(
+            dout_ptr, [length, GROUP, H], [stride_dot, stride_don, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
+        )
+        k = tl.make_tensor_descriptor(k_ptr, [length, H], [stride_kt, 1], [BLOCK_N, BLOCK_H])
+        v = tl.make_tensor_descriptor(v_ptr, [length, H], [stride_vt, 1], [BLOCK_N, BLOCK_H])
+    else:
+        q = q_ptr
+        dout = dout_ptr
+        k = k_ptr
+        v = v_ptr
+
+    # [BLOCK_N, BLOCK_H] each; keys beyond the end are zeros, and what comes of them is never stored
+    b_k = _load_rows(k, stride_kt, i_n, length, H, BLOCK_N, BLOCK_H, True, USE_TMA)
+    b_v = _load_rows(v, stride_vt, i_n, length, H, BLOCK_N, BLOCK_H, True, USE_TMA)
+    o_n = i_n + tl.arange(0, BLOCK_N)
+    o_m = tl.arange(0, BLOCK_M)
+    o_head = o_m % BLOCK_GROUP
+    b_dk = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
+    for i_t in tl.range(i_n // BLOCK_T * BLOCK_T if CAUSAL else 0, length, BLOCK_T):
+        o_t = i_t + o_m // BLOCK_GROUP
+        m_m = (o_t < length) & (o_head < GROUP)
+        o_row = first_row + o_head.to(tl.int64) * stride_ln + o_t
+        # [BLOCK_M, BLOCK_H]
+        b_q = _load_queries(
+            q, stride_qt, stride_qn, i_t, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, USE_TMA
+        )
+        # [BLOCK_N, BLOCK_M]
+        b_s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+        b_lse2 = tl.load(lse2_ptr + o_row, mask=m_m, other=float("inf"))
+        b_p = tl.exp2(b_s * scale_log2 - b_lse2[None, :])
+        if CAUSAL:
+            b_p = tl.where(o_n[:, None] <= o_t[None, :], b_p, 0.0)
+        b_dout = _load_queries(
+            dout, stride_dot, stride_don, i_t, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, USE_TMA
+        )
+        if NEEDS_DV:
+            b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+        if NEEDS_DK:
+            b_delta = tl.load(delta_ptr + o_row, mask=m_m, other=0.0)
+            b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
+            b_ds = b_p * (b_dp - b_delta[None, :])
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+
+    # [BLOCK_N, BLOCK_H]
+    o_h = tl.arange(0, BLOCK_H)
+    o_kv = (start + o_n)[:, None] * stride_dt + i_g * stride_dg + o_h[None, :]
+    m_kv = (o_n < length)[:, None] & (o_h < H)[None, :]
+    if NEEDS_DK:
+        tl.store(dk_ptr + o_kv, (b_dk * scale).to(dk_ptr.dtype.element_ty), mask=m_kv)
+    if NEEDS_DV:
+        tl.store(dv_ptr + o_kv, b_dv.to(dv_ptr.dtype.element_ty), mask=m_kv)
 
 
 @functools.cache
@@ -223,6 +478,52 @@ def _launch_config(
     }
 
 
+@functools.cache
+def _bwd_launch_config(
+    kernel: Literal["dq", "dkv"],
+    capability: int,
+    head_width: int,
+    group: int,
+    dtype: torch.dtype,
+    max_length: int,
+    aligned: bool = True,
+) -> dict[str, int | bool]:
+    """As `_launch_config`, for one of the two backward kernels."""
+    block_h = max(16, triton.next_power_of_2(head_width))
+    block_group = triton.next_power_of_2(group)
+    longest = triton.next_power_of_2(max(max_length, 1))
+    use_tma = aligned and dtype.itemsize == 2 and use_descriptors(capability)
+    num_warps, num_stages = 8, 2
+    if dtype.itemsize == 4:
+        # operands in registers: see `_launch_config`
+        block_m = block_n = 32 if block_h <= 64 else 16
+        num_warps, num_stages = 8 if kernel == "dq" else 4, 1
+    elif block_h > 128:
+        block_m, block_n = (32 if kernel == "dkv" else 64, 64) if use_tma else (32, 32)
+    elif use_tma:
+        block_m, block_n = (128, 64) if kernel == "dq" else (64, 128)
+    else:
+        block_m = block_n = 64
+    # short texts: no tile much taller or wider than the longest of them
+    block_m = max(16, block_group, min(block_m, max(64, longest * block_group)))
+    return {
+        "BLOCK_T": block_m // block_group,
+        "BLOCK_GROUP": block_group,
+        "BLOCK_N": min(block_n, max(32, longest)),
+        "BLOCK_H": block_h,
+        "USE_TMA": use_tma,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
+    }
+
+
+@functools.cache
+def _delta_launch_config(num_heads: int, head_width: int) -> dict[str, int]:
+    """One token a program: 16 elements of each tensor per thread."""
+    block_n, block_h = triton.next_power_of_2(num_heads), max(16, triton.next_power_of_2(head_width))
+    return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": min(max(block_n * block_h // 512, 1), 8)}
+
+
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SeqLayout, scale: float) -> None:
     if q.ndim != 3 or q.shape[0] != layout.num_tokens:
         raise mismatch("q", f"[{layout.num_tokens}, N, H]", q)
@@ -257,9 +558,9 @@ def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[to
     num_tokens, num_heads, width = q.shape
     num_kv_heads = k.shape[1]
     out = q.new_empty(num_tokens, num_heads, width)
-    lse = q.new_empty(num_heads, num_tokens, dtype=torch.float32)
+    lse2 = q.new_empty(num_heads, num_tokens, dtype=torch.float32)
     if num_tokens == 0:
-        return out, lse
+        return out, lse2
     group = num_heads // num_kv_heads
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v, out)
@@ -281,8 +582,8 @@ def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[to
         out_ptr=out,
         stride_ot=out.stride(0),
         stride_on=out.stride(1),
-        lse_ptr=lse,
-        stride_ln=lse.stride(0),
+        lse2_ptr=lse2,
+        stride_ln=lse2.stride(0),
         tiles_ptr=tiles,
         cu_seqlens_ptr=layout.cu_seqlens,
         scale_log2=scale * LOG2E.value,
@@ -294,7 +595,167 @@ def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[to
         **config,
         **COMPILE_OPTIONS,
     )
-    return out, lse
+    return out, lse2
+
+
+def _backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse2: torch.Tensor,
+    dout: torch.Tensor,
+    dlse2: torch.Tensor | None,
+    layout: SeqLayout,
+    scale: float,
+    causal: bool,
+    needs: tuple[bool, bool, bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv); one that is not needed is empty."""
+    num_tokens, num_heads, width = q.shape
+    num_kv_heads = k.shape[1]
+    needs_dq, needs_dk, needs_dv = needs
+    dq, dk, dv = (
+        t.new_empty(num_tokens if needed else 0, *t.shape[1:])
+        for t, needed in zip((q, k, v), needs, strict=True)
+    )
+    if num_tokens == 0:
+        return dq, dk, dv
+    dout = with_contiguous_rows(dout)
+    delta = torch.empty_like(lse2)
+    _flash_attention_delta_kernel[(num_tokens,)](
+        out_ptr=out,
+        stride_ot=out.stride(0),
+        stride_on=out.stride(1),
+        dout_ptr=dout,
+        stride_dot=dout.stride(0),
+        stride_don=dout.stride(1),
+        dlse2_ptr=None if dlse2 is None else dlse2.contiguous(),
+        stride_dln=num_tokens,
+        delta_ptr=delta,
+        stride_en=delta.stride(0),
+        NUM_HEADS=num_heads,
+        H=width,
+        HAS_DLSE2=dlse2 is not None,
+        **_delta_launch_config(num_heads, width),
+        **COMPILE_OPTIONS,
+    )
+    sm = capability(q.device)
+    aligned = use_descriptors(sm, q, k, v, dout)
+    longest = triton.next_power_of_2(max(layout.max_length, 1))
+    shared = {
+        "q_ptr": q,
+        "stride_qt": q.stride(0),
+        "stride_qn": q.stride(1),
+        "k_ptr": k,
+        "stride_kt": k.stride(0),
+        "stride_kg": k.stride(1),
+        "v_ptr": v,
+        "stride_vt": v.stride(0),
+        "stride_vg": v.stride(1),
+        "dout_ptr": dout,
+        "stride_dot": dout.stride(0),
+        "stride_don": dout.stride(1),
+        "lse2_ptr": lse2,
+        "delta_ptr": delta,
+        "stride_ln": lse2.stride(0),
+        "cu_seqlens_ptr": layout.cu_seqlens,
+        "scale": scale,
+        "scale_log2": scale * LOG2E.value,
+        "num_kv_heads": num_kv_heads,
+        "GROUP": num_heads // num_kv_heads,
+        "H": width,
+        "CAUSAL": causal,
+        "PRECISION": input_precision(q.dtype),
+        **COMPILE_OPTIONS,
+    }
+    if aligned:
+        allow_descriptors()
+    if needs_dq:
+        config = _bwd_launch_config("dq", sm, width, num_heads // num_kv_heads, q.dtype, longest, aligned)
+        tiles = layout.tiles(config["BLOCK_T"])
+        _flash_attention_dq_kernel[(len(tiles) * num_kv_heads,)](
+            **shared,
+            dq_ptr=dq,
+            stride_dqt=dq.stride(0),
+            stride_dqn=dq.stride(1),
+            tiles_ptr=tiles,
+            **config,
+        )
+    if needs_dk or needs_dv:
+        config = _bwd_launch_config("dkv", sm, width, num_heads // num_kv_heads, q.dtype, longest, aligned)
+        tiles = layout.tiles(config["BLOCK_N"])
+        _flash_attention_dkv_kernel[(len(tiles) * num_kv_heads,)](
+            **shared,
+            dk_ptr=dk if needs_dk else None,
+            dv_ptr=dv if needs_dv else None,
+            stride_dt=k.shape[1] * width,
+            stride_dg=width,
+            tiles_ptr=tiles,
+            NEEDS_DK=needs_dk,
+            NEEDS_DV=needs_dv,
+            **config,
+        )
+    return dq, dk, dv
+
+
+@torch.library.custom_op("nvembed_fast::flash_attention", mutates_args=())
+def _flash_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, host_lengths: torch.Tensor, scale: float, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _forward(q, k, v, layout_of(host_lengths, q.device), scale, causal)
+
+
+@_flash_attention.register_fake
+def _(q, k, v, host_lengths, scale, causal):
+    return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("nvembed_fast::flash_attention_bwd", mutates_args=())
+def _flash_attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse2: torch.Tensor,
+    dout: torch.Tensor,
+    dlse2: torch.Tensor | None,
+    host_lengths: torch.Tensor,
+    scale: float,
+    causal: bool,
+    needs_dq: bool,
+    needs_dk: bool,
+    needs_dv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    layout, needs = layout_of(host_lengths, q.device), (needs_dq, needs_dk, needs_dv)
+    return _backward(q, k, v, out, lse2, dout, dlse2, layout, scale, causal, needs)
+
+
+@_flash_attention_backward.register_fake
+def _(q, k, v, out, lse2, dout, dlse2, host_lengths, scale, causal, needs_dq, needs_dk, needs_dv):
+    return tuple(
+        t.new_empty(t.shape[0] if needed else 0, t.shape[1], t.shape[2])
+        for t, needed in ((q, needs_dq), (k, needs_dk), (v, needs_dv))
+    )
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, host_lengths, ctx.scale, ctx.causal = inputs
+    ctx.save_for_backward(q, k, v, host_lengths, *output)
+    # the lse2 is seldom used: no zeros for it
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, dout, dlse2):
+    q, k, v, host_lengths, out, lse2 = ctx.saved_tensors
+    dout = torch.zeros_like(out) if dout is None else dout
+    needs = ctx.needs_input_grad[:3]
+    args = (q, k, v, out, lse2, dout, dlse2, host_lengths, ctx.scale, ctx.causal, *needs)
+    grads = _flash_attention_backward(*args)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None
+
+
+_flash_attention.register_autograd(_differentiate, setup_context=_save)
 
 
 def flash_attention(
@@ -313,5 +774,8 @@ def flash_attention(
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, layout, scale)
-    out, lse = _forward(q, k, v, layout, scale, causal)
-    return (out, lse) if return_lse else out
+    if is_dispatched(q, k, v):
+        out, lse2 = _flash_attention(q, k, v, layout.host_lengths, scale, causal)
+    else:
+        out, lse2 = _forward(q, k, v, layout, scale, causal)
+    return (out, lse2 * LN2) if return_lse else out

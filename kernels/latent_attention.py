@@ -1,4 +1,4 @@
-"""Tokens attend to L latents, direct or absorbed. Contracts: `reference.latent_attention`, `latent_weights`,
+"""Tokens attend to L latents, direct or absorbed. Contracts: `reference.latent_attention`,
 `absorbed_latent_attention`.
 
 The direct form is flash attention over keys that every token shares: one
@@ -23,6 +23,38 @@ the L2 cache then keeps the tensor cores waiting (computed; bench/NOTES.md).
 
 No tile depends on T, so a token's bits do not depend on its batch.
 
+Backward, direct. Saved per token: q, the output and one fp32 per head, the
+logarithm (base 2) of the softmax denominator; k and v once. P is computed again.
+
+1. One program per token tile and head: delta = rowsum(dO * O), kept for step 2,
+   then dQ = scale * dS K with dS = P * (dO V^T - delta), walking the latents.
+2. dK and dV are sums over all tokens. One program owns a tile of latents of one
+   head and CHUNK tokens, and writes its sum in fp32.
+3. The sums of the chunks are added in a fixed order, without atomics.
+
+CHUNK = 2048 makes 8 chunks of 16384 tokens: with 8 heads and 512 latents in
+tiles of 128, 256 programs of head width 64. Their sums are 8 * 512 * 8 * 64 * 2
+fp32, 17 MB, what q alone takes in 16 bits; half the tokens would double that.
+
+Wide heads: the same by library products, chunk by chunk of MAX_SCORES; nothing
+is saved but q, k and v, since whole rows of P and dP are there at once.
+
+Backward, absorbed. Saved: x, a, b and P in the dtype. For NV-Embed P is 8 KB per
+token, to be written (as the forward does anyway) and read; to compute it again
+would take 34 MFLOP. By the data sheets that is 8 against 108 ns per token on an
+A100 (2 TB/s, 312 TFLOP/s) and 5 against 34 ns on an H100 (3.35 TB/s, 989 TFLOP/s).
+
+1. The first product of the forward once more, with dO and B for x and A: pieces
+   of dP = dO B^T, and dS = P * (dP - delta) with delta = rowsum(P * dP). A single
+   piece stays in registers. Several are parked, rounded, where dS will stand, and
+   come back from the L2 cache a few whole rows at a time: so P and dP are read
+   once, and delta is taken of the very numbers it is subtracted from. Where P is
+   nearly one they cancel, and a delta of unrounded ones would leave the rounding.
+   Finishing the last piece in registers, as the forward does, spills: P and dP
+   together do not fit. Delta is divided by the sum of P, one but for the rounding
+   of P, so that a constant in dP drops out as it does of an exact softmax.
+2. dx = dS A, dA = dS^T x and dB = P^T dO are the library's.
+
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
@@ -38,15 +70,18 @@ from nvembed_fast.kernels._common import (
     allow_descriptors,
     capability,
     input_precision,
+    is_dispatched,
     use_descriptors,
+    with_contiguous_rows,
 )
 from nvembed_fast.kernels.errors import Unsupported, mismatch
 
-__all__ = ["absorbed_latent_attention", "latent_attention", "latent_weights"]
+__all__ = ["absorbed_latent_attention", "latent_attention"]
 
 MAX_HEAD_WIDTH = 256  # of the direct kernel
 MAX_LATENTS = 1024  # of the fused softmax: its pieces are unrolled
 MAX_SCORES = 1 << 24  # fp32 scores in memory at a time for wide heads: 64 MiB
+CHUNK = 2048  # tokens that one program of dK and dV adds up: see above
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -55,8 +90,8 @@ def _latent_attention_fwd_kernel(
     k_ptr, stride_kl, stride_kn,
     v_ptr, stride_vl, stride_vn,
     out_ptr, stride_ot, stride_on,
-    num_tokens, scale_log2,
-    N: tl.constexpr, L: tl.constexpr, H: tl.constexpr, PRECISION: tl.constexpr,
+    lse_ptr, num_tokens, scale_log2,
+    N: tl.constexpr, L: tl.constexpr, H: tl.constexpr, WITH_LSE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
     # the heads of the same tokens are neighbours: they write whole rows together
@@ -108,6 +143,176 @@ def _latent_attention_fwd_kernel(
 
     out_ptrs = out_ptr + o_t.to(tl.int64)[:, None] * stride_ot + i_n * stride_on + o_h[None, :]
     tl.store(out_ptrs, (b_acc / b_sum[:, None]).to(out_ptr.dtype.element_ty), mask=m_th)
+    if WITH_LSE:
+        tl.store(lse_ptr + i_n * num_tokens + o_t, b_max + tl.log2(b_sum), mask=o_t < num_tokens)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _latent_attention_bwd_dq_kernel(
+    q_ptr, stride_qt, stride_qn,
+    k_ptr, stride_kl, stride_kn,
+    v_ptr, stride_vl, stride_vn,
+    out_ptr, stride_ot, stride_on,
+    dout_ptr, stride_dot, stride_don,
+    lse_ptr, delta_ptr, dq_ptr, num_tokens, scale, scale_log2,
+    N: tl.constexpr, L: tl.constexpr, H: tl.constexpr, NEEDS_DQ: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    i_n = (tl.program_id(0) % N).to(tl.int64)
+    i_t = tl.program_id(0) // N * BLOCK_T
+    o_t = i_t + tl.arange(0, BLOCK_T)
+    o_l = tl.arange(0, BLOCK_L)
+    o_h = tl.arange(0, BLOCK_H)
+    m_t = o_t < num_tokens
+    m_h = (o_h < H)[None, :]
+    m_th = m_t[:, None] & m_h
+    o_row = o_t.to(tl.int64)[:, None]
+    dout_ptr += i_n * stride_don
+    # [BLOCK_T, BLOCK_H]
+    b_out = tl.load(out_ptr + o_row * stride_ot + i_n * stride_on + o_h[None, :], mask=m_th, other=0.0)
+    if USE_TMA:
+        dout = tl.make_tensor_descriptor(dout_ptr, [num_tokens, H], [stride_dot, 1], [BLOCK_T, BLOCK_H])
+        b_dout = dout.load([i_t, 0])
+    else:
+        b_dout = tl.load(dout_ptr + o_row * stride_dot + o_h[None, :], mask=m_th, other=0.0)
+    b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
+    tl.store(delta_ptr + i_n * num_tokens + o_t, b_delta, mask=m_t)
+
+    if NEEDS_DQ:
+        q_ptr += i_n * stride_qn
+        k_ptr += i_n * stride_kn
+        v_ptr += i_n * stride_vn
+        if USE_TMA:
+            q = tl.make_tensor_descriptor(q_ptr, [num_tokens, H], [stride_qt, 1], [BLOCK_T, BLOCK_H])
+            k = tl.make_tensor_descriptor(k_ptr, [L, H], [stride_kl, 1], [BLOCK_L, BLOCK_H])
+            v = tl.make_tensor_descriptor(v_ptr, [L, H], [stride_vl, 1], [BLOCK_L, BLOCK_H])
+            b_q = q.load([i_t, 0])
+        else:
+            b_q = tl.load(q_ptr + o_row * stride_qt + o_h[None, :], mask=m_th, other=0.0)
+        # infinite beyond the last token, so that p is zero there
+        b_lse = tl.load(lse_ptr + i_n * num_tokens + o_t, mask=m_t, other=float("inf"))
+        b_dq = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+        for i_l in tl.range(0, L, BLOCK_L):
+            # [BLOCK_L, BLOCK_H]
+            if USE_TMA:
+                b_k = k.load([i_l, 0])
+                b_v = v.load([i_l, 0])
+            else:
+                o_latent = (i_l + o_l)[:, None]
+                m_lh = (o_latent < L) & m_h
+                b_k = tl.load(k_ptr + o_latent * stride_kl + o_h[None, :], mask=m_lh, other=0.0)
+                b_v = tl.load(v_ptr + o_latent * stride_vl + o_h[None, :], mask=m_lh, other=0.0)
+            # [BLOCK_T, BLOCK_L]
+            b_s = tl.dot(b_q, b_k.T, input_precision=PRECISION)
+            b_p = tl.exp2(b_s * scale_log2 - b_lse[:, None])
+            if L % BLOCK_L != 0:
+                # a score of zero may lie far above all others: infinity times the zeros of k is NaN
+                b_p = tl.where((i_l + o_l < L)[None, :], b_p, 0.0)
+            b_dp = tl.dot(b_dout, b_v.T, input_precision=PRECISION)
+            b_ds = b_p * (b_dp - b_delta[:, None])
+            b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+        # [T, N, H]
+        dq_ptrs = dq_ptr + (o_row * N + i_n) * H + o_h[None, :]
+        tl.store(dq_ptrs, (b_dq * scale).to(dq_ptr.dtype.element_ty), mask=m_th)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _latent_attention_bwd_dkv_kernel(
+    q_ptr, stride_qt, stride_qn,
+    k_ptr, stride_kl, stride_kn,
+    v_ptr, stride_vl, stride_vn,
+    dout_ptr, stride_dot, stride_don,
+    lse_ptr, delta_ptr, dk_ptr, dv_ptr, num_tokens, scale, scale_log2,
+    N: tl.constexpr, L: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr,
+    NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    NUM_TILES: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
+    # the tiles of the same head and tokens are neighbours: q and dO come from memory once
+    i_l = tl.program_id(0) % NUM_TILES * BLOCK_L
+    i_n = (tl.program_id(0) // NUM_TILES % N).to(tl.int64)
+    i_chunk = tl.program_id(0) // (NUM_TILES * N)
+    q_ptr += i_n * stride_qn
+    k_ptr += i_n * stride_kn
+    v_ptr += i_n * stride_vn
+    dout_ptr += i_n * stride_don
+    lse_ptr += i_n * num_tokens
+    delta_ptr += i_n * num_tokens
+    o_l = i_l + tl.arange(0, BLOCK_L)
+    o_h = tl.arange(0, BLOCK_H)
+    m_h = (o_h < H)[None, :]
+    m_lh = (o_l < L)[:, None] & m_h
+    # [BLOCK_L, BLOCK_H]
+    if USE_TMA:
+        q = tl.make_tensor_descriptor(q_ptr, [num_tokens, H], [stride_qt, 1], [BLOCK_T, BLOCK_H])
+        dout = tl.make_tensor_descriptor(dout_ptr, [num_tokens, H], [stride_dot, 1], [BLOCK_T, BLOCK_H])
+        k = tl.make_tensor_descriptor(k_ptr, [L, H], [stride_kl, 1], [BLOCK_L, BLOCK_H])
+        b_k = k.load([i_l, 0])
+        if NEEDS_DK:
+            v = tl.make_tensor_descriptor(v_ptr, [L, H], [stride_vl, 1], [BLOCK_L, BLOCK_H])
+            b_v = v.load([i_l, 0])
+    else:
+        b_k = tl.load(k_ptr + o_l[:, None] * stride_kl + o_h[None, :], mask=m_lh, other=0.0)
+        if NEEDS_DK:
+            b_v = tl.load(v_ptr + o_l[:, None] * stride_vl + o_h[None, :], mask=m_lh, other=0.0)
+
+    b_dk = tl.zeros([BLOCK_L, BLOCK_H], dtype=tl.float32)
+    b_dv = tl.zeros([BLOCK_L, BLOCK_H], dtype=tl.float32)
+    for i_t in tl.range(i_chunk * CHUNK, tl.minimum((i_chunk + 1) * CHUNK, num_tokens), BLOCK_T):
+        o_t = i_t + tl.arange(0, BLOCK_T)
+        m_t = o_t < num_tokens
+        # [BLOCK_T, BLOCK_H]
+        if USE_TMA:
+            b_q = q.load([i_t, 0])
+            b_dout = dout.load([i_t, 0])
+        else:
+            m_th = m_t[:, None] & m_h
+            o_row = o_t.to(tl.int64)[:, None]
+            b_q = tl.load(q_ptr + o_row * stride_qt + o_h[None, :], mask=m_th, other=0.0)
+            b_dout = tl.load(dout_ptr + o_row * stride_dot + o_h[None, :], mask=m_th, other=0.0)
+        b_lse = tl.load(lse_ptr + o_t, mask=m_t, other=float("inf"))
+        # [BLOCK_L, BLOCK_T]; rows beyond the last latent are never stored
+        b_s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
+        b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
+        if NEEDS_DV:
+            b_dv = tl.dot(b_p.to(b_q.dtype), b_dout, b_dv, input_precision=PRECISION)
+        if NEEDS_DK:
+            b_delta = tl.load(delta_ptr + o_t, mask=m_t, other=0.0)
+            b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
+            b_ds = b_p * (b_dp - b_delta[None, :])
+            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+
+    # [num_chunks, L, N, H]
+    o_sum = ((i_chunk.to(tl.int64) * L + o_l)[:, None] * N + i_n) * H + o_h[None, :]
+    if NEEDS_DK:
+        tl.store(dk_ptr + o_sum, b_dk * scale, mask=m_lh)
+    if NEEDS_DV:
+        tl.store(dv_ptr + o_sum, b_dv, mask=m_lh)
+
+
+@triton.jit
+def _product_over_width(
+    x, o_x, i_t, a, o_a, i_l,
+    D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    # x and a are descriptors, read at rows i_t and i_l, or pointers to these rows, read at o_x and o_a
+    o_k = tl.arange(0, BLOCK_K)[None, :]
+    b_s = tl.zeros([BLOCK_T, BLOCK_L], dtype=tl.float32)
+    for i_k in tl.range(0, D, BLOCK_K):
+        # [BLOCK_T, BLOCK_K], [BLOCK_L, BLOCK_K]
+        if USE_TMA:
+            b_x = x.load([i_t, i_k])
+            b_a = a.load([i_l, i_k])
+        elif D % BLOCK_K == 0:
+            b_x = tl.load(x + i_k + o_x)
+            b_a = tl.load(a + i_k + o_a)
+        else:
+            m_k = i_k + o_k < D
+            b_x = tl.load(x + i_k + o_x, mask=m_k, other=0.0)
+            b_a = tl.load(a + i_k + o_a, mask=m_k, other=0.0)
+        b_s = tl.dot(b_x, b_a.T, b_s, input_precision=PRECISION)
+    return b_s
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -124,40 +329,28 @@ def _latent_weights_fwd_kernel(
     i_t = tl.program_id(0) // N * BLOCK_T
     o_t = i_t + tl.arange(0, BLOCK_T)
     o_l = tl.arange(0, BLOCK_L)
-    o_k = tl.arange(0, BLOCK_K)
+    o_k = tl.arange(0, BLOCK_K)[None, :]
     # the stride of p is a constant, so that its addresses take one register
     p_ptrs = p_ptr + o_t.to(tl.int64)[:, None] * (N * L) + i_n * L + o_l[None, :]
+    # rows beyond the last are read as the last: they are masked where it matters, below
+    o_x = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1 - i_t)[:, None] * stride_xt + o_k
     if USE_TMA:
         x = tl.make_tensor_descriptor(x_ptr, [num_tokens, D], [stride_xt, 1], [BLOCK_T, BLOCK_K])
         a = tl.make_tensor_descriptor(a_ptr, [N * L, D], [stride_al, 1], [BLOCK_L, BLOCK_K])
     else:
-        # rows beyond the last are read as the last: they are masked where it matters, below
-        x_ptr += i_t.to(tl.int64) * stride_xt
-        o_x = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1 - i_t)[:, None] * stride_xt + o_k[None, :]
+        x = x_ptr + i_t.to(tl.int64) * stride_xt
 
     b_max = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_T], dtype=tl.float32)
     parked_max = ()
     for i_piece in tl.static_range(NUM_PIECES):
         i_l = i_n * L + i_piece * BLOCK_L
+        o_row = o_l if L % BLOCK_L == 0 else tl.minimum(o_l, L - 1 - i_piece * BLOCK_L)
+        o_a = o_row[:, None] * stride_al + o_k
         if not USE_TMA:
-            a_piece_ptr = a_ptr + i_l.to(tl.int64) * stride_al
-            o_row = o_l if L % BLOCK_L == 0 else tl.minimum(o_l, L - 1 - i_piece * BLOCK_L)
-            o_a = o_row[:, None] * stride_al + o_k[None, :]
+            a = a_ptr + i_l.to(tl.int64) * stride_al
         # [BLOCK_T, BLOCK_L]
-        b_s = tl.zeros([BLOCK_T, BLOCK_L], dtype=tl.float32)
-        for i_k in tl.range(0, D, BLOCK_K):
-            if USE_TMA:
-                b_x = x.load([i_t, i_k])
-                b_a = a.load([i_l, i_k])
-            elif D % BLOCK_K == 0:
-                b_x = tl.load(x_ptr + i_k + o_x)
-                b_a = tl.load(a_piece_ptr + i_k + o_a)
-            else:
-                m_k = (i_k + o_k < D)[None, :]
-                b_x = tl.load(x_ptr + i_k + o_x, mask=m_k, other=0.0)
-                b_a = tl.load(a_piece_ptr + i_k + o_a, mask=m_k, other=0.0)
-            b_s = tl.dot(b_x, b_a.T, b_s, input_precision=PRECISION)
+        b_s = _product_over_width(x, o_x, i_t, a, o_a, i_l, D, PRECISION, BLOCK_T, BLOCK_L, BLOCK_K, USE_TMA)
         m_l = i_piece * BLOCK_L + o_l < L
         if L % BLOCK_L != 0:
             b_s = tl.where(m_l[None, :], b_s, float("-inf"))
@@ -180,6 +373,67 @@ def _latent_weights_fwd_kernel(
             b_factor = tl.exp2(parked_max[i_piece] - b_max) / b_sum
             b_p = tl.load(p_ptrs + i_piece * BLOCK_L, mask=m_t, other=0.0).to(tl.float32) * b_factor[:, None]
             tl.store(p_ptrs + i_piece * BLOCK_L, b_p.to(p_ptr.dtype.element_ty), mask=m_t)
+
+
+@triton.jit
+def _softmax_slope(b_p, b_dp):
+    b_p = b_p.to(tl.float32)
+    b_delta = tl.sum(b_p * b_dp, 1) / tl.sum(b_p, 1)
+    return b_p * (b_dp - b_delta[:, None])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _latent_weights_bwd_kernel(
+    dout_ptr, stride_dot,
+    b_ptr, stride_bl,
+    p_ptr, ds_ptr, num_tokens,
+    D: tl.constexpr, N: tl.constexpr, L: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr,
+    BLOCK_ROW: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+):  # fmt: skip
+    NUM_PIECES: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
+    i_n = tl.program_id(0) % N
+    i_t = tl.program_id(0) // N * BLOCK_T
+    o_t = i_t + tl.arange(0, BLOCK_T)
+    o_l = tl.arange(0, BLOCK_L)
+    o_k = tl.arange(0, BLOCK_K)[None, :]
+    o_ds = o_t.to(tl.int64)[:, None] * (N * L) + i_n * L + o_l[None, :]
+    # rows beyond the last are read as the last: what comes of them is not stored
+    o_dout = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1 - i_t)[:, None] * stride_dot + o_k
+    if USE_TMA:
+        dout = tl.make_tensor_descriptor(dout_ptr, [num_tokens, D], [stride_dot, 1], [BLOCK_T, BLOCK_K])
+        b = tl.make_tensor_descriptor(b_ptr, [N * L, D], [stride_bl, 1], [BLOCK_L, BLOCK_K])
+    else:
+        dout = dout_ptr + i_t.to(tl.int64) * stride_dot
+
+    for i_piece in tl.static_range(NUM_PIECES):
+        i_l = i_n * L + i_piece * BLOCK_L
+        o_row = o_l if L % BLOCK_L == 0 else tl.minimum(o_l, L - 1 - i_piece * BLOCK_L)
+        o_b = o_row[:, None] * stride_bl + o_k
+        if not USE_TMA:
+            b = b_ptr + i_l.to(tl.int64) * stride_bl
+        # [BLOCK_T, BLOCK_L]
+        b_piece = _product_over_width(
+            dout, o_dout, i_t, b, o_b, i_l, D, PRECISION, BLOCK_T, BLOCK_L, BLOCK_K, USE_TMA
+        )
+        m_tl = (o_t < num_tokens)[:, None] & (i_piece * BLOCK_L + o_l < L)[None, :]
+        if NUM_PIECES == 1:
+            b_p = tl.load(p_ptr + o_ds, mask=m_tl, other=0.0)
+            b_piece = _softmax_slope(b_p, tl.where(m_tl, b_piece, 0.0))
+        tl.store(ds_ptr + o_ds + i_piece * BLOCK_L, b_piece.to(ds_ptr.dtype.element_ty), mask=m_tl)
+
+    if NUM_PIECES > 1:
+        # another thread may read back what this one parked
+        tl.debug_barrier()
+        o_head = tl.arange(0, BLOCK_HEAD)
+        for i_row in tl.range(i_t, tl.minimum(i_t + BLOCK_T, num_tokens), BLOCK_ROW):
+            o_part = i_row + tl.arange(0, BLOCK_ROW)
+            o_p = o_part.to(tl.int64)[:, None] * (N * L) + i_n * L + o_head[None, :]
+            m_p = (o_part < num_tokens)[:, None] & (o_head < L)[None, :]
+            # [BLOCK_ROW, BLOCK_HEAD]
+            b_p = tl.load(p_ptr + o_p, mask=m_p, other=0.0)
+            b_ds = _softmax_slope(b_p, tl.load(ds_ptr + o_p, mask=m_p, other=0.0).to(tl.float32))
+            tl.store(ds_ptr + o_p, b_ds.to(ds_ptr.dtype.element_ty), mask=m_p)
 
 
 @functools.cache
@@ -208,6 +462,39 @@ def _launch_config(num_latents: int, head_width: int, itemsize: int, sm: int) ->
 
 
 @functools.cache
+def _bwd_launch_config(
+    num_latents: int, head_width: int, itemsize: int, sm: int
+) -> dict[str, dict[str, int]]:
+    """Tiles of the two backward kernels of the direct form for capability `sm`, as `_launch_config`."""
+    block_h = max(16, triton.next_power_of_2(head_width))
+    use_tma = itemsize == 2 and use_descriptors(sm)
+    # (BLOCK_T, BLOCK_L, num_warps, num_stages)
+    if itemsize == 4:
+        dq, dkv = ((32, 32, 4, 2), (16, 32, 4, 2)) if block_h <= 64 else ((16, 16, 4, 2), (16, 16, 4, 2))
+    elif use_tma:
+        dq, dkv = ((128, 64, 8, 2), (64, 128, 8, 2)) if block_h <= 128 else ((64, 32, 8, 2), (32, 64, 8, 2))
+    elif block_h <= 64:
+        dq, dkv = (128, 64, 8, 2), (32, 128, 8, 2)
+    elif block_h <= 128:
+        dq = dkv = (64, 64, 8, 2)
+    else:
+        # 99 KB of shared memory on 8.6, 8.9 and 12.0
+        dq, dkv = (64, 32, 8, 1), (16, 64, 8, 1)
+    most = max(16, triton.next_power_of_2(num_latents))
+    return {
+        name: {
+            "BLOCK_T": block_t,
+            "BLOCK_L": min(block_l, most),
+            "BLOCK_H": block_h,
+            "USE_TMA": use_tma,
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+        }
+        for name, (block_t, block_l, num_warps, num_stages) in (("dq", dq), ("dkv", dkv))
+    }
+
+
+@functools.cache
 def _weights_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str, int]:
     """Tiles of the fused softmax for capability `sm`; descriptors (TMA) for 16-bit data where it has them."""
     use_tma = itemsize == 2 and use_descriptors(sm)
@@ -223,6 +510,17 @@ def _weights_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
+
+
+@functools.cache
+def _weights_bwd_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str, int]:
+    """The forward's tiles, and for parked pieces whole rows of a head's latents: 32 elements per thread."""
+    config = dict(_weights_launch_config(num_latents, itemsize, sm))
+    block_head = triton.next_power_of_2(num_latents)
+    if block_head == config["BLOCK_L"] == 256:
+        config["BLOCK_T"] = 64  # P stands beside dP
+    rows = max(1, 1024 * config["num_warps"] // block_head)
+    return config | {"BLOCK_ROW": min(rows, config["BLOCK_T"]), "BLOCK_HEAD": block_head}
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
@@ -251,11 +549,15 @@ def _check_absorbed(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> None:
         raise Unsupported(f"a must have at most {MAX_LATENTS} latents for this kernel, got {num_latents}")
 
 
-def _latent_attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _latent_attention_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, with_lse: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse): [N, T] fp32, base 2, or empty without `with_lse`."""
     num_tokens, num_heads, head_width = q.shape
     out = q.new_empty(q.shape)
+    lse = q.new_empty((num_heads, num_tokens) if with_lse else 0, dtype=torch.float32)
     if num_tokens == 0:
-        return out
+        return out, lse
     sm = capability(q.device)
     config = dict(_launch_config(len(k), head_width, q.itemsize, sm))
     config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v)
@@ -274,32 +576,217 @@ def _latent_attention_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sca
         out_ptr=out,
         stride_ot=out.stride(0),
         stride_on=out.stride(1),
+        lse_ptr=lse,
         num_tokens=num_tokens,
         scale_log2=scale * LOG2E.value,
         N=num_heads,
         L=len(k),
         H=head_width,
+        WITH_LSE=with_lse,
         PRECISION=input_precision(q.dtype),
         **config,
         **COMPILE_OPTIONS,
     )
-    return out
+    return out, lse
+
+
+def _latent_attention_bwd_dq(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    scale: float,
+    needs_dq: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dq, delta): dq is empty where not needed, delta is [N, T] fp32."""
+    num_tokens, num_heads, head_width = q.shape
+    dq = q.new_empty(q.shape if needs_dq else 0)
+    delta = torch.empty_like(lse)
+    sm = capability(q.device)
+    config = dict(_bwd_launch_config(len(k), head_width, q.itemsize, sm)["dq"])
+    config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v, dout)
+    if config["USE_TMA"]:
+        allow_descriptors()
+    _latent_attention_bwd_dq_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
+        q_ptr=q,
+        stride_qt=q.stride(0),
+        stride_qn=q.stride(1),
+        k_ptr=k,
+        stride_kl=k.stride(0),
+        stride_kn=k.stride(1),
+        v_ptr=v,
+        stride_vl=v.stride(0),
+        stride_vn=v.stride(1),
+        out_ptr=out,
+        stride_ot=out.stride(0),
+        stride_on=out.stride(1),
+        dout_ptr=dout,
+        stride_dot=dout.stride(0),
+        stride_don=dout.stride(1),
+        dq_ptr=dq,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        num_tokens=num_tokens,
+        scale=scale,
+        scale_log2=scale * LOG2E.value,
+        N=num_heads,
+        L=len(k),
+        H=head_width,
+        NEEDS_DQ=needs_dq,
+        PRECISION=input_precision(q.dtype),
+        **config,
+        **COMPILE_OPTIONS,
+    )
+    return dq, delta
+
+
+def _latent_attention_bwd_dkv(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    dout: torch.Tensor,
+    scale: float,
+    needs_dk: bool,
+    needs_dv: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dk, dv), empty where not needed; delta is not read for dv alone."""
+    num_tokens, num_heads, head_width = q.shape
+    num_chunks = triton.cdiv(num_tokens, CHUNK)
+    dk, dv = (
+        k.new_empty((num_chunks, *k.shape) if needed else 0, dtype=torch.float32)
+        for needed in (needs_dk, needs_dv)
+    )
+    sm = capability(q.device)
+    config = dict(_bwd_launch_config(len(k), head_width, q.itemsize, sm)["dkv"])
+    config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v, dout)
+    if config["USE_TMA"]:
+        allow_descriptors()
+    num_tiles = triton.cdiv(len(k), config["BLOCK_L"])
+    _latent_attention_bwd_dkv_kernel[(num_tiles * num_heads * num_chunks,)](
+        q_ptr=q,
+        stride_qt=q.stride(0),
+        stride_qn=q.stride(1),
+        k_ptr=k,
+        stride_kl=k.stride(0),
+        stride_kn=k.stride(1),
+        v_ptr=v,
+        stride_vl=v.stride(0),
+        stride_vn=v.stride(1),
+        dout_ptr=dout,
+        stride_dot=dout.stride(0),
+        stride_don=dout.stride(1),
+        lse_ptr=lse,
+        delta_ptr=delta,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        num_tokens=num_tokens,
+        scale=scale,
+        scale_log2=scale * LOG2E.value,
+        N=num_heads,
+        L=len(k),
+        H=head_width,
+        CHUNK=CHUNK,
+        NEEDS_DK=needs_dk,
+        NEEDS_DV=needs_dv,
+        PRECISION=input_precision(q.dtype),
+        **config,
+        **COMPILE_OPTIONS,
+    )
+    return (
+        dk.sum(0).to(k.dtype) if needs_dk else k.new_empty(0),
+        dv.sum(0).to(v.dtype) if needs_dv else v.new_empty(0),
+    )
+
+
+def _latent_attention_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    scale: float,
+    needs_dq: bool,
+    needs_dk: bool,
+    needs_dv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), empty where not needed; `out` may be None if dv alone is."""
+    if len(q) == 0:
+        needs = ((q, needs_dq), (k, needs_dk), (v, needs_dv))
+        return tuple(t.new_zeros(t.shape if needed else 0) for t, needed in needs)
+    dq, dk, dv = (t.new_empty(0) for t in (q, k, v))
+    dout, delta = with_contiguous_rows(dout), lse
+    if needs_dq or needs_dk:
+        dq, delta = _latent_attention_bwd_dq(q, k, v, out, lse, dout, scale, needs_dq)
+    if needs_dk or needs_dv:
+        dk, dv = _latent_attention_bwd_dkv(q, k, v, lse, delta, dout, scale, needs_dk, needs_dv)
+    return dq, dk, dv
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """[N, ., .] batched product in fp32 of factors in the dtype."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
+
+
+def _wide_weights(q_TNH: torch.Tensor, k_LNH: torch.Tensor, scale: float) -> torch.Tensor:
+    """[N, T, L] softmax of the scores, in fp32."""
+    return (_product(q_TNH.transpose(0, 1), k_LNH.permute(1, 2, 0)) * scale).softmax(-1)
 
 
 def _wide_latent_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """The direct form by library products, with the scores and their softmax in fp32."""
-    num_latents, num_heads, _ = k.shape
-    k_NHL, v_NLH = k.permute(1, 2, 0), v.transpose(0, 1)
     outs = []
-    for q_TNH in q.split(max(1, MAX_SCORES // (num_heads * num_latents))):
-        q_NTH = q_TNH.transpose(0, 1)
-        if q.is_cuda and q.dtype != torch.float32:
-            scores = torch.bmm(q_NTH, k_NHL, out_dtype=torch.float32)
-        else:
-            scores = torch.bmm(q_NTH.float(), k_NHL.float())
-        p = (scores * scale).softmax(-1).to(v.dtype)
-        outs.append(torch.bmm(p, v_NLH).transpose(0, 1))
+    for q_TNH in q.split(_tokens_per_chunk(k)):
+        p_NTL = _wide_weights(q_TNH, k, scale)
+        outs.append(torch.bmm(p_NTL.to(v.dtype), v.transpose(0, 1)).transpose(0, 1))
     return torch.cat(outs)
+
+
+def _tokens_per_chunk(k: torch.Tensor) -> int:
+    return max(1, MAX_SCORES // (k.shape[0] * k.shape[1]))
+
+
+def _wide_latent_attention_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dout: torch.Tensor,
+    scale: float,
+    needs_dq: bool,
+    needs_dk: bool,
+    needs_dv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dq, dk, dv), empty where not needed; P and dS are rounded for their products, sums are fp32."""
+    k_NLH, v_NLH = k.transpose(0, 1), v.transpose(0, 1)
+    dqs = []
+    dk_LNH, dv_LNH = (torch.zeros(k.shape, device=k.device) if n else None for n in (needs_dk, needs_dv))
+    for q_TNH, dout_TNH in zip(*(t.split(_tokens_per_chunk(k)) for t in (q, dout)), strict=True):
+        dout_NTH = dout_TNH.transpose(0, 1)
+        p_NTL = _wide_weights(q_TNH, k, scale)
+        if needs_dv:
+            dv_LNH += _product(p_NTL.to(v.dtype).mT, dout_NTH).transpose(0, 1)
+        if not (needs_dq or needs_dk):
+            continue
+        dp_NTL = _product(dout_NTH, v_NLH.mT)
+        delta_NT1 = (p_NTL * dp_NTL).sum(-1, keepdim=True)
+        ds_NTL = (p_NTL * (dp_NTL - delta_NT1)).to(q.dtype)
+        if needs_dq:
+            # beta=0 ignores the first argument; scale acts before the one rounding
+            dq_NTH = torch.baddbmm(q.new_zeros(1, 1, 1), ds_NTL, k_NLH, beta=0, alpha=scale)
+            dqs.append(dq_NTH.transpose(0, 1))
+        if needs_dk:
+            dk_LNH += _product(ds_NTL.mT, q_TNH.transpose(0, 1)).transpose(0, 1)
+    return (
+        torch.cat(dqs) if needs_dq else q.new_empty(0),
+        (dk_LNH * scale).to(k.dtype) if needs_dk else k.new_empty(0),
+        dv_LNH.to(v.dtype) if needs_dv else v.new_empty(0),
+    )
 
 
 def _latent_weights_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tensor:
@@ -330,21 +817,196 @@ def _latent_weights_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> tor
     return p
 
 
+def _latent_weights_bwd(p: torch.Tensor, b: torch.Tensor, dout: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """[T, N * L] gradient of the scores x a^T."""
+    num_tokens, width = dout.shape
+    num_latents = len(b) // num_heads
+    ds = p.new_empty(p.shape)
+    if num_tokens == 0:
+        return ds
+    sm = capability(p.device)
+    config = dict(_weights_bwd_launch_config(num_latents, p.itemsize, sm))
+    config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, dout, b)
+    if config["USE_TMA"]:
+        allow_descriptors()
+    _latent_weights_bwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
+        dout_ptr=dout,
+        stride_dot=dout.stride(0),
+        b_ptr=b,
+        stride_bl=b.stride(0),
+        p_ptr=p,
+        ds_ptr=ds,
+        num_tokens=num_tokens,
+        D=width,
+        N=num_heads,
+        L=num_latents,
+        PRECISION=input_precision(p.dtype),
+        **config,
+        **COMPILE_OPTIONS,
+    )
+    return ds
+
+
+def _absorbed_fwd(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(result, P)."""
+    p = _latent_weights_fwd(x, a, num_heads)
+    return torch.addmm(residual, p, b), p
+
+
+def _absorbed_bwd(
+    x: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    p: torch.Tensor,
+    dout: torch.Tensor,
+    num_heads: int,
+    needs_db: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(dx, da, db), empty where not needed: dx without a, da without x."""
+    dout = with_contiguous_rows(dout)
+    dx, da, db = (dout.new_empty(0) for _ in range(3))
+    if x is not None or a is not None:
+        ds = _latent_weights_bwd(p, with_contiguous_rows(b), dout, num_heads)
+        dx = dx if a is None else ds @ a
+        da = da if x is None else ds.mT @ x
+    if needs_db:
+        db = p.mT @ dout
+    return dx, da, db
+
+
+@torch.library.custom_op("nvembed_fast::latent_attention", mutates_args=())
+def _latent_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, with_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if q.shape[-1] > MAX_HEAD_WIDTH:
+        return _wide_latent_attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
+    return _latent_attention_fwd(q, k, v, scale, with_lse)
+
+
+@_latent_attention.register_fake
+def _(q, k, v, scale, with_lse):
+    has_lse = with_lse and q.shape[-1] <= MAX_HEAD_WIDTH
+    lse = q.new_empty((q.shape[1], q.shape[0]) if has_lse else 0, dtype=torch.float32)
+    return q.new_empty(q.shape), lse
+
+
+@torch.library.custom_op("nvembed_fast::latent_attention_bwd", mutates_args=())
+def _latent_attention_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor | None,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    scale: float,
+    needs_dq: bool,
+    needs_dk: bool,
+    needs_dv: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    if q.shape[-1] > MAX_HEAD_WIDTH:
+        return _wide_latent_attention_bwd(q, k, v, dout, scale, needs_dq, needs_dk, needs_dv)
+    return _latent_attention_bwd(q, k, v, out, lse, dout, scale, needs_dq, needs_dk, needs_dv)
+
+
+@_latent_attention_backward.register_fake
+def _(q, k, v, out, lse, dout, scale, needs_dq, needs_dk, needs_dv):
+    needs = ((q, needs_dq), (k, needs_dk), (v, needs_dv))
+    return tuple(t.new_empty(t.shape if needed else 0) for t, needed in needs)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, ctx.scale, _ = inputs
+    out, lse = output
+    ctx.set_materialize_grads(False)
+    needs_delta = any(ctx.needs_input_grad[:2]) and q.shape[-1] <= MAX_HEAD_WIDTH
+    ctx.save_for_backward(q, k, v, out if needs_delta else None, lse)
+
+
+def _differentiate(ctx, dout, _):
+    if dout is None:
+        return (None,) * 5
+    needs = ctx.needs_input_grad[:3]
+    grads = _latent_attention_backward(*ctx.saved_tensors, dout, ctx.scale, *needs)
+    return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
+
+
+_latent_attention.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("nvembed_fast::absorbed_latent_attention", mutates_args=())
+def _absorbed(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _absorbed_fwd(x, a, b, residual, num_heads)
+
+
+@_absorbed.register_fake
+def _(x, a, b, residual, num_heads):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], a.shape[0])
+
+
+@torch.library.custom_op("nvembed_fast::absorbed_latent_attention_bwd", mutates_args=())
+def _absorbed_backward(
+    x: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    p: torch.Tensor,
+    dout: torch.Tensor,
+    num_heads: int,
+    needs_db: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _absorbed_bwd(x, a, b, p, dout, num_heads, needs_db)
+
+
+@_absorbed_backward.register_fake
+def _(x, a, b, p, dout, num_heads, needs_db):
+    dx = dout.new_empty(dout.shape if a is not None else 0)
+    da, db = (
+        dout.new_empty((p.shape[1], dout.shape[1]) if needed else 0) for needed in (x is not None, needs_db)
+    )
+    return dx, da, db
+
+
+def _save_absorbed(ctx, inputs, output) -> None:
+    x, a, b, _, ctx.num_heads = inputs
+    needs_dx, needs_da, needs_db, _, _ = ctx.needs_input_grad[:5]
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(
+        x if needs_da else None,
+        a if needs_dx else None,
+        b if needs_dx or needs_da else None,
+        output[1] if needs_dx or needs_da or needs_db else None,
+    )
+
+
+def _differentiate_absorbed(ctx, dout, _):
+    if dout is None:
+        return (None,) * 5
+    needs = ctx.needs_input_grad[:3]
+    dx = da = db = None
+    if any(needs):
+        grads = _absorbed_backward(*ctx.saved_tensors, dout, ctx.num_heads, needs[2])
+        dx, da, db = (g if needed else None for g, needed in zip(grads, needs, strict=True))
+    return dx, da, db, dout if ctx.needs_input_grad[3] else None, None
+
+
+_absorbed.register_autograd(_differentiate_absorbed, setup_context=_save_absorbed)
+
+
 def latent_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
 ) -> torch.Tensor:
     """Triton version of `reference.latent_attention`: same arguments, same result."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     _check(q, k, v, scale)
+    if is_dispatched(q, k, v):
+        with_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        return _latent_attention(q, k, v, scale, with_lse)[0]
     if q.shape[-1] > MAX_HEAD_WIDTH:
         return _wide_latent_attention(q, k, v, scale)
-    return _latent_attention_fwd(q, k, v, scale)
-
-
-def latent_weights(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Triton version of `reference.latent_weights`: same arguments, same result, scores never rounded."""
-    _check_absorbed(x, a, num_heads)
-    return _latent_weights_fwd(x, a, num_heads)
+    return _latent_attention_fwd(q, k, v, scale)[0]
 
 
 def absorbed_latent_attention(
@@ -355,4 +1017,5 @@ def absorbed_latent_attention(
     for name, t, shape in (("b", b, (a.shape[0], x.shape[1])), ("residual", residual, x.shape)):
         if t.shape != shape or t.dtype != x.dtype or t.device != x.device:
             raise mismatch(name, f"{tuple(shape)} {x.dtype} on {x.device}", t)
-    return torch.addmm(residual, _latent_weights_fwd(x, a, num_heads), b)
+    run = _absorbed if is_dispatched(x, a, b, residual) else _absorbed_fwd
+    return run(x, a, b, residual, num_heads)[0]

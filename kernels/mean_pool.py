@@ -10,6 +10,11 @@ The invariant: tiles begin at the sequence, and their size follows from the
 width alone. So a sequence is summed in the same order whatever else is in the
 batch, and its bits never change. Nothing is atomic.
 
+Backward: a kept token gets its sequence's gradient over the number of kept
+tokens, a dropped one zeros. Saved are the mask (a byte per token) and, for the
+GEGLU, its input, which is differentiated in the same pass; nothing of size
+[T, D] for the plain mean.
+
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
@@ -19,9 +24,15 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, double_gelu
+from nvembed_fast.kernels._common import (
+    COMPILE_OPTIONS,
+    double_gelu,
+    double_gelu_and_slope,
+    is_dispatched,
+    with_contiguous_rows,
+)
 from nvembed_fast.kernels.errors import mismatch
-from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.layout import SeqLayout, layout_of
 
 __all__ = ["mean_pool", "mean_pool_geglu"]
 
@@ -110,6 +121,53 @@ def _mean_pool_combine_kernel(
     tl.store(out_ptr + i_seq * stride_ob + o_d, b_out, mask=m_d)
 
 
+@triton.jit
+def _mean_pool_bwd_kernel(
+    x_ptr, stride_xt,
+    dout_ptr, stride_db,
+    dx_ptr, stride_dxt,
+    count_ptr, mask_ptr, tiles_ptr, cu_seqlens_ptr,
+    D: tl.constexpr, GEGLU: tl.constexpr, HAS_MASK: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    NUM_BLOCKS_D: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    i_tile = (tl.program_id(0) // NUM_BLOCKS_D).to(tl.int64)
+    i_seq = tl.load(tiles_ptr + 2 * i_tile).to(tl.int64)
+    first = tl.load(tiles_ptr + 2 * i_tile + 1).to(tl.int64)
+    start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
+    stop = tl.load(cu_seqlens_ptr + i_seq + 1).to(tl.int64)
+    o_d = (tl.program_id(0) % NUM_BLOCKS_D) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_d = o_d < D
+
+    if HAS_MASK:
+        count = tl.maximum(tl.load(count_ptr + i_seq), 1).to(tl.float32)
+    else:
+        count = (stop - start).to(tl.float32)
+    # [BLOCK_D]
+    b_mean = tl.load(dout_ptr + i_seq * stride_db + o_d, mask=m_d, other=0.0).to(tl.float32) / count
+    tile_stop = tl.minimum(start + first + TOKENS, stop)
+    for i_t in range(start + first, tile_stop, BLOCK_T):
+        o_t = i_t + tl.arange(0, BLOCK_T)
+        m_t = o_t < tile_stop
+        m_td = m_t[:, None] & m_d[None, :]
+        m_keep = m_t
+        if HAS_MASK:
+            m_keep = m_t & (tl.load(mask_ptr + o_t, mask=m_t, other=0) != 0)
+        # [BLOCK_T, BLOCK_D], a dropped row is written as zeros and never read
+        b_dout = tl.where(m_keep[:, None], b_mean[None, :], 0.0)
+        dx_ptrs = dx_ptr + o_t[:, None] * stride_dxt + o_d[None, :]
+        if GEGLU:
+            x_ptrs = x_ptr + o_t[:, None] * stride_xt + o_d[None, :]
+            m_x = m_keep[:, None] & m_d[None, :]
+            b_value = tl.load(x_ptrs, mask=m_x, other=0.0).to(tl.float32)
+            b_gelu, b_slope = double_gelu_and_slope(tl.load(x_ptrs + D, mask=m_x, other=0.0).to(tl.float32))
+            b_half = 0.5 * b_dout
+            tl.store(dx_ptrs, b_half * b_gelu, mask=m_td)
+            tl.store(dx_ptrs + D, b_half * b_value * b_slope, mask=m_td)
+        else:
+            tl.store(dx_ptrs, b_dout, mask=m_td)
+
+
 @functools.cache
 def _launch_config(width: int, geglu: bool) -> dict[str, int]:
     """Tile and warps: four 16-byte loads of 16-bit data in flight per thread, from one or from two tensors.
@@ -129,6 +187,12 @@ def _launch_config(width: int, geglu: bool) -> dict[str, int]:
 def _combine_launch_config(width: int) -> dict[str, int]:
     """BLOCK_T partial sums at once: 16384 tokens need a single step, and the step is all latency."""
     return {"BLOCK_T": 32, "BLOCK_D": min(64, triton.next_power_of_2(width)), "num_warps": 4}
+
+
+@functools.cache
+def _bwd_launch_config(width: int, geglu: bool) -> dict[str, int]:
+    """Small tiles, since nothing is summed: many programs for one long sequence too."""
+    return _launch_config(width, geglu) | {"TOKENS": 64}
 
 
 def _check(
@@ -203,10 +267,103 @@ def _mean_pool_fwd(
     return out
 
 
+def _mean_pool_bwd(
+    x: torch.Tensor | None,
+    dout: torch.Tensor,
+    layout: SeqLayout,
+    pool_mask: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The gradient of the plain mean, or with x of its GEGLU, in `dtype`."""
+    geglu = x is not None
+    width = dout.shape[1]
+    dx = dout.new_empty(layout.num_tokens, 2 * width if geglu else width, dtype=dtype)
+    if layout.num_tokens == 0:
+        return dx
+    dout = with_contiguous_rows(dout)
+    count = None
+    if pool_mask is not None:
+        # kept tokens before each place; integers, so exact in any order
+        kept = torch.nn.functional.pad(pool_mask.cumsum(0, dtype=torch.int32), (1, 0))
+        count = kept[layout.cu_seqlens].diff()
+    config = _bwd_launch_config(width, geglu)
+    tiles = layout.tiles(config["TOKENS"])
+    _mean_pool_bwd_kernel[(len(tiles) * triton.cdiv(width, config["BLOCK_D"]),)](
+        x_ptr=x,
+        stride_xt=x.stride(0) if geglu else 0,
+        dout_ptr=dout,
+        stride_db=dout.stride(0),
+        dx_ptr=dx,
+        stride_dxt=dx.stride(0),
+        count_ptr=count,
+        mask_ptr=pool_mask,
+        tiles_ptr=tiles,
+        cu_seqlens_ptr=layout.cu_seqlens,
+        D=width,
+        GEGLU=geglu,
+        HAS_MASK=pool_mask is not None,
+        **config,
+        **COMPILE_OPTIONS,
+    )
+    return dx
+
+
+@torch.library.custom_op("nvembed_fast::mean_pool", mutates_args=())
+def _mean_pool(
+    x: torch.Tensor, host_lengths: torch.Tensor, pool_mask: torch.Tensor | None, geglu: bool
+) -> torch.Tensor:
+    return _mean_pool_fwd(x, layout_of(host_lengths, x.device), pool_mask, geglu)
+
+
+@_mean_pool.register_fake
+def _(x, host_lengths, pool_mask, geglu):
+    width = x.shape[1] // 2 if geglu else x.shape[1]
+    return x.new_empty(host_lengths.shape[0], width, dtype=torch.float32)
+
+
+@torch.library.custom_op("nvembed_fast::mean_pool_bwd", mutates_args=())
+def _mean_pool_backward(
+    x: torch.Tensor | None,
+    dout: torch.Tensor,
+    host_lengths: torch.Tensor,
+    pool_mask: torch.Tensor | None,
+    num_tokens: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return _mean_pool_bwd(x, dout, layout_of(host_lengths, dout.device), pool_mask, dtype)
+
+
+@_mean_pool_backward.register_fake
+def _(x, dout, host_lengths, pool_mask, num_tokens, dtype):
+    width = dout.shape[1] if x is None else 2 * dout.shape[1]
+    return dout.new_empty(num_tokens, width, dtype=dtype)
+
+
+def _save(ctx, inputs, output) -> None:
+    x, host_lengths, pool_mask, geglu = inputs
+    ctx.save_for_backward(x if geglu else None, host_lengths, pool_mask)
+    ctx.num_tokens, ctx.dtype = x.shape[0], x.dtype
+
+
+def _differentiate(ctx, dout):
+    x, host_lengths, pool_mask = ctx.saved_tensors
+    dx = _mean_pool_backward(x, dout, host_lengths, pool_mask, ctx.num_tokens, ctx.dtype)
+    return dx, None, None, None
+
+
+_mean_pool.register_autograd(_differentiate, setup_context=_save)
+
+
+def _run(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool) -> torch.Tensor:
+    if is_dispatched(x):
+        return _mean_pool(x, layout.host_lengths, pool_mask, geglu)
+    return _mean_pool_fwd(x, layout, pool_mask, geglu)
+
+
 def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Triton version of `reference.mean_pool`: same arguments, same result."""
     _check("x", x, layout, pool_mask, geglu=False)
-    return _mean_pool_fwd(x, layout, pool_mask, geglu=False)
+    return _run(x, layout, pool_mask, geglu=False)
 
 
 def mean_pool_geglu(
@@ -214,4 +371,4 @@ def mean_pool_geglu(
 ) -> torch.Tensor:
     """Triton version of `reference.mean_pool_geglu`: same arguments, same result."""
     _check("value_gate", value_gate, layout, pool_mask, geglu=True)
-    return _mean_pool_fwd(value_gate, layout, pool_mask, geglu=True)
+    return _run(value_gate, layout, pool_mask, geglu=True)

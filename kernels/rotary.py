@@ -4,6 +4,9 @@ A program owns one token: its row of the tables is read once and serves all
 heads, which are loaded as one tile of first halves and one of second halves.
 In place the values, and any head that does not turn, are never touched.
 
+Backward: the same kernel turns the gradient back, by the negative angle. Saved
+are the tables and the positions, nothing of the token.
+
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
@@ -13,20 +16,20 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, is_dispatched, with_contiguous_rows
 from nvembed_fast.kernels.errors import mismatch
 
 __all__ = ["rotary"]
 
 
 @triton.jit
-def _rotary_fwd_kernel(
+def _rotary_kernel(
     qkv_ptr, stride_qt, stride_qn,
     out_ptr, stride_ot, stride_on,
     cos_ptr, stride_cp,
     sin_ptr, stride_sp,
     positions_ptr,
-    HALF: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_ROTATED: tl.constexpr,
+    HALF: tl.constexpr, NUM_HEADS: tl.constexpr, NUM_ROTATED: tl.constexpr, INVERSE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     i_t = tl.program_id(0).to(tl.int64)
@@ -44,6 +47,8 @@ def _rotary_fwd_kernel(
     b_cos = tl.load(cos_ptr + i_pos * stride_cp + o_h, mask=m_h, other=0.0)
     b_sin = tl.load(sin_ptr + i_pos * stride_sp + o_h, mask=m_h, other=0.0)
 
+    if INVERSE:
+        b_sin = -b_sin
     b_first, b_second = b_first.to(tl.float32), b_second.to(tl.float32)
     b_out_first = b_first * b_cos - b_second * b_sin
     b_out_second = b_second * b_cos + b_first * b_sin
@@ -96,20 +101,21 @@ def _check(
         raise ValueError(f"num_rotated must be between 0 and the {num_heads} heads of qkv, got {num_rotated}")
 
 
-def _rotary_fwd(
+def _rotate(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
     positions: torch.Tensor,
     num_rotated: int,
-    inplace: bool,
+    inplace: bool = False,
+    inverse: bool = False,
 ) -> torch.Tensor:
     num_tokens, num_heads, head_width = qkv.shape
     out = qkv if inplace else qkv.new_empty(qkv.shape)
     num_written = num_rotated if inplace else num_heads
     if num_tokens == 0 or num_written == 0:
         return out
-    _rotary_fwd_kernel[(num_tokens,)](
+    _rotary_kernel[(num_tokens,)](
         qkv_ptr=qkv,
         stride_qt=qkv.stride(0),
         stride_qn=qkv.stride(1),
@@ -124,10 +130,54 @@ def _rotary_fwd(
         HALF=head_width // 2,
         NUM_HEADS=num_written,
         NUM_ROTATED=num_rotated,
+        INVERSE=inverse,
         **_launch_config(num_written, head_width),
         **COMPILE_OPTIONS,
     )
     return out
+
+
+@torch.library.custom_op("nvembed_fast::rotary", mutates_args=())
+def _rotary(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_rotated: int,
+    inverse: bool,
+) -> torch.Tensor:
+    return _rotate(qkv, cos, sin, positions, num_rotated, inverse=inverse)
+
+
+@_rotary.register_fake
+def _(qkv, cos, sin, positions, num_rotated, inverse):
+    return qkv.new_empty(qkv.shape)
+
+
+@torch.library.custom_op("nvembed_fast::rotary_", mutates_args=("qkv",))
+def _rotary_inplace(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, num_rotated: int
+) -> None:
+    _rotate(qkv, cos, sin, positions, num_rotated, inplace=True)
+
+
+@_rotary_inplace.register_fake
+def _(qkv, cos, sin, positions, num_rotated):
+    return None
+
+
+def _save(ctx, inputs, output) -> None:
+    _, cos, sin, positions, ctx.num_rotated, ctx.inverse = inputs
+    ctx.save_for_backward(cos, sin, positions)
+
+
+def _differentiate(ctx, dout):
+    # the tables are constants: they get no gradient
+    dqkv = _rotary(with_contiguous_rows(dout), *ctx.saved_tensors, ctx.num_rotated, not ctx.inverse)
+    return dqkv, None, None, None, None, None
+
+
+_rotary.register_autograd(_differentiate, setup_context=_save)
 
 
 def rotary(
@@ -140,4 +190,9 @@ def rotary(
 ) -> torch.Tensor:
     """Triton version of `reference.rotary`: same arguments, same result."""
     _check(qkv, cos, sin, positions, num_rotated, inplace)
-    return _rotary_fwd(qkv, cos, sin, positions, num_rotated, inplace)
+    if not is_dispatched(qkv):
+        return _rotate(qkv, cos, sin, positions, num_rotated, inplace)
+    if inplace:
+        _rotary_inplace(qkv, cos, sin, positions, num_rotated)
+        return qkv
+    return _rotary(qkv, cos, sin, positions, num_rotated, False)

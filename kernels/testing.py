@@ -67,6 +67,38 @@ ATTENTION_CASES = (
 )
 
 
+def attention_gradients(inputs, upstream, layout: SeqLayout, causal: bool = False) -> list[torch.Tensor]:
+    """dq, dk, dv as an honest kernel rounds: what the dtype costs, the `low` of a gradient's parity.
+
+    Eager attention on a CPU keeps probabilities in fp32. Tensor cores take operands in the dtype, so P and dS
+    are rounded to it before their products, as is the output before rowsum(dout out); all else is fp32.
+
+    Args:
+        inputs: q [T, N, H], k and v [T, G, H].
+        upstream: the gradient of the output [T, N, H], and that of the lse [N, T].
+    """
+    (q, k, v), (dout, dlse) = inputs, upstream
+    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    grads = [torch.zeros(t.shape, device=t.device) for t in inputs]
+    for start, stop in zip(layout.cu_seqlens.tolist(), layout.cu_seqlens[1:].tolist(), strict=False):
+        for n in range(q.shape[1]):
+            g = n // group
+            q_SH, dout_SH = q[start:stop, n].float(), dout[start:stop, n].float()
+            k_SH, v_SH = k[start:stop, g].float(), v[start:stop, g].float()
+            scores = scale * q_SH @ k_SH.mT
+            if causal:
+                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+            p = scores.softmax(-1)
+            p_rounded = p.to(q.dtype).float()
+            out = (p_rounded @ v_SH).to(q.dtype).float()
+            delta = (dout_SH * out).sum(-1, keepdim=True) - dlse[n, start:stop, None]
+            ds = (p * (dout_SH @ v_SH.mT - delta)).to(q.dtype).float()
+            grads[0][start:stop, n] = scale * ds @ k_SH
+            grads[1][start:stop, g] += scale * ds.mT @ q_SH
+            grads[2][start:stop, g] += p_rounded.mT @ dout_SH
+    return [grad.to(q.dtype) for grad in grads]
+
+
 @dataclass(frozen=True)
 class LatentCase:
     """Tokens against L latents: q, k, v for the direct form; x, a, b, residual for the absorbed one."""
@@ -97,11 +129,13 @@ class LatentCase:
         residual = torch.randn(self.num_tokens, self.width, generator=g)
         return *(t.to(device, dtype) for t in (x, a, b, residual)), self.num_heads
 
-    def direct_flops(self) -> int:
-        return 4 * self.num_tokens * self.num_latents * self.num_heads * self.head_width
+    def direct_flops(self, backward: bool = False) -> int:
+        products = 7 if backward else 2  # S and out; S again, dP, dq, dk and dv
+        return 2 * products * self.num_tokens * self.num_latents * self.num_heads * self.head_width
 
-    def absorbed_flops(self) -> int:
-        return 4 * self.num_tokens * self.num_latents * self.num_heads * self.width
+    def absorbed_flops(self, backward: bool = False) -> int:
+        products = 6 if backward else 2  # S and out; dP, dx, da and db
+        return 2 * products * self.num_tokens * self.num_latents * self.num_heads * self.width
 
 
 LATENT_CASES = (

@@ -48,6 +48,9 @@ LARGEST = [
     "flash_attention: forward width 256 bf16",
     "latent_attention: direct 256 bf16",
     "latent_attention: weights 512 bf16",
+    "latent_attention: direct 256 dq bf16",
+    "latent_attention: direct 256 dkv bf16",
+    "latent_attention: weights 512 backward bf16",
 ]
 
 

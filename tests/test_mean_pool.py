@@ -3,6 +3,7 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from gradients import assert_compiles, assert_gradcheck, assert_gradient_parity, gradients
 
 from nvembed_fast.kernels import mean_pool as module
 from nvembed_fast.kernels import reference
@@ -183,3 +184,78 @@ def test_rejects_an_odd_number_of_columns(device):
 def test_rejects_a_mask_that_is_not_one_bool_per_token(mask, geglu, device):
     with pytest.raises(ValueError, match=r"^pool_mask must be \[10\] torch.bool"):
         _op(geglu)(torch.zeros(10, 32, device=device), SeqLayout([4, 6], device), mask.to(device))
+
+
+def _pool(function, layout, mask):
+    return lambda x: function(x, layout, mask)
+
+
+def _check_gradient(case, device, dtype, geglu, **kwargs):
+    x, layout, mask = case.inputs(device, dtype, geglu=geglu)
+    kernel, wanted = _pool(_op(geglu), layout, mask), _pool(_op(geglu, reference), layout, mask)
+    assert_gradient_parity(case.name, kernel, wanted, [x], **kwargs)
+
+
+@pytest.mark.parametrize("case", [*small(POOL_CASES), TILES], ids=lambda c: c.name)
+def test_gradient_matches_reference(case, dtype, geglu, device):
+    _check_gradient(case, device, dtype, geglu)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in POOL_CASES if c.bench], ids=lambda c: c.name)
+def test_gradient_matches_reference_at_full_size(case, dtype, geglu, device):
+    part = PoolCase(case.name, case.lengths, 1024, case.masked)
+    _check_gradient(part, device, dtype, geglu)
+
+
+def test_gradient_of_a_strided_upstream(geglu, device):
+    _check_gradient(PoolCase("strided", (5, 9), 40), device, torch.float16, geglu, contiguous=False)
+
+
+def test_nan_in_a_dropped_token_reaches_no_gradient(geglu, device):
+    x, layout, mask = PoolCase("nan", (5, 9), 40).inputs(device, torch.float32, geglu=geglu)
+    clean = gradients(_pool(_op(geglu), layout, mask), [x])[1][0]
+    x[~mask] = torch.nan
+    grad = gradients(_pool(_op(geglu), layout, mask), [x])[1][0]
+    assert not mask.all() and torch.equal(grad, clean) and grad[~mask].eq(0).all()
+
+
+def test_gradient_of_a_sequence_that_keeps_nothing_is_zero(geglu, device):
+    x, layout, mask = PoolCase("dropped", (5, 9), 40).inputs(device, torch.float32, geglu=geglu)
+    mask[:5] = False
+    grad = gradients(_pool(_op(geglu), layout, mask), [x])[1][0]
+    assert grad[:5].eq(0).all() and grad[5:].abs().sum() > 0
+
+
+def test_the_plain_mean_saves_nothing_as_large_as_its_input(device):
+    x, layout, mask = PoolCase("saved", (50, 9), 40).inputs(device, torch.float32)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        mean_pool(x.requires_grad_(), layout, mask)
+    assert saved and max(saved) <= len(x)
+
+
+def test_gradcheck(geglu, device):
+    x, layout, mask = PoolCase("smallest", (2, 3), 4).inputs(device, torch.float32, geglu=geglu)
+    assert_gradcheck(_pool(_op(geglu), layout, mask), [x])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_compiles_as_one_graph(geglu, masked, device):
+    x, layout, mask = PoolCase("graph", (5, 9), 40, masked).inputs(device, torch.float32, geglu=geglu)
+    assert_compiles(_pool(_op(geglu), layout, mask), [x])
+
+
+def test_opcheck(geglu, device):
+    x, layout, mask = PoolCase("opcheck", (5, 9), 40).inputs(device, torch.float32, geglu=geglu)
+    ops, lengths = torch.ops.nvembed_fast, layout.host_lengths
+    torch.library.opcheck(ops.mean_pool, (x.clone().requires_grad_(), lengths, mask, geglu))
+    dout = torch.randn(2, 40, device=device)
+    args = (x if geglu else None, dout, lengths, mask, len(x), torch.float32)
+    torch.library.opcheck(ops.mean_pool_bwd, args)
+
+
+def test_gradient_of_no_tokens(geglu, device):
+    x, layout, mask = PoolCase("none", (0, 0), 8).inputs(device, torch.float16, geglu=geglu)
+    (grad,) = gradients(_pool(_op(geglu), layout, mask), [x])[1]
+    assert grad.shape == x.shape

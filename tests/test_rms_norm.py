@@ -2,11 +2,12 @@ import inspect
 
 import pytest
 import torch
+from gradients import assert_compiles, assert_gradcheck, assert_gradient_parity, gradients
 
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels import rms_norm as module
 from nvembed_fast.kernels.rms_norm import add_rms_norm, rms_norm
-from nvembed_fast.kernels.testing import NORM_CASES, RowCase, assert_parity, small
+from nvembed_fast.kernels.testing import NORM_CASES, RowCase, assert_parity, generator, small
 
 EPS = 1e-5
 CASE = RowCase("property", 7, 80)
@@ -139,3 +140,122 @@ def test_signature_is_the_reference_signature(name):
 def test_rejects(change, message, device):
     with pytest.raises(ValueError, match=message):
         add_rms_norm(*change(*CASE.norm_inputs(device, torch.float32)), EPS)
+
+
+def _norm(function):
+    return lambda *tensors: function(*tensors, EPS)
+
+
+BOTH = pytest.mark.parametrize("op", [rms_norm, add_rms_norm], ids=lambda f: f.__name__)
+
+
+def _inputs(op, case, device, dtype):
+    x, residual, weight = case.norm_inputs(device, dtype)
+    return [x, residual, weight] if op is add_rms_norm else [x, weight]
+
+
+def _check_gradient(op, case, device, dtype, **kwargs):
+    wanted = _norm(getattr(reference, op.__name__))
+    assert_gradient_parity(op.__name__, _norm(op), wanted, _inputs(op, case, device, dtype), **kwargs)
+
+
+# more rows than one program walks, so that shares of the weight's gradient are added
+SHARES = RowCase("shares", 2 * module._bwd_launch_config(80)["ROWS"] + 5, 80)
+
+
+@BOTH
+@pytest.mark.parametrize("case", [*small(NORM_CASES), SHARES], ids=lambda c: c.name)
+def test_gradient_matches_reference(op, case, dtype, device):
+    _check_gradient(op, case, device, dtype)
+
+
+@BOTH
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in NORM_CASES if c.bench], ids=lambda c: c.name)
+def test_gradient_matches_reference_at_full_size(op, case, dtype, device):
+    _check_gradient(op, case, device, dtype)
+
+
+def test_more_shares_than_are_added_at_once(device):
+    shares = module._dweight_launch_config(16)["BLOCK_P"] + 1
+    rows = module._bwd_launch_config(16)["ROWS"]
+    _check_gradient(rms_norm, RowCase("many shares", shares * rows, 16), device, torch.float32)
+
+
+@BOTH
+def test_gradient_of_a_strided_upstream(op, device):
+    _check_gradient(op, CASE, device, torch.float16, contiguous=False)
+
+
+@BOTH
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (0, 1), (0, 2)])
+def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(op, frozen, device):
+    inputs = _inputs(op, SHARES, device, torch.float16)
+    if max(frozen) >= len(inputs) or len(frozen) == len(inputs):
+        pytest.skip("rms_norm has two inputs")
+    whole, part = (gradients(_norm(op), inputs, frozen=f)[1] for f in ((), frozen))
+    for i, (one, other) in enumerate(zip(whole, part, strict=True)):
+        assert other is None if i in frozen else torch.equal(one, other)
+
+
+def test_what_is_not_needed_is_not_computed(device, monkeypatch):
+    launches = []
+    real = module._rms_norm_bwd
+    monkeypatch.setattr(
+        module, "_rms_norm_bwd", lambda *a: launches.append((a[-2:], real(*a))) or launches[-1][1]
+    )
+    inputs = _inputs(rms_norm, CASE, device, torch.float32)
+    for frozen, sizes in (((), (560, 80)), ((0,), (0, 80)), ((1,), (560, 0))):
+        gradients(_norm(rms_norm), inputs, frozen=frozen)
+        assert tuple(t.numel() for t in launches[-1][1]) == sizes
+
+
+@pytest.mark.parametrize("used", ["y", "h"])
+def test_one_of_two_outputs_is_used(used, device):
+    inputs = _inputs(add_rms_norm, SHARES, device, torch.float16)
+    pick = 0 if used == "y" else 1
+    assert_gradient_parity(
+        used,
+        lambda *t: add_rms_norm(*t, EPS)[pick],
+        lambda *t: reference.add_rms_norm(*t, EPS)[pick],
+        inputs,
+        frozen=() if used == "y" else (2,),
+    )
+
+
+@BOTH
+def test_gradcheck(op, device):
+    assert_gradcheck(_norm(op), _inputs(op, RowCase("smallest", 3, 6), device, torch.float32))
+
+
+@BOTH
+def test_compiles_as_one_graph(op, device):
+    assert_compiles(_norm(op), _inputs(op, CASE, device, torch.float32))
+
+
+def test_opcheck(device):
+    x, residual, weight = (t.requires_grad_() for t in CASE.norm_inputs(device, torch.float32))
+    ops = torch.ops.nvembed_fast
+    torch.library.opcheck(ops.rms_norm, (x, weight, EPS))
+    torch.library.opcheck(ops.add_rms_norm, (x, residual, weight, EPS))
+    x, residual, weight = (t.detach() for t in (x, residual, weight))
+    for flags in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(ops.rms_norm_bwd, (x, weight, residual, x.clone(), EPS, *flags))
+
+
+@BOTH
+def test_a_row_of_the_gradient_depends_on_no_other_row(op, dtype, device):
+    inputs = _inputs(op, CASE, device, dtype)
+    doubled = [torch.cat([t, t]) if t.ndim == 2 else t for t in inputs]
+    outputs, once = gradients(_norm(op), inputs)
+    upstream = [torch.randn(o.shape, generator=generator()).to(o) for o in outputs]
+    once = gradients(_norm(op), inputs, upstream)[1]
+    twice = gradients(_norm(op), doubled, [torch.cat([u, u]) for u in upstream])[1]
+    assert torch.equal(twice[0], torch.cat([once[0], once[0]]))
+
+
+@BOTH
+def test_gradient_of_no_tokens(op, device):
+    inputs = _inputs(op, RowCase("none", 0, 16), device, torch.float16)
+    *rows, weight = gradients(_norm(op), inputs)[1]
+    assert all(r.shape == (0, 16) for r in rows) and weight.eq(0).all()

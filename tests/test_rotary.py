@@ -2,6 +2,7 @@ import inspect
 
 import pytest
 import torch
+from gradients import assert_compiles, assert_gradcheck, assert_gradient_parity, gradients
 
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels import rotary as module
@@ -157,3 +158,67 @@ def test_every_shape_has_a_launch_config():
             config = module._launch_config(num_heads, head_width)
             assert config["BLOCK_N"] >= num_heads and config["BLOCK_H"] >= head_width // 2
             assert config["num_warps"] in (1, 2, 4, 8, 16)
+
+
+def _bound(function, case, device, dtype):
+    """(function of qkv alone, [qkv]); the tables in float64 when qkv is."""
+    qkv, cos, sin, positions, num_rotated = case.inputs(device, dtype)
+
+    def run(x):
+        tables = (cos.double(), sin.double()) if x.dtype == torch.float64 else (cos, sin)
+        return function(x, *tables, positions, num_rotated)
+
+    return run, [qkv]
+
+
+def _check_gradient(case, device, dtype, **kwargs):
+    kernel, inputs = _bound(rotary, case, device, dtype)
+    assert_gradient_parity(
+        "rotary", kernel, _bound(reference.rotary, case, device, dtype)[0], inputs, **kwargs
+    )
+
+
+@pytest.mark.parametrize("case", small(ROTARY_CASES), ids=lambda c: c.name)
+def test_gradient_matches_reference(case, dtype, device):
+    _check_gradient(case, device, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [c for c in ROTARY_CASES if c.bench], ids=lambda c: c.name)
+def test_gradient_matches_reference_at_full_size(case, dtype, device):
+    _check_gradient(case, device, dtype)
+
+
+def test_gradient_of_a_strided_upstream(device):
+    _check_gradient(CASE, device, torch.float16, contiguous=False)
+
+
+def test_gradcheck(device):
+    assert_gradcheck(*_bound(rotary, RotaryCase("smallest", (2, 1), 1, 1, 4), device, torch.float32))
+
+
+def test_turning_the_gradient_back_undoes_the_turn(device):
+    kernel, (qkv,) = _bound(rotary, CASE, device, torch.float32)
+    (turned,), (grad,) = gradients(kernel, [qkv], [kernel(qkv)])
+    torch.testing.assert_close(grad, qkv)
+
+
+def test_compiles_as_one_graph(device):
+    assert_compiles(*_bound(rotary, CASE, device, torch.float32))
+
+
+def test_inplace_compiles_as_one_graph(device):
+    torch._dynamo.reset()
+    qkv, *rest = CASE.inputs(device, torch.float32)
+    want = rotary(qkv, *rest)
+    compiled = torch.compile(
+        lambda x: rotary(x, *rest, inplace=True) + 1, fullgraph=True, backend="aot_eager"
+    )
+    assert torch.equal(compiled(qkv), want + 1) and torch.equal(qkv, want)
+
+
+def test_opcheck(device):
+    qkv, cos, sin, positions, num_rotated = CASE.inputs(device, torch.float32)
+    op = torch.ops.nvembed_fast.rotary
+    torch.library.opcheck(op, (qkv.clone().requires_grad_(), cos, sin, positions, num_rotated, False))
+    torch.library.opcheck(torch.ops.nvembed_fast.rotary_, (qkv, cos, sin, positions, num_rotated))
