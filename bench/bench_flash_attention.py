@@ -1,34 +1,37 @@
+import dataclasses
+
 import pytest
 import torch
-from conftest import synced_clock
+from conftest import DIRECTIONS, both, check, step, synced_clock
 
 from nvembed_fast import ops
-from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.testing import ATTENTION_CASES, assert_parity
+from nvembed_fast.kernels.testing import ATTENTION_CASES, attention_gradients
 
-CASES = [c for c in ATTENTION_CASES if c.bench] if torch.cuda.is_available() else [ATTENTION_CASES[0]]
-
-
-def _assert_parity(case, q, k, v, layout):
-    # against the last key/value head alone: the float64 scores of all heads would not fit in memory
-    group = case.num_heads // case.num_kv_heads
-    part = q[:, -group:], k[:, -1:], v[:, -1:]
-    got = ops.flash_attention(q, k, v, layout)[:, -group:]
-    high = reference.flash_attention(*(t.double() for t in part), layout)
-    assert_parity(case.name, got, reference.flash_attention(*part, layout), high)
+CASES = [c for c in ATTENTION_CASES if c.bench] if torch.cuda.is_available() else [ATTENTION_CASES[1]]
 
 
 @pytest.mark.benchmark(timer=synced_clock, warmup=True)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
+@DIRECTIONS
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def bench_flash_attention(benchmark, case, impl, device):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter is wrong in bf16
-    args = case.inputs(device, dtype)
+def bench_flash_attention(benchmark, case, backward, impl, device, dtype):
     benchmark.group = f"flash_attention {case.name}"
     with ops.use_impl(impl):
-        # no time without parity
-        _assert_parity(case, *args)
-        benchmark(ops.flash_attention, *args)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info["TFLOP/s"] = case.flops() / seconds / 1e12
-    benchmark.extra_info["GB/s"] = case.bytes_moved(dtype) / seconds / 1e9
+        _check(case, backward, device, dtype)
+        *tensors, layout = case.inputs(device, dtype)
+        benchmark(step(both("flash_attention", layout)[0], tensors, backward))
+    benchmark.extra_info["TFLOP/s"] = case.flops(backward) / benchmark.stats.stats.median / 1e12
+
+
+def _check(case, backward, device, dtype):
+    """Parity on two sequences and one key/value head: the float64 scores of all would not fit in memory."""
+    group, longest = case.num_heads // case.num_kv_heads, tuple(sorted(case.lengths)[-2:])
+    part = dataclasses.replace(case, lengths=longest, num_heads=group, num_kv_heads=1)
+    *tensors, layout = part.inputs(device, dtype)
+
+    def low(inputs, upstream):
+        no_dlse = torch.zeros(group, layout.num_tokens, device=device)
+        return attention_gradients(inputs, (*upstream, no_dlse), layout)
+
+    op, wanted = both("flash_attention", layout)
+    check(case.name, op, wanted, tensors, backward, low if dtype != torch.float32 else None)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import synced_clock
+from conftest import check, step, synced_clock
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
@@ -11,17 +11,26 @@ CASES = [c for c in ROTARY_CASES if c.bench] if torch.cuda.is_available() else [
 
 @pytest.mark.benchmark(timer=synced_clock, warmup=True)
 @pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
+@pytest.mark.parametrize("way", ["inplace", "copy", "copy_with_backward"])
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def bench_rotary(benchmark, case, inplace, impl, device):
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32  # the interpreter is wrong in bf16
-    args = qkv, cos, sin, positions, num_rotated = case.inputs(device, dtype)
-    benchmark.group = f"rotary {case.name} {'in place' if inplace else 'copy'}"
+def bench_rotary(benchmark, case, way, impl, device, dtype):
+    qkv, cos, sin, *rest = case.inputs(device, dtype)
+    inplace, backward = way == "inplace", way == "copy_with_backward"
+
+    def op(x):
+        return ops.rotary(x, cos, sin, *rest, inplace=inplace)
+
+    def wanted(x):
+        tables = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
+        return reference.rotary(x, *tables, *rest)
+
+    benchmark.group = f"rotary {case.name} {way}"
     with ops.use_impl(impl):
-        # no time without parity
-        high = reference.rotary(qkv.double(), cos.double(), sin.double(), positions, num_rotated)
-        low = reference.rotary(*args)
-        assert_parity(case.name, ops.rotary(qkv.clone(), *args[1:], inplace=inplace), low, high)
+        if inplace:
+            assert_parity(case.name, op(qkv.clone()), wanted(qkv), wanted(qkv.double()))
+        else:
+            check(case.name, op, wanted, [qkv], backward)
         # in place it turns the same heads again and again, which keeps their length
-        benchmark(ops.rotary, *args, inplace=inplace)
-    benchmark.extra_info["GB/s"] = case.bytes_moved(dtype, inplace) / benchmark.stats.stats.median / 1e9
+        benchmark(step(op, [qkv], backward))
+    moved = case.bytes_moved(dtype, inplace, backward)
+    benchmark.extra_info["GB/s"] = moved / benchmark.stats.stats.median / 1e9

@@ -301,7 +301,10 @@ def _flash_attention_specs(capability: int) -> Iterator[CompileSpec]:
         (" width 256", "bf16", 256, 1, 4096, False, True),
         (" width 256", "fp32", 256, 1, 4096, False, True),
     ):
-        for which, results in (("dq", ("dq",)), ("dkv", ("dk", "dv"))):
+        for which, kernel, results in (
+            ("dq", m._flash_attention_dq_kernel, ("dq",)),
+            ("dkv", m._flash_attention_dkv_kernel, ("dk", "dv")),
+        ):
             shape = (capability, width, heads_per_key, dtypes[dtype], max_length, aligned)
             constexprs, options = _split(m._bwd_launch_config(which, *shape))
             constexprs |= {"GROUP": heads_per_key, "H": width, "CAUSAL": causal}
@@ -317,7 +320,6 @@ def _flash_attention_specs(capability: int) -> Iterator[CompileSpec]:
                 f"stride_{s}": "i32:16" for s in (("dqt", "dqn") if which == "dq" else ("dt", "dg"))
             }
             arguments |= {"stride_ln": "i32", "scale": "fp32", "scale_log2": "fp32", "num_kv_heads": "i32"}
-            kernel = getattr(m, f"_flash_attention_{which}_kernel")
             yield CompileSpec(f"{which}{name} {dtype}", kernel, arguments, constexprs, options)
     constexprs, options = _split(m._delta_launch_config(HEADS, HEAD_WIDTH))
     constexprs |= {"NUM_HEADS": HEADS, "H": HEAD_WIDTH, "HAS_DLSE2": False, "dlse2_ptr": None}
@@ -334,22 +336,13 @@ def _gated_specs(capability: int) -> Iterator[CompileSpec]:
     for op, width in (("swiglu", SWIGLU_WIDTH), ("geglu", GEGLU_WIDTH)):
         constexprs, options = _split(m._launch_config(width))
         for dtype in DTYPES:
-            arguments = {
-                "x_ptr": f"*{dtype}",
-                "stride_xt": "i32:16",
-                "out_ptr": f"*{dtype}",
-                "stride_ot": "i32:16",
-                "num_tokens": "i32",
-            }
-            flags = {"F": width, "GATE_FIRST": op == "swiglu"}
-            yield CompileSpec(f"{op} {dtype}", m._gated_fwd_kernel, arguments, constexprs | flags, options)
-            arguments |= {f"{name}_ptr": f"*{dtype}" for name in ("dout", "dx")}
+            shared = {"x_ptr": f"*{dtype}", "stride_xt": "i32:16", "num_tokens": "i32"}
+            flags = constexprs | {"F": width, "GATE_FIRST": op == "swiglu"}
+            arguments = shared | {"out_ptr": f"*{dtype}", "stride_ot": "i32:16"}
+            yield CompileSpec(f"{op} {dtype}", m._gated_fwd_kernel, arguments, flags, options)
+            arguments = shared | {f"{name}_ptr": f"*{dtype}" for name in ("dout", "dx")}
             arguments |= {f"stride_{name}": "i32:16" for name in ("dot", "dxt")}
-            arguments = {
-                name: kind for name, kind in arguments.items() if name not in ("out_ptr", "stride_ot")
-            }
-            name, kernel = f"{op} backward {dtype}", m._gated_bwd_kernel
-            yield CompileSpec(name, kernel, arguments, constexprs | flags, options)
+            yield CompileSpec(f"{op} backward {dtype}", m._gated_bwd_kernel, arguments, flags, options)
 
 
 def _latent_attention_specs(capability: int) -> Iterator[CompileSpec]:

@@ -8,7 +8,7 @@ The tile follows from D alone, so a row's result never depends on the others.
 Backward, with r = 1 / rms(h), n = h r, g = dy * weight:
 
     dh = dh_out + r (g - n mean(g n))        the gradient of x and of the residual alike
-    dweight = sum over tokens of dy * round(n)
+    dweight = sum over tokens of dy * n
 
 1. A program walks ROWS rows, writes dh, and keeps its share of dweight in fp32
    registers until the end.
@@ -94,7 +94,7 @@ def _rms_norm_bwd_kernel(
         b_scale = tl.rsqrt(tl.sum(b_h * b_h, axis=1, keep_dims=True) / D + eps)
         b_n = b_h * b_scale
         if NEEDS_DWEIGHT:
-            b_dweight += b_dy * b_n.to(h_ptr.dtype.element_ty).to(tl.float32)
+            b_dweight += b_dy * b_n
         if NEEDS_DH:
             b_g = b_dy * b_weight
             b_dh = b_scale * (b_g - b_n * (tl.sum(b_g * b_n, axis=1, keep_dims=True) / D))

@@ -5,11 +5,14 @@ Imported by tests/ and bench/, never by nvembed_fast. A case is a frozen problem
 sizes of the real model, too large for the interpreter.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from nvembed_fast.kernels.layout import SeqLayout
+
+Tensors = Sequence[torch.Tensor]
 
 # one token among longer ones, no two lengths equal; a sequence without tokens
 RAGGED = (5, 1, 17, 64, 33)
@@ -41,13 +44,10 @@ class AttentionCase:
         q, k, v = qkv.to(device, dtype).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return q, k, v, layout
 
-    def flops(self) -> int:
+    def flops(self, backward: bool = False) -> int:
         pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
-        return 4 * pairs * self.num_heads * self.head_width
-
-    def bytes_moved(self, dtype: torch.dtype) -> int:
-        heads = 2 * self.num_heads + 2 * self.num_kv_heads
-        return sum(self.lengths) * heads * self.head_width * dtype.itemsize
+        products = 7 if backward else 2  # S and out; S again, dP, dQ, dK and dV
+        return 2 * products * pairs * self.num_heads * self.head_width
 
 
 ATTENTION_CASES = (
@@ -169,9 +169,11 @@ class PoolCase:
         mask = (torch.rand(layout.num_tokens, generator=g) > 0.3).to(device) if self.masked else None
         return x, layout, mask
 
-    def bytes_moved(self, dtype: torch.dtype, geglu: bool = False) -> int:
-        columns = self.width * (2 if geglu else 1)
-        return sum(self.lengths) * columns * dtype.itemsize + len(self.lengths) * self.width * 4
+    def bytes_moved(self, dtype: torch.dtype, geglu: bool = False, backward: bool = False) -> int:
+        # forward reads the input; backward writes its gradient, and reads a GEGLU's input again
+        passes = (3 if geglu else 2) if backward else 1
+        columns, pooled = self.width * (2 if geglu else 1), len(self.lengths) * self.width * 4
+        return passes * sum(self.lengths) * columns * dtype.itemsize + (2 if backward else 1) * pooled
 
 
 POOL_CASES = (
@@ -206,11 +208,13 @@ class RowCase:
     def gated_input(self, device: str, dtype: torch.dtype, seed: int = 0):
         return (2 * torch.randn(self.num_tokens, 2 * self.width, generator=generator(seed))).to(device, dtype)
 
-    def norm_bytes(self, dtype: torch.dtype, residual: bool) -> int:
-        return (4 if residual else 2) * self.num_tokens * self.width * dtype.itemsize
+    def norm_bytes(self, dtype: torch.dtype, residual: bool, backward: bool = False) -> int:
+        # backward: h, dy and, behind a residual add, the gradient of h; dh
+        rows = (4 if residual else 2) + ((4 if residual else 3) if backward else 0)
+        return rows * self.num_tokens * self.width * dtype.itemsize
 
-    def gated_bytes(self, dtype: torch.dtype) -> int:
-        return 3 * self.num_tokens * self.width * dtype.itemsize
+    def gated_bytes(self, dtype: torch.dtype, backward: bool = False) -> int:
+        return (8 if backward else 3) * self.num_tokens * self.width * dtype.itemsize
 
 
 NORM_CASES = (
@@ -218,7 +222,7 @@ NORM_CASES = (
     RowCase("no-tile-divides", 37, 77),
     RowCase("smollm2", 20, 576),
     RowCase("wide", 3, 4096),
-    RowCase("long", 300, 16),
+    RowCase("long", 300, 128),
     RowCase("nvembed-16k", 16384, 4096, bench=True),
 )
 GATED_CASES = (
@@ -251,9 +255,10 @@ class RotaryCase:
         rotated = self.num_heads + self.num_kv_heads
         return qkv.to(device, dtype), angle.cos(), angle.sin(), layout.positions, rotated
 
-    def bytes_moved(self, dtype: torch.dtype, inplace: bool) -> int:
+    def bytes_moved(self, dtype: torch.dtype, inplace: bool, backward: bool = False) -> int:
         heads = self.num_heads + (1 if inplace else 2) * self.num_kv_heads
-        return 2 * sum(self.lengths) * heads * self.head_width * dtype.itemsize
+        passes = 4 if backward else 2
+        return passes * sum(self.lengths) * heads * self.head_width * dtype.itemsize
 
 
 ROTARY_CASES = (
@@ -299,3 +304,70 @@ def _max(t: torch.Tensor) -> torch.Tensor:
 
 def _rms(t: torch.Tensor) -> torch.Tensor:
     return t.square().mean().sqrt()
+
+
+def upstream_of(outputs: Tensors, seed: int = 1, contiguous: bool = True) -> list[torch.Tensor]:
+    """A random gradient for every output, rounded to its dtype; otherwise transposed in memory."""
+    g = generator(seed)
+    grads = [torch.randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
+    if not contiguous:
+        grads = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in grads]
+        assert not any(t.is_contiguous() for t in grads if min(t.shape) > 1), "this would prove nothing"
+    return grads
+
+
+def as_tuple(outputs) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def gradients(
+    fn: Callable,
+    inputs: Tensors,
+    upstream: Tensors | None = None,
+    frozen: Sequence[int] = (),
+) -> tuple[tuple[torch.Tensor, ...], list[torch.Tensor | None]]:
+    """(outputs, gradient of every input): None for the inputs whose index is in `frozen`.
+
+    Args:
+        fn: of the inputs alone, with one output or a tuple; the caller binds a layout, eps and the like.
+        upstream: one gradient per output; None draws them.
+    """
+    leaves = [t.detach().clone().requires_grad_(i not in frozen) for i, t in enumerate(inputs)]
+    outputs = as_tuple(fn(*leaves))
+    upstream = (
+        upstream_of(outputs)
+        if upstream is None
+        else [u.to(o.dtype) for u, o in zip(upstream, outputs, strict=True)]
+    )
+    torch.autograd.backward(outputs, upstream)
+    return tuple(o.detach() for o in outputs), [leaf.grad for leaf in leaves]
+
+
+def assert_gradient_parity(
+    name: str,
+    kernel: Callable,
+    reference: Callable,
+    inputs: Tensors,
+    low: Callable | None = None,
+    frozen: Sequence[int] = (),
+    contiguous: bool = True,
+    upstream: Tensors | None = None,
+) -> None:
+    """Every gradient of `kernel` meets `assert_parity` against those of `reference` in float64.
+
+    Args:
+        low: what the dtype costs, when the kernel has to round where `reference` in that dtype does not:
+            (inputs, upstream) -> gradients, in the order of the inputs. None runs `reference`.
+        frozen: inputs that need no gradient, by index; the kernel must not compute one.
+    """
+    with torch.no_grad():
+        outputs = as_tuple(reference(*inputs))
+    upstream = upstream_of(outputs, contiguous=contiguous) if upstream is None else upstream
+    _, got = gradients(kernel, inputs, upstream, frozen)
+    low_grads = low(inputs, upstream) if low else gradients(reference, inputs, upstream)[1]
+    _, high = gradients(reference, [t.double() for t in inputs], upstream)
+    for i, (g, lo, hi) in enumerate(zip(got, low_grads, high, strict=True)):
+        if i in frozen:
+            assert g is None, f"{name}: gradient {i} is not needed but was given"
+        else:
+            assert_parity(f"{name}: gradient {i}", g, lo, hi)

@@ -82,7 +82,15 @@ class LatentHead(AttentionHead):
 
         Each backward inside leaves its share with the built tensors, and the end of the block takes the sum
         on to the weights, so a step may be cut into as many backwards as memory asks for.
+
+        Raises:
+            ValueError: the weights are sharded (FSDP2), so that only a forward has them whole.
         """
+        if any(hasattr(weight, "device_mesh") for weight in self.parameters()):
+            raise ValueError(
+                "built_once needs whole weights, and those of this head are sharded. Without it "
+                "every forward builds its own; or keep the head's weights out of fully_shard (ignored_params)"
+            )
         with torch.enable_grad():
             built = self._build()
         self._shared = tuple(t.detach().requires_grad_(t.requires_grad) for t in built)

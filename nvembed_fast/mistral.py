@@ -39,6 +39,16 @@ class RMSNorm(nn.Module):
         return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
 
 
+class RotaryTables:
+    """Cosines and sines of `ops.rotary`, [P, H/2] fp32 each.
+
+    A plain class: FSDP2's mixed precision casts a layer's arguments, and looks into tuples and dataclasses.
+    """
+
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor):
+        self.cos, self.sin = cos, sin
+
+
 class SelfAttention(nn.Module):
     def __init__(self, config: BackboneConfig):
         super().__init__()
@@ -48,12 +58,11 @@ class SelfAttention(nn.Module):
         self.qkv_proj = ops.Linear(width, (self.num_heads + 2 * self.num_kv_heads) * head_width, bias=False)
         self.o_proj = ops.Linear(self.num_heads * head_width, width, bias=False)
 
-    def forward(self, x_TD: torch.Tensor, layout: SeqLayout, cos: torch.Tensor, sin: torch.Tensor):
+    def forward(self, x_TD: torch.Tensor, layout: SeqLayout, tables: RotaryTables) -> torch.Tensor:
         n, g = self.num_heads, self.num_kv_heads
         qkv_TEH = rearrange(self.qkv_proj(x_TD), "t (e h) -> t e h", e=n + 2 * g)
-        qkv_TEH = ops.rotary(
-            qkv_TEH, cos, sin, layout.positions, num_rotated=n + g, inplace=not qkv_TEH.requires_grad
-        )
+        inplace = not qkv_TEH.requires_grad
+        qkv_TEH = ops.rotary(qkv_TEH, tables.cos, tables.sin, layout.positions, n + g, inplace)
         q_TNH, k_TGH, v_TGH = qkv_TEH.split((n, g, g), dim=1)
         out_TNH = ops.flash_attention(q_TNH, k_TGH, v_TGH, layout, causal=self.is_causal)
         return self.o_proj(rearrange(out_TNH, "t n h -> t (n h)"))
@@ -82,15 +91,14 @@ class DecoderLayer(nn.Module):
         x_TD: torch.Tensor,
         residual_TD: torch.Tensor | None,
         layout: SeqLayout,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        tables: RotaryTables,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what the last product gave, the residual stream before it), from the same two of the layer before.
 
         Everything goes through here, so that checkpointing and sharding can take a layer as their unit.
         """
         x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
-        x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, layout, cos, sin), residual_TD)
+        x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, layout, tables), residual_TD)
         return self.mlp(x_TD), residual_TD
 
 
@@ -103,7 +111,7 @@ class MistralBackbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self._rotary_tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rotary_tables: RotaryTables | None = None
 
     def forward(self, batch: PackedBatch, hidden_states: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Run the backbone.
@@ -116,22 +124,22 @@ class MistralBackbone(nn.Module):
             [T, D] hidden states behind the final norm, in the dtype of the weights.
         """
         layout = batch.layout
-        cos, sin = self.rotary_tables(layout.max_length)
+        tables = self.rotary_tables(layout.max_length)
         x_TD, residual_TD = F.embedding(batch.input_ids, self.embed_tokens.weight), None
         for layer in self.layers:
             if hidden_states is not None:
                 hidden_states.append(x_TD if residual_TD is None else x_TD + residual_TD)
-            x_TD, residual_TD = layer(x_TD, residual_TD, layout, cos, sin)
+            x_TD, residual_TD = layer(x_TD, residual_TD, layout, tables)
         x_TD, _ = self.norm(x_TD, residual_TD)
         if hidden_states is not None:
             hidden_states.append(x_TD)
         return x_TD
 
-    def rotary_tables(self, num_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(cos, sin), each [P, H/2] fp32 with P >= num_positions, on the device of the weights."""
+    def rotary_tables(self, num_positions: int) -> RotaryTables:
+        """Tables of P >= num_positions positions, on the device of the weights."""
         device = self.embed_tokens.weight.device
         tables = self._rotary_tables
-        if tables is None or tables[0].shape[0] < num_positions or tables[0].device != device:
+        if tables is None or len(tables.cos) < num_positions or tables.cos.device != device:
             # doubled, so that slowly growing batches do not rebuild them each time
             count = max(512, 2 * num_positions)
             # what is built under inference_mode could not be used outside it
@@ -139,5 +147,5 @@ class MistralBackbone(nn.Module):
                 exponent = torch.arange(0, self.config.head_dim, 2, device=device).float()
                 frequency = 1.0 / self.config.rope_theta ** (exponent / self.config.head_dim)
                 angle = torch.arange(count, device=device).float()[:, None] * frequency
-                tables = self._rotary_tables = (angle.cos(), angle.sin())
+                tables = self._rotary_tables = RotaryTables(angle.cos(), angle.sin())
         return tables

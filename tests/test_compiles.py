@@ -51,6 +51,10 @@ LARGEST = [
     "latent_attention: direct 256 dq bf16",
     "latent_attention: direct 256 dkv bf16",
     "latent_attention: weights 512 backward bf16",
+    "flash_attention: dq bf16",
+    "flash_attention: dkv bf16",
+    "flash_attention: dq width 256 bf16",
+    "flash_attention: dkv width 256 bf16",
 ]
 
 
@@ -81,8 +85,9 @@ def test_every_kernel_is_compiled():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_forward_attention_uses_the_tensor_units_of_sm_90(measured, dtype):
-    row = measured[0][f"flash_attention: forward {dtype} sm_90"]
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
+def test_attention_uses_the_tensor_units_of_sm_90(measured, kernel, dtype):
+    row = measured[0][f"flash_attention: {kernel} {dtype} sm_90"]
     assert row["wgmma"] > 0 and row["tma"] > 0
     assert row["stack"] == row["spills"] == 0 and row["registers"] <= 255
 

@@ -3,12 +3,19 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from gradients import assert_compiles, assert_gradcheck, assert_gradient_parity, gradients
+from gradients import assert_compiles, assert_gradcheck
 
 from nvembed_fast.kernels import gated as module
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.gated import geglu, swiglu
-from nvembed_fast.kernels.testing import GATED_CASES, RowCase, assert_parity, small
+from nvembed_fast.kernels.testing import (
+    GATED_CASES,
+    RowCase,
+    assert_gradient_parity,
+    assert_parity,
+    gradients,
+    small,
+)
 
 OPS = pytest.mark.parametrize("op", [swiglu, geglu], ids=lambda f: f.__name__)
 CASES = [*small(GATED_CASES), RowCase("two-column-blocks", 3, 2100)]

@@ -3,13 +3,21 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from gradients import assert_compiles, assert_gradcheck, assert_gradient_parity, gradients, upstream_of
+from gradients import assert_compiles, assert_gradcheck
 
 from nvembed_fast.kernels import latent_attention as module
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.latent_attention import _latent_weights_fwd as latent_weights
 from nvembed_fast.kernels.latent_attention import absorbed_latent_attention, latent_attention
-from nvembed_fast.kernels.testing import LATENT_CASES, LatentCase, assert_parity, small
+from nvembed_fast.kernels.testing import (
+    LATENT_CASES,
+    LatentCase,
+    assert_gradient_parity,
+    assert_parity,
+    gradients,
+    small,
+    upstream_of,
+)
 
 HAS_GPU = torch.cuda.is_available()
 CASES = small(LATENT_CASES)

@@ -3,13 +3,21 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
-from gradients import assert_compiles, assert_gradcheck, assert_gradient_parity, gradients
+from gradients import assert_compiles, assert_gradcheck
 
 from nvembed_fast.kernels import mean_pool as module
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.mean_pool import mean_pool, mean_pool_geglu
-from nvembed_fast.kernels.testing import POOL_CASES, PoolCase, assert_parity, generator, small
+from nvembed_fast.kernels.testing import (
+    POOL_CASES,
+    PoolCase,
+    assert_gradient_parity,
+    assert_parity,
+    generator,
+    gradients,
+    small,
+)
 
 TOKENS = module._launch_config(16, geglu=False)["TOKENS"]
 # one tile, exactly one, one token more, three, and none; the longest neither first nor last

@@ -1,0 +1,60 @@
+"""One rank of `test_two_processes_get_the_mean_gradient`: torchrun data_parallel.py HOW DEVICE."""
+
+import contextlib
+import copy
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_backward import gradients_of, loss_of, make_batch, make_model
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from nvembed_fast import ops
+
+
+def shard(model, policy: MixedPrecisionPolicy):
+    for module in (*model.embedding_model.layers, model.head, model):
+        fully_shard(module, mp_policy=policy)
+    return model
+
+
+def main(how: str, device: str) -> None:
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if device == "cuda":
+        torch.cuda.set_device(rank)
+    model = make_model(device=device)
+    # the interpreter is wrong in bf16
+    low = torch.float16 if device == "cpu" else torch.bfloat16
+    mixed = how == "fsdp2_mixed_precision"
+    alone = copy.deepcopy(model).to(low if mixed else torch.float32)
+    batches = [make_batch(device, (4 + r, 9, 1), seed=r) for r in range(ranks)]
+    wanted = [{n: g.float() for n, g in gradients_of(alone, b, "triton").items()} for b in batches]
+    wanted = {n: sum(w[n] for w in wanted) / ranks for n in wanted[0]}
+    if how.startswith("ddp"):
+        run = DistributedDataParallel(model)
+    else:
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        run = shard(model, policy if mixed else MixedPrecisionPolicy())
+        with pytest.raises(ValueError, match="built_once needs whole weights"), model.head.built_once():
+            pass
+    once = model.head.built_once() if how == "ddp_built_once" else contextlib.nullcontext()
+    with ops.use_impl("triton"), once:
+        loss_of(run, batches[rank]).backward()
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        assert gradient.dtype == torch.float32
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+    sys.stdout.write(f"equal on rank {rank}\n")
+    sys.stdout.flush()
+    dist.barrier()
+    # no teardown: gloo's thread and the interpreter may wait for each other there (torch 2.13)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
