@@ -1,5 +1,7 @@
 # PYTHON makes the virtual environment: make test PYTHON=python3.12
 PYTHON ?= python3
+# tests run in so many processes, one thread each: most of their time is Triton's interpreter, which uses one
+JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 
@@ -8,7 +10,7 @@ STAMP := .venv/installed
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
 	@echo "make demo      embed real text with a small real decoder, and search it"
-	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter"
+	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
 	@echo "make check     format, lint, layers, and what the compiler makes of every kernel"
 	@echo "make test-gpu  the kernel tests and the full-size tests on a CUDA GPU"
 
@@ -24,7 +26,7 @@ demo: $(STAMP)
 	$(PY) examples/demo.py
 
 test: $(STAMP)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 check: $(STAMP)
 	$(PY) -m ruff format --check .

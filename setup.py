@@ -47,6 +47,7 @@ setup(
             "kernels",
             "pytest",
             "pytest-benchmark",
+            "pytest-xdist",
             "sentencepiece",
             "setuptools>=77",
         ],

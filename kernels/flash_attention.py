@@ -201,7 +201,7 @@ def _flash_attention_fwd_kernel(
         tl.store(out_ptr + o_out, b_out, mask=m_m[:, None] & (o_h < H)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_dln", "stride_en"])
 def _flash_attention_delta_kernel(
     out_ptr, stride_ot, stride_on,
     dout_ptr, stride_dot, stride_don,

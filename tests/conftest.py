@@ -39,6 +39,15 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture
+def all_cores():
+    """CPU libraries sum in another order with several threads; `make test` gives a worker one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch):
     """Scratch memory starts as NaN, so a kernel that leaves an element unwritten fails."""

@@ -23,7 +23,7 @@ def model(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_one_text_one_vector(model):
+def test_one_text_one_vector(model, all_cores):
     texts = TINY_TEXTS + [t[:400] for t in demo.standard_library_docstrings()[:9]]
     lengths = model.text_tokenizer(texts, "", 4096).lengths()
     assert {1, 2, 3} <= set(lengths) and max(lengths) > 50

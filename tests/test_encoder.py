@@ -37,7 +37,7 @@ def test_encode_equals_the_original(model, case):
     assert relative(got, EXPECTED[f"case{case}.embeddings"]) < 5e-6
 
 
-def test_one_text_one_vector_alone_in_any_batch_in_any_order(model):
+def test_one_text_one_vector_alone_in_any_batch_in_any_order(model, all_cores):
     together = model.encode(TEXTS)
     for budget in (1, 7, 64):
         assert relative(model.encode(TEXTS, max_batch_tokens=budget), together) < 1e-6

@@ -129,7 +129,7 @@ def test_causal_states_equal_transformers():
         assert relative(ours(reference, is_causal=True)(batch), wanted) < TOLERANCE["torch"]
 
 
-def test_a_sequence_alone_equals_itself_in_a_pack(bidirectional):
+def test_a_sequence_alone_equals_itself_in_a_pack(bidirectional, all_cores):
     backbone = ours(bidirectional)
     ids, mask = padded_batch("right")
     together = backbone(from_padded(ids, mask)[0]).split(LENGTHS)

@@ -112,7 +112,7 @@ def test_every_operation_reaches_its_kernel():
 
 @pytest.mark.skipif(GPU, reason="about CPU libraries")
 @pytest.mark.parametrize("width", [64, 576])
-def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(width):
+def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(width, all_cores):
     g = torch.Generator().manual_seed(0)
     x, weight = torch.randn(500, width, generator=g), torch.randn(96, width, generator=g)
     whole = ops.linear(x, weight)
