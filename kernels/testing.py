@@ -139,7 +139,7 @@ class LatentCase:
 
 
 LATENT_CASES = (
-    LatentCase("one-token", 1, 16, 2, 16, 32),
+    LatentCase("one-token", 1, 64, 4, 64, 32),
     LatentCase("tiny-golden", 50, 32, 8, 64, 64),
     LatentCase("no-tile-divides", 77, 24, 3, 48, 80),
     LatentCase("512-latents", 70, 512, 2, 64, 96),
