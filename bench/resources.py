@@ -300,6 +300,8 @@ def _flash_attention_specs(capability: int) -> Iterator[CompileSpec]:
         (" smollm2", "fp32", 64, 3, 4096, False, True),
         (" width 256", "bf16", 256, 1, 4096, False, True),
         (" width 256", "fp32", 256, 1, 4096, False, True),
+        (" largest group", "bf16", 256, 16, 4096, False, True),
+        (" largest group", "fp32", 256, 16, 4096, False, True),
     ):
         for which, kernel, results in (
             ("dq", m._flash_attention_dq_kernel, ("dq",)),
@@ -326,7 +328,7 @@ def _flash_attention_specs(capability: int) -> Iterator[CompileSpec]:
     for dtype in DTYPES:
         arguments = {"out_ptr": f"*{dtype}", "dout_ptr": f"*{dtype}", "delta_ptr": "*fp32"}
         arguments |= {f"stride_{s}": "i32:16" for s in ("ot", "on", "dot", "don")}
-        arguments |= {"stride_dln": "i32", "stride_en": "i32"}
+        arguments |= {"stride_en": "i32"}
         kernel = m._flash_attention_delta_kernel
         yield CompileSpec(f"delta {dtype}", kernel, arguments, constexprs, options)
 

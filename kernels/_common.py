@@ -43,10 +43,10 @@ def use_descriptors(capability: int, *tensors: torch.Tensor) -> bool:
     """Whether kernels load these through tensor descriptors (TMA): sm_90 and sm_100.
 
     sm_120 has them too, but not the shared memory for the tiles that go with them. Bases, and all strides but
-    the last, must be multiples of 16 bytes; without tensors they are taken to be.
+    the last, must be positive multiples of 16 bytes; without tensors they are taken to be.
     """
     return 90 <= capability < 120 and all(
-        t.data_ptr() % 16 == 0 and all(step * t.itemsize % 16 == 0 for step in t.stride()[:-1])
+        t.data_ptr() % 16 == 0 and all(step > 0 and step * t.itemsize % 16 == 0 for step in t.stride()[:-1])
         for t in tensors
     )
 
@@ -55,7 +55,7 @@ def is_dispatched(*tensors: torch.Tensor | None) -> bool:
     """Whether a call has to go through its registered operation.
 
     It has to where autograd records it or torch.compile traces it. Everywhere else the launcher is called
-    itself: the dispatcher costs as much host time as the launch.
+    itself, without the dispatcher's host time.
     """
     if torch.compiler.is_compiling():
         return True
@@ -63,8 +63,8 @@ def is_dispatched(*tensors: torch.Tensor | None) -> bool:
 
 
 def with_contiguous_rows(grad: torch.Tensor) -> torch.Tensor:
-    """An upstream gradient as kernels read it: a last stride of 1, and no row twice (an expanded one)."""
-    return grad if grad.stride(-1) == 1 and 0 not in grad.stride() else grad.contiguous()
+    """An upstream gradient as kernels read it: with a last stride of 1."""
+    return grad if grad.stride(-1) == 1 else grad.contiguous()
 
 
 @triton.jit

@@ -66,6 +66,7 @@ __all__ = ["flash_attention"]
 LN2 = 0.6931471805599453
 MIN_HEAD_WIDTH, MAX_HEAD_WIDTH = 16, 256
 MAX_GROUP = 64  # query heads per key/value head: they share a tile
+MAX_GROUP_COLUMNS = 4096  # group x head width, both padded: the smallest query tile has to fit shared memory
 
 
 @triton.jit
@@ -87,6 +88,26 @@ def _load_rows(
             b_rows = tl.load(ptrs, mask=o_h < H, other=0.0)
         else:
             b_rows = tl.load(ptrs)
+    return b_rows
+
+
+@triton.jit
+def _load_queries(
+    source, stride_t, stride_n, first, length,
+    GROUP: tl.constexpr, H: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
+    # [BLOCK_T * BLOCK_GROUP, BLOCK_H], token-major, zeros beyond the sequence and beyond the group
+    if USE_TMA:
+        b_rows = source.load([first, 0, 0]).reshape(BLOCK_T * BLOCK_GROUP, BLOCK_H)
+    else:
+        o_m = tl.arange(0, BLOCK_T * BLOCK_GROUP)
+        o_t = first + o_m // BLOCK_GROUP
+        o_head = o_m % BLOCK_GROUP
+        o_h = tl.arange(0, BLOCK_H)
+        m_rows = ((o_t < length) & (o_head < GROUP))[:, None] & (o_h < H)[None, :]
+        o_rows = o_t.to(tl.int64)[:, None] * stride_t + o_head.to(tl.int64)[:, None] * stride_n + o_h[None, :]
+        b_rows = tl.load(source + o_rows, mask=m_rows, other=0.0)
     return b_rows
 
 
@@ -151,21 +172,20 @@ def _flash_attention_fwd_kernel(
     o_m = tl.arange(0, BLOCK_M)
     o_t = first_token + o_m // BLOCK_GROUP
     o_head = o_m % BLOCK_GROUP
-    # [BLOCK_M, BLOCK_H]
     if USE_TMA:
-        q_desc = tl.make_tensor_descriptor(
+        q = tl.make_tensor_descriptor(
             q_ptr, [length, GROUP, H], [stride_qt, stride_qn, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
         )
         k = tl.make_tensor_descriptor(k_ptr, [length, H], [stride_kt, 1], [BLOCK_N, BLOCK_H])
         v = tl.make_tensor_descriptor(v_ptr, [length, H], [stride_vt, 1], [BLOCK_N, BLOCK_H])
-        b_q = q_desc.load([first_token, 0, 0]).reshape(BLOCK_M, BLOCK_H)
     else:
+        q = q_ptr
         k = k_ptr
         v = v_ptr
-        o_h = tl.arange(0, BLOCK_H)
-        m_q = ((o_t < length) & (o_head < GROUP))[:, None] & (o_h < H)[None, :]
-        o_q = o_t.to(tl.int64)[:, None] * stride_qt + o_head[:, None] * stride_qn + o_h[None, :]
-        b_q = tl.load(q_ptr + o_q, mask=m_q, other=0.0)
+    # [BLOCK_M, BLOCK_H]
+    b_q = _load_queries(
+        q, stride_qt, stride_qn, first_token, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, USE_TMA
+    )
 
     # every row sees the first num_common keys, some row the first num_keys
     num_keys = tl.minimum(first_token + BLOCK_T, length) if CAUSAL else length
@@ -201,17 +221,16 @@ def _flash_attention_fwd_kernel(
         tl.store(out_ptr + o_out, b_out, mask=m_m[:, None] & (o_h < H)[None, :])
 
 
-@triton.jit(do_not_specialize=["stride_dln", "stride_en"])
+@triton.jit(do_not_specialize=["stride_en"])
 def _flash_attention_delta_kernel(
     out_ptr, stride_ot, stride_on,
     dout_ptr, stride_dot, stride_don,
-    dlse2_ptr, stride_dln,
-    delta_ptr, stride_en,
+    dlse2_ptr, delta_ptr, stride_en,
     NUM_HEADS: tl.constexpr, H: tl.constexpr, HAS_DLSE2: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     i_t = tl.program_id(0).to(tl.int64)
-    o_n = tl.arange(0, BLOCK_N)
+    o_n = tl.arange(0, BLOCK_N).to(tl.int64)
     o_h = tl.arange(0, BLOCK_H)[None, :]
     m_n = o_n < NUM_HEADS
     m_nh = m_n[:, None] & (o_h < H)
@@ -221,28 +240,8 @@ def _flash_attention_delta_kernel(
     # [BLOCK_N]
     b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), axis=1)
     if HAS_DLSE2:
-        b_delta -= LOG2E * tl.load(dlse2_ptr + o_n.to(tl.int64) * stride_dln + i_t, mask=m_n, other=0.0)
-    tl.store(delta_ptr + o_n.to(tl.int64) * stride_en + i_t, b_delta, mask=m_n)
-
-
-@triton.jit
-def _load_queries(
-    source, stride_t, stride_n, first, length,
-    GROUP: tl.constexpr, H: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
-):  # fmt: skip
-    # [BLOCK_T * BLOCK_GROUP, BLOCK_H], token-major, zeros beyond the sequence and beyond the group
-    if USE_TMA:
-        b_rows = source.load([first, 0, 0]).reshape(BLOCK_T * BLOCK_GROUP, BLOCK_H)
-    else:
-        o_m = tl.arange(0, BLOCK_T * BLOCK_GROUP)
-        o_t = first + o_m // BLOCK_GROUP
-        o_head = o_m % BLOCK_GROUP
-        o_h = tl.arange(0, BLOCK_H)
-        m_rows = ((o_t < length) & (o_head < GROUP))[:, None] & (o_h < H)[None, :]
-        o_rows = o_t.to(tl.int64)[:, None] * stride_t + o_head[:, None] * stride_n + o_h[None, :]
-        b_rows = tl.load(source + o_rows, mask=m_rows, other=0.0)
-    return b_rows
+        b_delta -= LOG2E * tl.load(dlse2_ptr + o_n * stride_en + i_t, mask=m_n, other=0.0)
+    tl.store(delta_ptr + o_n * stride_en + i_t, b_delta, mask=m_n)
 
 
 @triton.jit
@@ -495,7 +494,7 @@ def _bwd_launch_config(
     use_tma = aligned and dtype.itemsize == 2 and use_descriptors(capability)
     num_warps, num_stages = 8, 2
     if dtype.itemsize == 4:
-        # operands in registers: see `_launch_config`
+        # operands in registers, as in `_launch_config`; dq of 256 columns spills all the same
         block_m = block_n = 32 if block_h <= 64 else 16
         num_warps, num_stages = 8 if kernel == "dq" else 4, 1
     elif block_h > 128:
@@ -547,9 +546,12 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SeqLayout,
     if not MIN_HEAD_WIDTH <= width <= MAX_HEAD_WIDTH:
         limits = f"from {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}"
         raise Unsupported(f"q must have heads {limits} wide for this kernel, got {width}")
-    if num_heads // num_kv_heads > MAX_GROUP:
-        group = num_heads // num_kv_heads
-        raise Unsupported(f"q must have at most {MAX_GROUP} heads per head of k for this kernel, got {group}")
+    group = num_heads // num_kv_heads
+    most = min(MAX_GROUP, MAX_GROUP_COLUMNS // triton.next_power_of_2(width))
+    if group > most:
+        raise Unsupported(
+            f"q must have at most {most} heads of width {width} per head of k for this kernel, got {group}"
+        )
     if not 0 < scale < float("inf"):
         raise ValueError(f"scale must be positive and finite, got {scale}")
 
@@ -598,11 +600,34 @@ def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[to
     return out, lse2
 
 
+def _delta(out: torch.Tensor, dout: torch.Tensor, dlse2: torch.Tensor | None) -> torch.Tensor:
+    """[N, T] fp32: rowsum(dout out) - dlse2 log2(e)."""
+    num_tokens, num_heads, width = out.shape
+    delta = out.new_empty(num_heads, num_tokens, dtype=torch.float32)
+    _flash_attention_delta_kernel[(num_tokens,)](
+        out_ptr=out,
+        stride_ot=out.stride(0),
+        stride_on=out.stride(1),
+        dout_ptr=dout,
+        stride_dot=dout.stride(0),
+        stride_don=dout.stride(1),
+        dlse2_ptr=None if dlse2 is None else dlse2.contiguous(),
+        delta_ptr=delta,
+        stride_en=delta.stride(0),
+        NUM_HEADS=num_heads,
+        H=width,
+        HAS_DLSE2=dlse2 is not None,
+        **_delta_launch_config(num_heads, width),
+        **COMPILE_OPTIONS,
+    )
+    return delta
+
+
 def _backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     lse2: torch.Tensor,
     dout: torch.Tensor,
     dlse2: torch.Tensor | None,
@@ -611,7 +636,7 @@ def _backward(
     causal: bool,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv); one that is not needed is empty."""
+    """(dq, dk, dv); one that is not needed is empty. `out` may be None if dv alone is."""
     num_tokens, num_heads, width = q.shape
     num_kv_heads = k.shape[1]
     needs_dq, needs_dk, needs_dv = needs
@@ -622,24 +647,7 @@ def _backward(
     if num_tokens == 0:
         return dq, dk, dv
     dout = with_contiguous_rows(dout)
-    delta = torch.empty_like(lse2)
-    _flash_attention_delta_kernel[(num_tokens,)](
-        out_ptr=out,
-        stride_ot=out.stride(0),
-        stride_on=out.stride(1),
-        dout_ptr=dout,
-        stride_dot=dout.stride(0),
-        stride_don=dout.stride(1),
-        dlse2_ptr=None if dlse2 is None else dlse2.contiguous(),
-        stride_dln=num_tokens,
-        delta_ptr=delta,
-        stride_en=delta.stride(0),
-        NUM_HEADS=num_heads,
-        H=width,
-        HAS_DLSE2=dlse2 is not None,
-        **_delta_launch_config(num_heads, width),
-        **COMPILE_OPTIONS,
-    )
+    delta = _delta(out, dout, dlse2) if needs_dq or needs_dk else None
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v, dout)
     longest = triton.next_power_of_2(max(layout.max_length, 1))
@@ -716,7 +724,7 @@ def _flash_attention_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
+    out: torch.Tensor | None,
     lse2: torch.Tensor,
     dout: torch.Tensor,
     dlse2: torch.Tensor | None,
@@ -741,14 +749,15 @@ def _(q, k, v, out, lse2, dout, dlse2, host_lengths, scale, causal, needs_dq, ne
 
 def _save(ctx, inputs, output) -> None:
     q, k, v, host_lengths, ctx.scale, ctx.causal = inputs
-    ctx.save_for_backward(q, k, v, host_lengths, *output)
+    out, lse2 = output
+    ctx.save_for_backward(q, k, v, host_lengths, out if any(ctx.needs_input_grad[:2]) else None, lse2)
     # the lse2 is seldom used: no zeros for it
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx, dout, dlse2):
     q, k, v, host_lengths, out, lse2 = ctx.saved_tensors
-    dout = torch.zeros_like(out) if dout is None else dout
+    dout = torch.zeros_like(q) if dout is None else dout
     needs = ctx.needs_input_grad[:3]
     args = (q, k, v, out, lse2, dout, dlse2, host_lengths, ctx.scale, ctx.causal, *needs)
     grads = _flash_attention_backward(*args)

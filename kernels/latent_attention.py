@@ -765,7 +765,9 @@ def _wide_latent_attention_bwd(
     """(dq, dk, dv), empty where not needed; P and dS are rounded for their products, sums are fp32."""
     k_NLH, v_NLH = k.transpose(0, 1), v.transpose(0, 1)
     dqs = []
-    dk_LNH, dv_LNH = (torch.zeros(k.shape, device=k.device) if n else None for n in (needs_dk, needs_dv))
+    dk_LNH, dv_LNH = (
+        k.new_zeros(k.shape, dtype=torch.float32) if needed else None for needed in (needs_dk, needs_dv)
+    )
     for q_TNH, dout_TNH in zip(*(t.split(_tokens_per_chunk(k)) for t in (q, dout)), strict=True):
         dout_NTH = dout_TNH.transpose(0, 1)
         p_NTL = _wide_weights(q_TNH, k, scale)

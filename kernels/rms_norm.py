@@ -155,12 +155,15 @@ def _dweight_launch_config(width: int) -> dict[str, int]:
     return {"BLOCK_P": 64, "BLOCK_D": min(32, triton.next_power_of_2(width)), "num_warps": 4}
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None) -> None:
+def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float) -> None:
     if x.ndim != 2 or x.stride(1) != 1 or x.shape[1] == 0:
         raise mismatch("x", "[T, D] with contiguous rows and D > 0", x)
     width = x.shape[1]
     if width > MAX_WIDTH:
         raise Unsupported(f"x must have at most {MAX_WIDTH} columns for this kernel, got {width}")
+    if not eps > 0:
+        # rows of zeros are read beyond the last token
+        raise Unsupported(f"eps must be positive for this kernel, got {eps}")
     fits = weight.shape == (width,) and weight.dtype == x.dtype and weight.device == x.device
     if not fits or weight.stride(0) != 1:
         raise mismatch("weight", f"[{width}] {x.dtype} on {x.device}, contiguous", weight)
@@ -321,8 +324,7 @@ def _differentiate_add(ctx, dy, dh_out):
     h, weight = ctx.saved_tensors
     needs_dx, needs_dresidual, needs_dweight, _ = ctx.needs_input_grad
     if dy is None:
-        dweight = torch.zeros_like(weight) if needs_dweight else None
-        return dh_out if needs_dx else None, dh_out if needs_dresidual else None, dweight, None
+        return dh_out if needs_dx else None, dh_out if needs_dresidual else None, None, None
     needs_dh = needs_dx or needs_dresidual
     dh, dweight = _rms_norm_backward(h, weight, dy, dh_out, ctx.eps, needs_dh, needs_dweight)
     dweight = dweight if needs_dweight else None
@@ -334,7 +336,7 @@ _add_rms_norm.register_autograd(_differentiate_add, setup_context=_save_add)
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Triton version of `reference.rms_norm`: same arguments, same result."""
-    _check(x, weight, None)
+    _check(x, weight, None, eps)
     if is_dispatched(x, weight):
         return _rms_norm(x, weight, eps)
     return _rms_norm_fwd(x, None, weight, eps)[0]
@@ -344,7 +346,7 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Triton version of `reference.add_rms_norm`: same arguments, same result."""
-    _check(x, weight, residual)
+    _check(x, weight, residual, eps)
     if is_dispatched(x, residual, weight):
         return _add_rms_norm(x, residual, weight, eps)
     return _rms_norm_fwd(x, residual, weight, eps)

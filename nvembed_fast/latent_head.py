@@ -17,11 +17,12 @@ and recomputes c Wk^T and c Wv^T for every text. Three identities save that work
 
 3 is the feed-forward's, so it stands in `pooling_heads.AttentionHead`.
 
-What 1 and 2 build is a cache: it never enters a state dict, it is thrown away
-when a weight changes or moves, and where gradients flow it is not used: each
-forward builds them with their graph, or all forwards of a step share them
-inside `built_once`. Nor is it used under torch.compile, which cannot see
-whether a weight has changed.
+What 1 and 2 build is a cache of frozen weights (`requires_grad_(False)`): it
+never enters a state dict, and is thrown away when a weight moves or changes,
+but for changes through `.data`. Weights in training have none: each forward
+builds its own, with its graph, or all forwards of a step share one inside
+`built_once`. Nor is there one under torch.compile, which cannot see whether a
+weight has changed.
 
 Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H head width, F = 4 D.
 """
@@ -81,11 +82,16 @@ class LatentHead(AttentionHead):
         """Around the forwards and backwards of one training step: what depends on weights only is built once.
 
         Each backward inside leaves its share with the built tensors, and the end of the block takes the sum
-        on to the weights, so a step may be cut into as many backwards as memory asks for.
+        on to the weights, so a step may be cut into as many backwards as memory asks for. What looks at all
+        gradients (clipping, the optimizer) comes after the block. Under DDP all backwards but the last run
+        inside `no_sync()`.
 
         Raises:
-            ValueError: the weights are sharded (FSDP2), so that only a forward has them whole.
+            ValueError: the weights are sharded (FSDP2), so that only a forward has them whole; or blocks are
+                nested.
         """
+        if self._shared is not None:
+            raise ValueError("built_once inside built_once: one block goes around the whole step")
         if any(hasattr(weight, "device_mesh") for weight in self.parameters()):
             raise ValueError(
                 "built_once needs whole weights, and those of this head are sharded. Without it "
@@ -121,16 +127,15 @@ class LatentHead(AttentionHead):
         return self._absorbed() if self.form() == "absorbed" else self._keys_and_values()
 
     def _constant(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What depends on weights only, from the cache unless a gradient is wanted."""
+        """What depends on weights only; from the cache if they are frozen."""
         if self._shared is not None:
             return self._shared
         form = self.form()
         weights = [self.latents, *self.context_norm.parameters(), self.to_kv.weight]
         if form == "absorbed":
             weights += [self.to_q.weight, self.to_out.weight]
-        if torch.compiler.is_compiling() or (
-            torch.is_grad_enabled() and any(w.requires_grad for w in weights)
-        ):
+        # never of weights in training: not every optimizer that changes them moves their version counter
+        if torch.compiler.is_compiling() or any(w.requires_grad for w in weights):
             return self._build()
         # a weight's version counter moves with every in-place change; inference tensors cannot change
         state = tuple(

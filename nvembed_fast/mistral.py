@@ -10,7 +10,6 @@ heads, H head width, F feed-forward width, E = N + 2G.
 """
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
@@ -125,7 +124,7 @@ class MistralBackbone(nn.Module):
         """
         layout = batch.layout
         tables = self.rotary_tables(layout.max_length)
-        x_TD, residual_TD = F.embedding(batch.input_ids, self.embed_tokens.weight), None
+        x_TD, residual_TD = self.embed_tokens(batch.input_ids), None
         for layer in self.layers:
             if hidden_states is not None:
                 hidden_states.append(x_TD if residual_TD is None else x_TD + residual_TD)

@@ -67,8 +67,10 @@ class EOSHead(PoolingHead):
 
     def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
         starts, stops = layout.cu_seqlens[:-1], layout.cu_seqlens[1:]
-        last_BD = h_TD.index_select(0, (stops - 1).clamp_min(0))
-        last_BD = last_BD.to(torch.promote_types(h_TD.dtype, torch.float32))
+        wide = torch.promote_types(h_TD.dtype, torch.float32)
+        if layout.num_tokens == 0:
+            return h_TD.new_zeros(len(layout), h_TD.shape[1], dtype=wide)
+        last_BD = h_TD.index_select(0, (stops - 1).clamp_min(0)).to(wide)
         return torch.where((stops > starts)[:, None], last_BD, 0.0)
 
 

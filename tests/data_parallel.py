@@ -16,7 +16,8 @@ from nvembed_fast import ops
 
 
 def shard(model, policy: MixedPrecisionPolicy):
-    for module in (*model.embedding_model.layers, model.head, model):
+    backbone = model.embedding_model
+    for module in (backbone.embed_tokens, *backbone.layers, model.head, model):
         fully_shard(module, mp_policy=policy)
     return model
 

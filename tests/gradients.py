@@ -7,6 +7,26 @@ import torch
 from nvembed_fast.kernels.testing import Tensors, gradients
 
 
+def spy_on_launches(monkeypatch, module, *kernels: str) -> list[tuple[str, dict]]:
+    """A list that fills with (kernel, arguments) at every launch of these kernels of a module."""
+    launches = []
+
+    class Spy:
+        def __init__(self, name):
+            self.name, self.kernel = name, getattr(module, name)
+
+        def __getitem__(self, grid):
+            def launch(**arguments):
+                launches.append((self.name, arguments))
+                self.kernel[grid](**arguments)
+
+            return launch
+
+    for name in kernels:
+        monkeypatch.setattr(module, name, Spy(name))
+    return launches
+
+
 def assert_gradcheck(kernel: Callable, inputs: Tensors) -> None:
     """Finite differences, in fp32 and so coarse; also that a second backward gives the same bits."""
     leaves = [t.detach().float().clone().requires_grad_() for t in inputs]

@@ -42,7 +42,7 @@ def test_fits_shared_memory(measured):
     assert rows and not resources.beyond_limits(rows)
 
 
-# the largest tiles of 16-bit data
+# the largest tiles
 LARGEST = [
     "flash_attention: forward bf16",
     "flash_attention: forward width 256 bf16",
@@ -53,8 +53,10 @@ LARGEST = [
     "latent_attention: weights 512 backward bf16",
     "flash_attention: dq bf16",
     "flash_attention: dkv bf16",
-    "flash_attention: dq width 256 bf16",
-    "flash_attention: dkv width 256 bf16",
+    "flash_attention: dq largest group bf16",
+    "flash_attention: dkv largest group bf16",
+    "flash_attention: dq largest group fp32",
+    "flash_attention: dkv largest group fp32",
 ]
 
 
@@ -81,6 +83,19 @@ def test_every_kernel_is_compiled():
     assert kernels, "no kernel found, so this test would prove nothing"
     for kernel, file in kernels.items():
         assert re.search(rf"\.{kernel}\b", specs), f"bench/resources.py does not compile {kernel} of {file}"
+
+
+def test_no_kernel_is_compiled_anew_for_another_number_of_tokens():
+    """Triton compiles again when an integer turns out to be 1 or a multiple of 16, unless told not to."""
+    per_batch = {"num_tokens", "num_partials", "stride_ln", "stride_en"}
+    found = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        pattern = r"@triton\.jit(\([^\n]*\))?\ndef (_\w+_kernel)\((.*?)\):  # fmt: skip"
+        for options, kernel, arguments in re.findall(pattern, path.read_text(), re.S):
+            names = per_batch & set(re.findall(r"\w+", arguments))
+            assert names == set(re.findall(r'"(\w+)"', options)), f"{path.name}: {kernel}"
+            found |= names
+    assert found == per_batch, "an argument was renamed, so this test would prove less than it says"
 
 
 @pytest.mark.slow

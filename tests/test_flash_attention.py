@@ -4,7 +4,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from gradients import assert_compiles, assert_gradcheck
+from gradients import assert_compiles, assert_gradcheck, spy_on_launches
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import flash_attention as module
@@ -251,7 +251,13 @@ def _valid(device="cpu"):
         ),
         (
             lambda a: a.__setitem__(0, a[0].repeat(1, 33, 1)),
-            "q must have at most 64 heads per head of k for this kernel, got 66",
+            "q must have at most 64 heads of width 32 per head of k for this kernel, got 66",
+        ),
+        (
+            lambda a: a.__setitem__(
+                slice(0, 3), [t.repeat(1, r, 8) for t, r in zip(a[:3], (17, 2, 2), strict=True)]
+            ),
+            "q must have at most 16 heads of width 256 per head of k for this kernel, got 17",
         ),
         (
             lambda a: a.__setitem__(slice(0, 3), [t[..., :8] for t in a[:3]]),
@@ -354,16 +360,64 @@ def test_one_of_two_outputs_is_used(used, path, device):
     assert_gradient_parity(used, kernel, wanted, inputs, frozen=frozen)
 
 
+BACKWARD_KERNELS = [f"_flash_attention_{name}_kernel" for name in ("delta", "dq", "dkv")]
+
+
+def test_gradients_by_descriptors_only_where_they_can_be_made(path, device, monkeypatch):
+    *inputs, layout = PACK.inputs(device, torch.float16)
+    launches = spy_on_launches(monkeypatch, module, *BACKWARD_KERNELS[1:])
+
+    def kernel(*tensors):
+        return flash_attention(*tensors, layout)
+
+    (dout,) = upstream_of([kernel(*inputs)])
+    odd = dout.new_zeros(*dout.shape[:2], dout.shape[2] + 1)[..., :-1].copy_(dout)
+    shifted = dout.new_zeros(dout.numel() + 1)[1:].view(dout.shape).copy_(dout)
+    base, *others = (gradients(kernel, inputs, [upstream])[1] for upstream in (dout, odd, shifted))
+    for other in others:
+        for one, two in zip(base, other, strict=True):
+            torch.testing.assert_close(two, one, rtol=2e-3, atol=2e-3)
+    if not HAS_GPU:
+        used = [arguments["USE_TMA"] for _, arguments in launches]
+        assert used == [path == 90] * 2 + [False] * 4
+
+
+def test_expanded_inputs_and_upstream(path, device, monkeypatch):
+    # a step of zero, which no descriptor has
+    *inputs, layout = AttentionCase("expanded", (40, 9), 2, 2, 32).inputs(device, torch.float16)
+
+    def kernel(q, k, v, change=lambda t: t):
+        out = flash_attention(q, change(k[:1].expand_as(q)), v, layout)
+        return change(out.sum(0, keepdim=True).expand_as(out))
+
+    upstream = upstream_of([inputs[0]])
+    launches = spy_on_launches(monkeypatch, module, "_flash_attention_fwd_kernel", *BACKWARD_KERNELS[1:])
+    one = gradients(kernel, inputs, upstream)
+    assert not any(arguments["USE_TMA"] for _, arguments in launches)
+    two = gradients(lambda *ts: kernel(*ts, change=lambda t: t.contiguous()), inputs, upstream)
+    for a, b in zip((*one[0], *one[1]), (*two[0], *two[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (1, 2), (0, 1), (0, 2)])
 def test_a_frozen_input_costs_nothing_and_changes_no_other_gradient(frozen, path, device, monkeypatch):
     *inputs, layout = PACK.inputs(device, torch.float16)
     whole = gradients(_bound(flash_attention, layout), inputs)[1]
-    results, real = [], module._backward
-    monkeypatch.setattr(module, "_backward", lambda *a: results.append(real(*a)) or results[-1])
-    part = gradients(_bound(flash_attention, layout), inputs, frozen=frozen)[1]
+    launches = spy_on_launches(monkeypatch, module, *BACKWARD_KERNELS)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.shape) or t, lambda t: t):
+        part = gradients(_bound(flash_attention, layout), inputs, frozen=frozen)[1]
     for i, (one, other) in enumerate(zip(whole, part, strict=True)):
         assert other is None if i in frozen else torch.equal(one, other)
-        assert (results[0][i].numel() == 0) == (i in frozen)
+    launched = dict(launches)
+    assert ("_flash_attention_dq_kernel" in launched) == (0 not in frozen)
+    assert ("_flash_attention_dkv_kernel" in launched) == (frozen != (1, 2))
+    if frozen != (1, 2):
+        needs = launched["_flash_attention_dkv_kernel"]
+        assert (needs["NEEDS_DK"], needs["NEEDS_DV"]) == (1 not in frozen, 2 not in frozen)
+    # dv alone takes no row sums, and so no output
+    assert ("_flash_attention_delta_kernel" in launched) == (frozen != (0, 1))
+    assert saved.count(inputs[0].shape) == (1 if frozen == (0, 1) else 2)
 
 
 def test_nan_in_a_neighbour_reaches_no_gradient(path, device):

@@ -3,7 +3,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from gradients import assert_compiles, assert_gradcheck
+from gradients import assert_compiles, assert_gradcheck, spy_on_launches
 
 from nvembed_fast.kernels import latent_attention as module
 from nvembed_fast.kernels import reference
@@ -427,6 +427,28 @@ def test_gradient_of_an_expanded_upstream(form, path, device):
     ones = torch.ones_like(inputs[0] if form == "direct" else inputs[3])
     for leaf, grad in zip(leaves, gradients(kernel, inputs, [ones])[1], strict=True):
         assert torch.equal(leaf.grad, grad)
+
+
+def test_gradient_by_descriptors_only_where_they_can_be_made(path, device, monkeypatch):
+    kernels = (
+        "_latent_attention_bwd_dq_kernel",
+        "_latent_attention_bwd_dkv_kernel",
+        "_latent_weights_bwd_kernel",
+    )
+    launches = spy_on_launches(monkeypatch, module, *kernels)
+    for form, count in (("direct", 2), ("absorbed", 1)):
+        inputs, kernel, _ = _parts(form, RAGGED, device, torch.float16)
+        (dout,) = upstream_of([inputs[0] if form == "direct" else inputs[3]])
+        odd = dout.new_zeros(*dout.shape[:-1], dout.shape[-1] + 1)[..., :-1].copy_(dout)
+        shifted = dout.new_zeros(dout.numel() + 1)[1:].view(dout.shape).copy_(dout)
+        launches.clear()
+        base, *others = (gradients(kernel, inputs, [upstream])[1] for upstream in (dout, odd, shifted))
+        for other in others:
+            for one, two in zip(base, other, strict=True):
+                torch.testing.assert_close(two, one, rtol=5e-3, atol=5e-3)
+        if not HAS_GPU:
+            used = [arguments["USE_TMA"] for _, arguments in launches]
+            assert used == [path == 90] * count + [False] * 2 * count
 
 
 def test_gradient_of_strided_inputs(path, device):

@@ -101,6 +101,39 @@ def test_gradients_reach_every_weight_of_the_cross_attention(latents):
 
 
 @pytest.mark.parametrize("latents", ["direct", "absorbed"])
+def test_weights_in_training_are_never_cached(latents):
+    """A fused optimizer changes weights and leaves their version counters alone."""
+    head = make_head().float().requires_grad_(True)
+    head.mode = latents
+    optimizer = torch.optim.AdamW(head.parameters(), lr=0.1, fused=True)
+    h, version = torch.randn(4, 16), head.to_kv.weight._version
+    with ops.use_impl("torch"):
+        with torch.no_grad():
+            before = head(h, ALONE)
+        head(h, ALONE).sum().backward()
+        optimizer.step()
+        assert head.to_kv.weight._version == version, "it was moved, so this test would prove nothing"
+        with torch.no_grad():
+            after = head(h, ALONE)
+        anew = LatentHead(CONFIG)
+        anew.load_state_dict(head.state_dict())
+        anew.mode = latents
+        torch.testing.assert_close(after, anew(h, ALONE).detach())
+        assert (after - before).abs().max() > 1e-3
+
+
+def test_built_once_inside_built_once_is_refused():
+    head = make_head().requires_grad_(True)
+    with (
+        ops.use_impl("torch"),
+        head.built_once(),
+        pytest.raises(ValueError, match="one block goes around the whole step"),
+        head.built_once(),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("latents", ["direct", "absorbed"])
 def test_built_once_for_a_step_of_two_backwards(latents, monkeypatch):
     head = make_head().requires_grad_(True)
     head.mode = latents

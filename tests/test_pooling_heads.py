@@ -47,6 +47,11 @@ def test_eos_is_the_last_token_whatever_the_mask_says(h):
     assert head(h.half(), LAYOUT, None).dtype == torch.float32
 
 
+def test_eos_of_a_batch_without_tokens_is_zeros():
+    got = EOSHead(output_normalize=False)(torch.empty(0, 16).half(), SeqLayout((0, 0)))
+    assert got.dtype == torch.float32 and torch.equal(got, torch.zeros(2, 16))
+
+
 def test_eos_of_an_empty_text_passes_no_nan_on(h):
     h[8] = float("nan")
     h.requires_grad_()

@@ -150,6 +150,13 @@ def test_rejects(change, message, device):
         add_rms_norm(*change(*CASE.norm_inputs(device, torch.float32)), EPS)
 
 
+def test_rejects_an_eps_that_is_not_positive(device):
+    x, _, weight = CASE.norm_inputs(device, torch.float32)
+    for eps in (0.0, -1e-5, float("nan")):
+        with pytest.raises(ValueError, match=f"eps must be positive for this kernel, got {eps}"):
+            rms_norm(x, weight, eps)
+
+
 def _norm(function):
     return lambda *tensors: function(*tensors, EPS)
 
@@ -230,6 +237,15 @@ def test_one_of_two_outputs_is_used(used, device):
         inputs,
         frozen=() if used == "y" else (2,),
     )
+
+
+def test_an_unused_norm_gives_its_weight_no_gradient(device):
+    """None and not zeros, as in PyTorch: an optimizer skips it."""
+    inputs = _inputs(add_rms_norm, CASE, device, torch.float32)
+    for function in (add_rms_norm, reference.add_rms_norm):
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        function(*leaves, EPS)[1].sum().backward()
+        assert leaves[2].grad is None and leaves[0].grad.eq(1).all() and leaves[1].grad.eq(1).all()
 
 
 @BOTH
