@@ -237,7 +237,8 @@ def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:
     return (
         f"no directory {name}, and hub id {what} is neither cached nor within reach "
         f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-        f"Where there is a network, run: hf download {name} --local-dir DIRECTORY, and pass that directory"
+        f"Where there is a network, run: hf download {name} --local-dir DIRECTORY, and pass that directory "
+        "(NVIDIA's need their terms accepted on the hub, and hf auth login)"
     )
 
 

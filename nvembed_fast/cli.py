@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--pooling-head",
         default="latent",
         choices=get_args(PoolingHeadName),
-        help="latent, or one to compare it with (default: latent)",
+        help="the published models' latent head, or one to compare it with (default: %(default)s)",
     )
     init.add_argument("--seed", type=int, default=0, help="of the fresh head (default: 0)")
 
@@ -139,7 +139,7 @@ def _add_model_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", default=DEFAULT_MODEL, help="directory or hub id (default: %(default)s)")
     sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     sub.add_argument(
-        "--dtype", help="float16, bfloat16, float32 (default: the checkpoint's; float32 on a CPU)"
+        "--dtype", help="float16, bfloat16, float32, float64 (default: the checkpoint's; float32 on a CPU)"
     )
     sub.add_argument("--impl", default="auto", help="auto, triton or torch (default: auto)")
     sub.add_argument("--latents", default="auto", help="auto, direct or absorbed (default: auto)")
@@ -204,7 +204,7 @@ def _init(arguments: argparse.Namespace) -> None:
         pooling_head=arguments.pooling_head,
     )
     head = arguments.pooling_head
-    print(f"{arguments.output}: {arguments.decoder} with a fresh {head} head; train it before use")
+    print(f"{arguments.output}: {arguments.decoder} with a fresh {head} head; train the model before use")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -267,6 +267,8 @@ def _read_texts(file: str, field: str | None) -> list[str]:
     try:
         with _opened(file) as lines:
             texts = [line.rstrip("\r\n") for line in lines]
+    except FileNotFoundError:
+        raise ValueError(f"no text file {name}; - reads standard input") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8: {error}") from error
     if field is None and file.endswith(".jsonl"):

@@ -443,8 +443,8 @@ def _check_pooled(window: TokenizedTexts, first: int, max_length: int) -> None:
     for index, (ids, start) in enumerate(zip(window.ids, window.first_pooled, strict=True)):
         if start >= len(ids):
             raise ValueError(
-                f"nothing of prompts[{first + index}] is left to pool: the instruction takes {start} tokens "
-                f"and max_length is {max_length}. Raise max_length or shorten the instruction."
+                f"nothing of prompts[{first + index}] is left to pool: the instruction takes all {len(ids)} "
+                f"tokens (max_length is {max_length}). Raise max_length or shorten the instruction."
             )
 
 
