@@ -5,7 +5,7 @@ JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: help venv demo test check test-gpu
+.PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
@@ -13,13 +13,18 @@ help:
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
 	@echo "make check     format, lint, layers, and what the compiler makes of every kernel"
 	@echo "make test-gpu  the kernel tests and the full-size tests on a CUDA GPU"
+	@echo "make bench     every kernel and the encoder beside their rivals and the limit; goes on where it stopped"
+	@echo "make profile   where the time of a step goes: table, picture and trace; ARGS='--mix skewed'"
+	@echo "make bench-report                        one HTML page of bench/results/"
+	@echo "make bench-compare A=old.csv B=new.csv   what became slower; FILE.csv@COMMIT for one commit"
+	@echo "make tune      search the best configuration of each kernel on this GPU; ARGS='--list': what would be tried"
 
 venv: $(STAMP)
 
 # touched last: an interrupted install is done again
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install -c constraints.txt -e '.[demo,test,dev]'
+	$(PY) -m pip install -c constraints.txt -e '.[bench,demo,test,dev]'
 	touch $@
 
 demo: $(STAMP)
@@ -37,3 +42,18 @@ check: $(STAMP)
 test-gpu: $(STAMP)
 	$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a CUDA GPU')"
 	$(PY) -m pytest -m gpu
+
+bench: $(STAMP)
+	$(PY) -m bench $(ARGS)
+
+bench-report: $(STAMP)
+	$(PY) -m bench.report $(ARGS)
+
+bench-compare: $(STAMP)
+	$(PY) -m bench.compare $(A) $(B)
+
+profile: $(STAMP)
+	$(PY) -m bench.profiling $(ARGS)
+
+tune: $(STAMP)
+	$(PY) -m bench.tuning $(ARGS)

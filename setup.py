@@ -39,12 +39,13 @@ setup(
     extras_require={
         "demo": ["gguf"],
         "train": ["datasets", "peft"],
-        "bench": ["matplotlib", "pytest", "pytest-benchmark"],
+        "bench": ["liger-kernel", "matplotlib", "pytest", "pytest-benchmark"],
         # accelerate: transformers' own loading of GGUF files. kernels: what the folder must not collide with
         "test": [
             "accelerate",
             "gguf",
             "kernels",
+            "matplotlib",
             "pytest",
             "pytest-benchmark",
             "pytest-xdist",

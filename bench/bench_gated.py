@@ -1,23 +1,19 @@
 import pytest
-import torch
-from conftest import DIRECTIONS, both, check, step, synced_clock
+from conftest import DIRECTIONS
 
+from bench.comparison import Problem, Work
 from nvembed_fast import ops
-from nvembed_fast.kernels.testing import GATED_CASES
+from nvembed_fast.kernels import reference
+from nvembed_fast.kernels.testing import GATED_CASES, GATED_CPU
 
-CASES = [c for c in GATED_CASES if c.bench] if torch.cuda.is_available() else [GATED_CASES[0]]
 
-
-@pytest.mark.benchmark(timer=synced_clock, warmup=True)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@DIRECTIONS
+@pytest.mark.cases(gpu=[c for c in GATED_CASES if c.bench], cpu=GATED_CPU, smallest=[GATED_CASES[0]])
 @pytest.mark.parametrize("name", ["swiglu", "geglu"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def bench_gated(benchmark, case, name, backward, impl, device, dtype):
-    x = case.gated_input(device, dtype)
-    op, wanted = both(name)
-    benchmark.group = f"{name} {case.name}"
-    with ops.use_impl(impl):
-        check(case.name, op, wanted, [x], backward)
-        benchmark(step(op, [x], backward))
-    benchmark.extra_info["GB/s"] = case.gated_bytes(dtype, backward) / benchmark.stats.stats.median / 1e9
+@DIRECTIONS
+def bench_gated(comparison, rivals, case, name, backward, device, dtype):
+    op, wanted = getattr(ops, name), getattr(reference, name)
+    others = rivals.swiglu(wanted) if name == "swiglu" else rivals.plain(wanted)
+    problem = Problem([case.gated_input(device, dtype)], op, wanted, others)
+    comparison(
+        "gated", f"{name} {case.name}", problem, Work(case.gated_bytes(dtype, backward), "GB/s"), backward
+    )

@@ -1,26 +1,29 @@
 import pytest
-import torch
-from conftest import DIRECTIONS, both, check, step, synced_clock
+from conftest import DIRECTIONS
 
+from bench.comparison import Problem, Work
 from nvembed_fast import ops
-from nvembed_fast.kernels.testing import NORM_CASES
+from nvembed_fast.kernels import reference
+from nvembed_fast.kernels.testing import NORM_CASES, NORM_CPU
 
-CASES = [c for c in NORM_CASES if c.bench] if torch.cuda.is_available() else [NORM_CASES[0]]
 EPS = 1e-5
 
 
-@pytest.mark.benchmark(timer=synced_clock, warmup=True)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.cases(gpu=[c for c in NORM_CASES if c.bench], cpu=NORM_CPU, smallest=[NORM_CASES[0]])
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
 @DIRECTIONS
-@pytest.mark.parametrize("residual", [False, True], ids=["rms_norm", "add_rms_norm"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def bench_rms_norm(benchmark, case, residual, backward, impl, device, dtype):
+def bench_rms_norm(comparison, rivals, case, name, backward, device, dtype):
+    residual = name == "add_rms_norm"
     x, other, weight = case.norm_inputs(device, dtype)
-    name, tensors = ("add_rms_norm", [x, other, weight]) if residual else ("rms_norm", [x, weight])
-    op, wanted = both(name, EPS)
-    benchmark.group = f"{name} {case.name}"
-    with ops.use_impl(impl):
-        check(case.name, op, wanted, tensors, backward)
-        benchmark(step(op, tensors, backward))
-    moved = case.norm_bytes(dtype, residual, backward)
-    benchmark.extra_info["GB/s"] = moved / benchmark.stats.stats.median / 1e9
+
+    def wanted(*tensors):
+        return getattr(reference, name)(*tensors, EPS)
+
+    problem = Problem(
+        [x, other, weight] if residual else [x, weight],
+        ours=lambda *tensors: getattr(ops, name)(*tensors, EPS),
+        reference=wanted,
+        rivals=rivals.rms_norm(wanted, EPS, residual),
+    )
+    work = Work(case.norm_bytes(dtype, residual, backward), "GB/s")
+    comparison("rms_norm", f"{name} {case.name}", problem, work, backward)

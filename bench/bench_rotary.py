@@ -1,36 +1,46 @@
 import pytest
 import torch
-from conftest import check, step, synced_clock
+from conftest import DIRECTIONS
 
+from bench.comparison import Problem, Work
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.testing import ROTARY_CASES, assert_parity
-
-CASES = [c for c in ROTARY_CASES if c.bench] if torch.cuda.is_available() else [ROTARY_CASES[0]]
+from nvembed_fast.kernels.testing import ROTARY_CASES, ROTARY_CPU
 
 
-@pytest.mark.benchmark(timer=synced_clock, warmup=True)
-@pytest.mark.parametrize("impl", ["torch", "triton"])
-@pytest.mark.parametrize("way", ["inplace", "copy", "copy_with_backward"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def bench_rotary(benchmark, case, way, impl, device, dtype):
-    qkv, cos, sin, *rest = case.inputs(device, dtype)
-    inplace, backward = way == "inplace", way == "copy_with_backward"
+@pytest.mark.cases(gpu=[c for c in ROTARY_CASES if c.bench], cpu=ROTARY_CPU, smallest=[ROTARY_CASES[0]])
+@DIRECTIONS
+def bench_rotary(comparison, rivals, case, backward, device, dtype):
+    """The copy of training; inference turns in place (`bench_rotary_inplace`)."""
+    qkv, cos, sin, positions, turned = case.inputs(device, dtype)
+    wanted = _wanted(cos, sin, positions, turned)
+    problem = Problem(
+        [qkv],
+        ours=lambda x: ops.rotary(x, cos, sin, positions, turned),
+        reference=wanted,
+        rivals=rivals.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads),
+    )
+    comparison("rotary", case.name, problem, Work(case.bytes_moved(dtype, False, backward), "GB/s"), backward)
 
-    def op(x):
-        return ops.rotary(x, cos, sin, *rest, inplace=inplace)
 
+@pytest.mark.cases(gpu=[c for c in ROTARY_CASES if c.bench], cpu=ROTARY_CPU, smallest=[ROTARY_CASES[0]])
+def bench_rotary_inplace(comparison, rivals, case, device, dtype):
+    qkv, cos, sin, positions, turned = case.inputs(device, dtype)
+    wanted = _wanted(cos, sin, positions, turned)
+    problem = Problem(
+        [qkv],
+        # again and again the same heads, which keeps their length
+        ours=lambda x: ops.rotary(x, cos, sin, positions, turned, inplace=True),
+        reference=wanted,
+        rivals=rivals.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads),
+    )
+    work = Work(case.bytes_moved(dtype, True), "GB/s")
+    comparison("rotary", f"in place {case.name}", problem, work, False)
+
+
+def _wanted(cos, sin, positions, turned):
     def wanted(x):
         tables = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
-        return reference.rotary(x, *tables, *rest)
+        return reference.rotary(x, *tables, positions, turned)
 
-    benchmark.group = f"rotary {case.name} {way}"
-    with ops.use_impl(impl):
-        if inplace:
-            assert_parity(case.name, op(qkv.clone()), wanted(qkv), wanted(qkv.double()))
-        else:
-            check(case.name, op, wanted, [qkv], backward)
-        # in place it turns the same heads again and again, which keeps their length
-        benchmark(step(op, [qkv], backward))
-    moved = case.bytes_moved(dtype, inplace, backward)
-    benchmark.extra_info["GB/s"] = moved / benchmark.stats.stats.median / 1e9
+    return wanted

@@ -5,9 +5,11 @@ Imported by tests/ and bench/, never by nvembed_fast. A case is a frozen problem
 sizes of the real model, too large for the interpreter.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from nvembed_fast.kernels.layout import SeqLayout
@@ -21,6 +23,12 @@ EMPTY_MIDDLE = (7, 0, 9)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def skewed_lengths(count: int, median: int = 128, least: int = 16, most: int = 4096) -> tuple[int, ...]:
+    """Tokens of texts as they come: lognormal with sigma 1, clipped; drawn with seed 0."""
+    draws = np.random.default_rng(0).lognormal(math.log(median), 1.0, count)
+    return tuple(int(n) for n in draws.round().clip(least, most))
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,21 @@ ATTENTION_CASES = (
     AttentionCase("nvembed-32x512", (512,) * 32, 32, 8, 128, bench=True),
     AttentionCase("nvembed-4x4096", (4096,) * 4, 32, 8, 128, bench=True),
     AttentionCase("nvembed-2x8192", (8192,) * 2, 32, 8, 128, bench=True),
+)
+
+
+# for the benches alone: what a length costs at one number of tokens, and a batch as texts come
+SWEEP_TOKENS = 32768
+ATTENTION_SWEEP = (
+    *(
+        AttentionCase(f"sweep-{n}x{SWEEP_TOKENS // n}", (n,) * (SWEEP_TOKENS // n), 32, 8, 128, bench=True)
+        for n in (128, 512, 2048, 8192, 32768)
+    ),
+    AttentionCase("skewed-64", skewed_lengths(64), 32, 8, 128, bench=True),
+)
+ATTENTION_CPU = (
+    AttentionCase("smollm2-8x256", (256,) * 8, 9, 3, 64, bench=True),
+    AttentionCase("smollm2-skewed-8", skewed_lengths(8), 9, 3, 64, bench=True),
 )
 
 
@@ -150,6 +173,10 @@ LATENT_CASES = (
     LatentCase("smollm2-16k", 16384, 512, 8, 64, 576, bench=True),
     LatentCase("nvembed-16k", 16384, 512, 8, 4096, 4096, bench=True),
 )
+LATENT_CPU = (LatentCase("smollm2-2k", 2048, 512, 8, 64, 576, bench=True),)
+LATENT_SWEEP = tuple(
+    LatentCase(f"sweep-{n}-latents", 16384, n, 8, 128, 1024, bench=True) for n in (64, 128, 256, 1024)
+)
 
 
 @dataclass(frozen=True)
@@ -188,6 +215,7 @@ POOL_CASES = (
     PoolCase("nvembed-1x16384", (16384,), 4096, bench=True),
     PoolCase("nvembed-32x512-mlp", (512,) * 32, 16384, bench=True),
 )
+POOL_CPU = (PoolCase("smollm2-8x256", (256,) * 8, 576, bench=True),)
 
 
 @dataclass(frozen=True)
@@ -225,6 +253,7 @@ NORM_CASES = (
     RowCase("long", 300, 128),
     RowCase("nvembed-16k", 16384, 4096, bench=True),
 )
+NORM_CPU = (RowCase("smollm2-2k", 2048, 576, bench=True),)
 GATED_CASES = (
     RowCase("one-token", 1, 64),
     RowCase("no-tile-divides", 37, 77),
@@ -232,6 +261,7 @@ GATED_CASES = (
     RowCase("long", 300, 16),
     RowCase("nvembed-16k", 16384, 14336, bench=True),
 )
+GATED_CPU = (RowCase("smollm2-2k", 2048, 1536, bench=True),)
 
 
 @dataclass(frozen=True)
@@ -270,6 +300,7 @@ ROTARY_CASES = (
     RotaryCase("long", (700,), 1, 1, 16),
     RotaryCase("nvembed-32x512", (512,) * 32, 32, 8, 128, bench=True),
 )
+ROTARY_CPU = (RotaryCase("smollm2-8x256", (256,) * 8, 9, 3, 64, bench=True),)
 
 
 def small(cases: tuple) -> list:

@@ -1,4 +1,4 @@
-"""Every bench file runs once, with its smallest case on a CPU, so that none can rot."""
+"""Every bench file runs once, with its smallest cases, so that none can rot."""
 
 import os
 import subprocess
@@ -7,20 +7,43 @@ from pathlib import Path
 
 import pytest
 
+from bench import results
+from bench.__main__ import SUITES
+from bench.results import OURS
+
 ROOT = Path(__file__).resolve().parents[1]
-# one short round each: unlike --benchmark-disable this also runs the lines that report a rate
-ONCE = ["--benchmark-min-rounds=1", "--benchmark-max-time=0.0001", "--benchmark-quiet", "--durations=5"]
 FILES = sorted((ROOT / "bench").glob("bench_*.py"))
 
 
-@pytest.mark.slow
-def test_every_bench_file_runs():
-    assert FILES, "no bench file: this test proves nothing"
-    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", *ONCE, *map(str, FILES)]
+def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "bench", "--smallest", "--results", str(folder / "r.csv"), *options]
     # pytest-benchmark measures nothing where it finds itself in a worker of pytest-xdist
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
-    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
-    for path in FILES:
-        assert f"{path.name}::" in run.stdout, f"{path.name} holds no benchmark"
-    assert "skipped" not in run.stdout.splitlines()[-1], run.stdout[-2000:]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+
+
+def test_every_bench_file_is_a_suite():
+    assert {f"bench_{suite}" for suite in SUITES} == {path.stem for path in FILES}
+
+
+@pytest.mark.slow
+def test_every_suite_runs_and_goes_on_where_it_was(tmp_path):
+    first = run(tmp_path)
+    assert first.returncode == 0, first.stdout[-4000:] + first.stderr[-2000:]
+    rows = results.read(tmp_path / "r.csv")
+    for suite in SUITES:
+        timed = {row["case"] for row in rows if row["suite"] == suite and row["metric"] == "time_p50"}
+        assert timed, f"no time of {suite}"
+        ours = {row["case"] for row in rows if row["suite"] == suite and row["impl"] == OURS}
+        assert ours == {row["case"] for row in rows if row["suite"] == suite}
+    assert "skipped" not in first.stdout, first.stdout[-2000:]
+
+    again = run(tmp_path, "--suites", "rms_norm", "encode")
+    assert again.returncode == 0 and "4 skipped" in again.stdout, again.stdout
+    assert results.read(tmp_path / "r.csv") == rows
+
+
+@pytest.mark.slow
+def test_time_that_is_over_leaves_the_rest_to_the_next_run(tmp_path):
+    late = run(tmp_path, "--suites", "rms_norm", "--minutes", "0")
+    assert late.returncode == 0 and "4 skipped" in late.stdout, late.stdout

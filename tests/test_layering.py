@@ -23,7 +23,7 @@ KERNEL_FILES = {
     "layout": (set(), {"numpy", "torch"}),
     "reference": ({"layout"}, {"einops", "torch"}),
     "_common": (set(), {"torch", "triton"}),
-    "testing": ({"layout", "reference"}, {"torch"}),
+    "testing": ({"layout", "reference"}, {"numpy", "torch"}),
 } | {stem: ({"_common", "errors", "layout"}, {"torch", "triton"}) for stem in KERNELS}
 
 # nvembed_fast/, from the ground up: (storey, file, packages from elsewhere). A file imports earlier ones only

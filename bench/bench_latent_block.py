@@ -1,0 +1,82 @@
+"""The latent block from the backbone's last states to vectors: where the algebra of `latent_head` pays."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+from bench import latent_blocks
+from bench.comparison import Problem, Rival, Work
+from bench.encoders import draw_weights
+from nvembed_fast.config import LatentConfig
+from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.testing import generator
+from nvembed_fast.latent_head import LatentHead
+
+
+@dataclass(frozen=True)
+class Case:
+    """Texts of one length."""
+
+    name: str
+    num_texts: int
+    length: int
+    config: LatentConfig
+
+    def flops(self) -> int:
+        """Of the fewest products: A and B, the up product of every token, the down product of every text."""
+        tokens, width = self.num_texts * self.length, self.config.hidden_dim
+        latents = self.config.num_cross_heads * self.config.num_latents_value
+        return 4 * tokens * latents * width + 16 * tokens * width**2 + 8 * self.num_texts * width**2
+
+
+NVEMBED = LatentConfig()
+SMALL = LatentConfig(cross_dim_head=64, hidden_dim=576, latent_dim=576)
+TINY = LatentConfig(num_latents_value=12, num_cross_heads=2, cross_dim_head=24, hidden_dim=64, latent_dim=64)
+
+
+@pytest.mark.cases(
+    gpu=[Case(f"nvembed-{16384 // n}x{n}", 16384 // n, n, NVEMBED) for n in (32, 128, 512, 4096)],
+    cpu=[Case("smollm2-16x128", 16, 128, SMALL)],
+    smallest=[Case("tiny-2x5", 2, 5, TINY)],
+)
+def bench_latent_block(comparison, rivals, case, device, dtype):
+    head = LatentHead(case.config).to(device, dtype).requires_grad_(False)
+    draw_weights(head, case.config.hidden_dim)
+    # the forms are one in float64; in the dtype parity is that of the form with the same rounded A and B
+    oracle, eager = copy.deepcopy(head).double(), latent_blocks.Absorbed(head)
+    oracle.mode = "direct"
+    hoisted, layout = latent_blocks.Hoisted(head), SeqLayout((case.length,) * case.num_texts, device)
+    h = torch.randn(layout.num_tokens, case.config.hidden_dim, generator=generator()).to(device, dtype)
+
+    def pooled(block: Callable) -> Callable:
+        def embed(h):
+            states = block(h).unflatten(0, (case.num_texts, -1))
+            return F.normalize(states.float().mean(1), dim=-1)
+
+        return embed
+
+    def original(h):
+        states = latent_blocks.original(head, rearrange(h, "(b s) d -> b s d", b=case.num_texts))
+        return states.flatten(0, 1)
+
+    def wanted(h):
+        return oracle(h, layout) if h.dtype == torch.float64 else pooled(eager)(h)
+
+    problem = Problem(
+        [h],
+        ours=lambda h: head(h, layout),
+        reference=wanted,
+        rivals=[
+            Rival("original", pooled(original)),
+            Rival("hoisted", pooled(hoisted)),
+            rivals.compiled("hoisted, compiled", pooled(hoisted)),
+            Rival("absorbed, library", pooled(eager)),
+            rivals.compiled("absorbed, library, compiled", pooled(eager)),
+        ],
+    )
+    comparison("latent_block", case.name, problem, Work(case.flops(), "TFLOP/s"), backward=False)

@@ -1,0 +1,117 @@
+"""What this machine can do, measured in the run that its figures are compared with.
+
+The matrix rate is that of one large cuBLAS product in the dtype, and the copy rate that of one large copy,
+both sustained for a second after as long a warm-up: a GPU that is kept busy lowers its clock. The products of
+the encoder itself follow, at the number of tokens of one batch: their sum is the time below which no encoder
+that leaves its products to cuBLAS can come.
+
+Without a GPU the same is measured on the CPU, at the sizes of a small decoder.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from bench.results import Row
+from bench.timing import sustained
+
+SUITE, IMPL = "limits", "torch"
+# (rows of the weight, columns of the weight): what one layer of NV-Embed multiplies each token by
+LAYER_PRODUCTS = {
+    "qkv": (6144, 4096),
+    "output": (4096, 4096),
+    "gate and up": (28672, 4096),
+    "down": (4096, 14336),
+}
+SMALL_LAYER_PRODUCTS = {
+    "qkv": (960, 576),
+    "output": (576, 576),
+    "gate and up": (3072, 576),
+    "down": (576, 1536),
+}
+TOKENS, SMALL_TOKENS = 16384, 2048
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Rates of one machine, each measured when it is first asked for.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        seconds: how long each is measured; as long again to warm up.
+    """
+
+    device: str
+    seconds: float = 1.0
+
+    def matrix_rate(self, dtype: torch.dtype) -> float:
+        """TFLOP/s of a large product."""
+        return _matrix_rate(self, dtype)
+
+    def copy_rate(self) -> float:
+        """GB/s of a large copy, counting what is read and what is written."""
+        return _copy_rate(self)
+
+    def product_ms(self, tokens: int, weight: tuple[int, int], dtype: torch.dtype) -> float:
+        """Milliseconds of [tokens, columns] times the transpose of a [rows, columns] weight."""
+        return _product_ms(self, tokens, weight, dtype)
+
+    def rows(self, dtypes: tuple[torch.dtype, ...]) -> list[Row]:
+        """All of it as rows of the suite "limits"."""
+        out = [Row(SUITE, "copy", IMPL, "rate", self.copy_rate(), "GB/s")]
+        small = self.device == "cpu"
+        tokens, products = (SMALL_TOKENS, SMALL_LAYER_PRODUCTS) if small else (TOKENS, LAYER_PRODUCTS)
+        for dtype in dtypes:
+            name, limit = _name(dtype), self.matrix_rate(dtype)
+            out.append(Row(SUITE, f"product {name}", IMPL, "rate", limit, "TFLOP/s"))
+            for product, weight in products.items():
+                ms = self.product_ms(tokens, weight, dtype)
+                rate = 2e-9 * tokens * weight[0] * weight[1] / ms
+                case = f"{product} {tokens} tokens {name}"
+                out.append(Row(SUITE, case, IMPL, "time_p50", ms, "ms"))
+                out.append(Row(SUITE, case, IMPL, "rate", rate, "TFLOP/s", rate / limit))
+        if self.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
+            rate = _fp8_rate(self)
+            out.append(Row(SUITE, "product float8_e4m3fn", IMPL, "rate", rate, "TFLOP/s"))
+        return out
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _random(*shape: int, device: str, dtype: torch.dtype) -> torch.Tensor:
+    # zeros would be multiplied faster: they draw less power
+    return torch.randn(shape, device=device).to(dtype)
+
+
+@functools.cache
+def _matrix_rate(limits: Limits, dtype: torch.dtype) -> float:
+    size = 1024 if limits.device == "cpu" else 8192
+    return 2e-9 * size**3 / _product_ms(limits, size, (size, size), dtype)
+
+
+@functools.cache
+def _product_ms(limits: Limits, tokens: int, weight: tuple[int, int], dtype: torch.dtype) -> float:
+    x = _random(tokens, weight[1], device=limits.device, dtype=dtype)
+    w = _random(*weight, device=limits.device, dtype=dtype)
+    out = x.new_empty(tokens, weight[0])
+    return sustained(lambda: torch.mm(x, w.mT, out=out), limits.seconds)
+
+
+@functools.cache
+def _copy_rate(limits: Limits) -> float:
+    source = torch.empty((2**26 if limits.device == "cpu" else 2**31), dtype=torch.int8, device=limits.device)
+    source.random_()
+    target = torch.empty_like(source)
+    return 2e-6 * source.nbytes / sustained(lambda: target.copy_(source), limits.seconds)
+
+
+@functools.cache
+def _fp8_rate(limits: Limits) -> float:
+    size, fp8 = 8192, torch.float8_e4m3fn
+    x, w = (_random(size, size, device=limits.device, dtype=fp8) for _ in range(2))
+    one = torch.ones((), device=limits.device)
+    product = functools.partial(torch._scaled_mm, x, w.mT, one, one, out_dtype=torch.bfloat16)
+    return 2e-9 * size**3 / sustained(product, limits.seconds)

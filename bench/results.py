@@ -1,0 +1,184 @@
+"""The rows of a benchmark: what a figure is, where it is kept, and on what machine it was measured.
+
+All figures of one GPU and day stand in one file, `results/<gpu>-<date>.csv`, one figure a row. A comparison
+is written as a whole and flushed to disk, so an interrupted run loses the comparison it was in and nothing
+else; the next run of the same commit, with the same versions, leaves out what is there.
+"""
+
+import csv
+import dataclasses
+import datetime
+import functools
+import importlib.metadata
+import io
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent / "results"
+# the impl of this project
+OURS = "nvembed_fast"
+# metrics, with their units
+TIMES = ("time_p20", "time_p50", "time_p80")  # ms
+# a row without a value; its unit says why
+LEFT_OUT = "left_out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One figure.
+
+    Attributes:
+        suite: the bench file without its prefix, such as "flash_attention"; "limits": the machine's.
+        case: the problem, and "forward" or "forward+backward" behind it.
+        impl: who computed it; "nvembed_fast" is this project.
+        metric: what was measured: "time_p50", "rate", "peak_memory", "parity_error" ...; "left_out" has no
+            value, and the reason as its unit.
+        value: in `unit`; None for "left_out".
+        unit: such as "ms", "TFLOP/s", "GB/s", "texts/s", "MiB".
+        share_of_limit: of the limit that was measured in the same run, from 0 to 1; None where there is none.
+    """
+
+    suite: str
+    case: str
+    impl: str
+    metric: str
+    value: float | None
+    unit: str
+    share_of_limit: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a figure depends on beside the code under test."""
+
+    gpu: str  # the CPU's name where there is no GPU
+    driver: str
+    torch: str
+    triton: str
+    transformers: str
+    commit: str
+    command: str
+
+
+COLUMNS = (*(f.name for f in dataclasses.fields(Row)), *(f.name for f in dataclasses.fields(Machine)))
+# without these two columns two runs are the same run
+_SAME_RUN = ("gpu", "driver", "torch", "triton", "transformers", "commit")
+
+
+def machine(commit: str | None = None) -> Machine:
+    """This machine; `commit` where there is no git to ask."""
+    return Machine(
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        driver=_driver(),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        transformers=_version("transformers"),
+        commit=commit or _commit(),
+        command=shlex.join(["python", *sys.orig_argv[1:]]),
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _cpu_name() -> str:
+    try:
+        name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
+    except (OSError, TypeError):
+        name = platform.processor() or platform.machine()
+    return f"CPU {name} x{os.cpu_count()}"
+
+
+@functools.cache
+def _driver() -> str:
+    return (
+        _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0] or "none"
+    )
+
+
+@functools.cache
+def _commit() -> str:
+    root = Path(__file__).parent
+    commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
+    return f"{commit}+changes" if commit and changed else commit or "unknown"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def default_path(machine: Machine) -> Path:
+    """`results/<gpu>-<date>.csv`."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-")
+    return FOLDER / f"{gpu}-{datetime.date.today().isoformat()}.csv"
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a results file, each a dictionary of COLUMNS; a last line that was cut off is left out."""
+    text = path.read_text(encoding="utf-8")
+    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    if rows and tuple(rows[0]) != COLUMNS:
+        raise ValueError(f"{path} is no results file: its columns are {', '.join(rows[0])}")
+    return rows
+
+
+class Results:
+    """A results file that grows by whole comparisons."""
+
+    def __init__(self, path: Path, machine: Machine):
+        self.path, self.machine = path, machine
+        self._run = {name: str(getattr(machine, name)) for name in _SAME_RUN}
+        self._done = set()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and path.stat().st_size:
+            kept = read(path)
+            self._done = {(r["suite"], r["case"]) for r in kept if self._is_of_this_run(r)}
+            text = path.read_text(encoding="utf-8")
+            if not text.endswith("\n"):
+                os.truncate(path, len(text[: text.rfind("\n") + 1].encode()))
+        else:
+            self._append([dict(zip(COLUMNS, COLUMNS, strict=True))])
+
+    def _is_of_this_run(self, row: dict[str, str]) -> bool:
+        return all(row[name] == value for name, value in self._run.items())
+
+    def has(self, suite: str, case: str) -> bool:
+        """Whether this run, or an earlier one of the same commit and versions, has measured it."""
+        return (suite, case) in self._done
+
+    def add(self, rows: Iterable[Row]) -> None:
+        """Write the rows of one comparison to disk."""
+        rows = list(rows)
+        facts = dataclasses.asdict(self.machine)
+        self._append([{k: _text(v) for k, v in (dataclasses.asdict(r) | facts).items()} for r in rows])
+        self._done |= {(r.suite, r.case) for r in rows}
+
+    def _append(self, rows: list[dict[str, str]]) -> None:
+        buffer = io.StringIO()
+        csv.DictWriter(buffer, COLUMNS, lineterminator="\n").writerows(rows)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _text(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)

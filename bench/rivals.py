@@ -1,0 +1,248 @@
+"""Who else does what the kernels do: PyTorch, its compiler, and the libraries people take for it.
+
+What a library may do once beforehand (a mask, a padded layout, cosines laid out its way) is done beforehand:
+nobody is timed for what their own model would not do.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from bench.comparison import Rival
+from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.packing import pad_rows
+
+NEEDS_GPU = "needs a GPU"
+
+
+class RivalFactory:
+    """What all rivals of a run share.
+
+    Attributes:
+        device: "cuda" or "cpu".
+        compiles: whether torch.compile takes part; on a CPU it takes longer than all the rest.
+    """
+
+    def __init__(self, device: str, compiles: bool):
+        self.device, self.compiles = device, compiles
+        self._why_not = "" if compiles else "not asked for on a CPU: --compile"
+        self._gpu = "" if device == "cuda" else NEEDS_GPU
+
+    def plain(self, reference: Callable) -> list[Rival]:
+        """The reference in plain PyTorch, as it is and compiled. On a CPU ours is the reference."""
+        as_it_is = [Rival("torch", reference)] if self.device == "cuda" else []
+        return [*as_it_is, self.compiled("torch.compile", reference)]
+
+    def compiled(self, name: str, fn: Callable) -> Rival:
+        return Rival(name, torch.compile(fn, dynamic=False), obstacle=self._why_not)
+
+    def _library(self, name: str, module: str, package: str, make: Callable[[], Callable], **layout) -> Rival:
+        """A rival from a package that may not be here: `make` imports it."""
+        missing = "" if importlib.util.find_spec(module.split(".")[0]) else f"pip install {package}"
+        obstacle = self._gpu or missing
+        return Rival(name, None if obstacle else make(), obstacle=obstacle, **layout)
+
+    def attention(self, reference: Callable, layout: SeqLayout, q_heads: int, kv_heads: int) -> list[Rival]:
+        """Rivals of packed bidirectional attention on q [T, N, H], k and v [T, G, H]."""
+        group = q_heads // kv_heads
+        padded = Padded(layout)
+
+        def sdpa(backend: SDPBackend, grouped: bool, masked: bool) -> Callable:
+            mask = padded.mask() if masked else None
+
+            def attend(q, k, v):
+                if not grouped:
+                    # as models without grouped attention do it: every head of a group gets its copy
+                    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+            return attend
+
+        def flash_lengths() -> tuple:
+            return layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length
+
+        def varlen():
+            from torch.nn.attention.varlen import varlen_attn
+
+            return lambda q, k, v: varlen_attn(q, k, v, *flash_lengths(), enable_gqa=group > 1)
+
+        def flash_attn_2():
+            from flash_attn import flash_attn_varlen_func
+
+            return lambda q, k, v: flash_attn_varlen_func(q, k, v, *flash_lengths())
+
+        def flash_attn_3():
+            from flash_attn_interface import flash_attn_varlen_func
+
+            def attend(q, k, v):
+                out = flash_attn_varlen_func(q, k, v, *flash_lengths())
+                return out[0] if isinstance(out, tuple) else out
+
+            return attend
+
+        # without a mask everything would be attended to, so only batches of equal lengths can do without
+        ragged = not padded.is_full
+        no_mask = self._gpu or ("takes no padding mask" if ragged else "")
+        places = {"arrange": padded.arrange, "restore": padded.restore}
+        rivals = self.plain(reference)
+        for name, backend, masked, obstacle in (
+            ("SDPA flash", SDPBackend.FLASH_ATTENTION, False, no_mask),
+            ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, ragged, self._gpu),
+            ("SDPA efficient, 4-D mask", SDPBackend.EFFICIENT_ATTENTION, True, self._gpu),
+        ):
+            for grouped in (True, False) if group > 1 else (False,):
+                shown = f"{name}, K and V repeated" if group > 1 and not grouped else name
+                rivals.append(
+                    Rival(
+                        shown,
+                        None if obstacle else sdpa(backend, grouped, masked),
+                        obstacle=obstacle,
+                        **places,
+                    )
+                )
+        rivals.append(self._library("varlen_attn", "torch", "torch", varlen))
+        rivals.append(self._flex(layout, group))
+        rivals.append(self._library("flash-attn 2", "flash_attn", "flash-attn", flash_attn_2))
+        rivals.append(self._library("flash-attn 3", "flash_attn_interface", "flash-attn-3", flash_attn_3))
+        return rivals
+
+    def _flex(self, layout: SeqLayout, group: int) -> Rival:
+        """FlexAttention on the pack: one batch, and a mask of documents."""
+        if self._why_not:
+            return Rival("FlexAttention", None, obstacle=self._why_not)
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        lengths = torch.tensor(layout.lengths, device=layout.device)
+        document = torch.repeat_interleave(torch.arange(len(layout), device=layout.device), lengths)
+
+        def same_document(b, h, i, j):
+            return document[i] == document[j]
+
+        tokens = layout.num_tokens
+        mask = torch.compile(create_block_mask)(same_document, None, None, tokens, tokens, device=self.device)
+        flex = torch.compile(flex_attention, dynamic=False)
+        return Rival(
+            "FlexAttention",
+            lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=group > 1),
+            arrange=lambda *tensors: tuple(t.transpose(0, 1)[None].contiguous() for t in tensors),
+            restore=lambda out: out[0].transpose(0, 1),
+        )
+
+    def latent_attention(self, reference: Callable) -> list[Rival]:
+        """Rivals of the direct form on q [T, N, H], k and v [L, N, H]."""
+
+        def sdpa(backend: SDPBackend) -> Callable:
+            def attend(q, k, v):
+                with sdpa_kernel(backend):
+                    return F.scaled_dot_product_attention(q, k, v)
+
+            return attend
+
+        places = {
+            "arrange": lambda *tensors: tuple(t.transpose(0, 1)[None].contiguous() for t in tensors),
+            "restore": lambda out: out[0].transpose(0, 1),
+        }
+        backends = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
+        return self.plain(reference) + [
+            Rival(name, sdpa(backend), obstacle=self._gpu, **places) for name, backend in backends.items()
+        ]
+
+    def rms_norm(self, reference: Callable, eps: float, residual: bool) -> list[Rival]:
+        def functional(x, weight):
+            return F.rms_norm(x, weight.shape, weight, eps)
+
+        def add_functional(x, other, weight):
+            h = x + other
+            return functional(h, weight), h
+
+        def liger():
+            from liger_kernel.transformers import functional as liger
+
+            if residual:
+                return lambda x, other, weight: liger.liger_fused_add_rms_norm(
+                    x, other, weight, eps, in_place=False
+                )
+            return lambda x, weight: liger.liger_rms_norm(x, weight, eps, in_place=False)
+
+        return [
+            *self.plain(reference),
+            Rival("F.rms_norm", add_functional if residual else functional),
+            self._library("liger-kernel", "liger_kernel", "liger-kernel", liger),
+        ]
+
+    def swiglu(self, reference: Callable) -> list[Rival]:
+        def liger():
+            from liger_kernel.transformers.functional import liger_swiglu
+
+            return liger_swiglu
+
+        # its model has two products, so two tensors
+        apart = {"arrange": lambda x: tuple(t.contiguous() for t in x.chunk(2, dim=-1))}
+        return self.plain(reference) + [
+            self._library("liger-kernel", "liger_kernel", "liger-kernel", liger, **apart)
+        ]
+
+    def rotary(
+        self,
+        reference: Callable,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        positions: torch.Tensor,
+        q_heads: int,
+        kv_heads: int,
+    ) -> list[Rival]:
+        def liger():
+            from liger_kernel.transformers.functional import liger_rope
+
+            turns = [torch.cat([t[positions.long()]] * 2, dim=-1)[None] for t in (cos, sin)]
+
+            def turn(q, k, v):
+                return (*liger_rope(q, k, *turns), v)
+
+            return turn
+
+        places = {
+            # it turns what it is given: a copy
+            "arrange": lambda x: tuple(
+                t.transpose(0, 1)[None].clone() for t in x.split((q_heads, kv_heads, kv_heads), dim=1)
+            ),
+            "restore": lambda out: torch.cat([t[0].transpose(0, 1) for t in out], dim=1),
+        }
+        return self.plain(reference) + [
+            self._library("liger-kernel", "liger_kernel", "liger-kernel", liger, **places)
+        ]
+
+
+class Padded:
+    """From packed tokens to the padded batch that models without packing compute on, and back."""
+
+    def __init__(self, layout: SeqLayout):
+        self.shape = len(layout), layout.max_length
+        self.is_full = layout.num_tokens == self.shape[0] * self.shape[1]
+        starts = layout.cu_seqlens[:-1].repeat_interleave(layout.cu_seqlens.diff())
+        seqs = torch.arange(len(layout), device=layout.device).repeat_interleave(layout.cu_seqlens.diff())
+        self.places = (
+            seqs * layout.max_length + torch.arange(layout.num_tokens, device=layout.device) - starts
+        )
+
+    def mask(self) -> torch.Tensor:
+        """[B, 1, S, S] bool, True where a token may be seen."""
+        batch, longest = self.shape
+        real = torch.zeros(batch * longest, dtype=torch.bool, device=self.places.device)
+        real[self.places] = True
+        return real.view(batch, 1, 1, longest).expand(batch, 1, longest, longest).contiguous()
+
+    def arrange(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """[T, N, H] each to [B, N, S, H] each."""
+        return tuple(
+            pad_rows(t.flatten(1), self.places, self.shape).unflatten(2, t.shape[1:]).transpose(1, 2)
+            for t in tensors
+        )
+
+    def restore(self, out: torch.Tensor) -> torch.Tensor:
+        """[B, N, S, H] to [T, N, H]."""
+        return out.transpose(1, 2).flatten(0, 1)[self.places]

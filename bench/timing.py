@@ -1,0 +1,169 @@
+"""How long functions take on the device, side by side.
+
+1. Rivals take turns, sample by sample, so that a clock that drifts drifts for all of them.
+2. On a GPU a sample lies between two device events. In front of it a buffer larger than the L2 cache is
+   written, often enough to keep the device busy until the host has launched the whole call: neither a warm
+   cache nor the host is timed.
+3. A call below 50 microseconds, too short for events, is captured in a CUDA graph many times over; a sample
+   is a replay divided by their number. Such a function should take its inputs in turn from copies that do not
+   fit the L2 cache together.
+4. On a CPU a sample is wall time.
+"""
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+GRAPH_BELOW_MS = 0.05
+GRAPH_MS = 2.0  # a graph holds about as many calls
+FLUSH_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of every sample."""
+
+    ms: tuple[float, ...]
+
+    def percentile(self, percent: int) -> float:
+        if len(self.ms) == 1:
+            return self.ms[0]
+        return statistics.quantiles(self.ms, n=100, method="inclusive")[percent - 1]
+
+    @property
+    def median(self) -> float:
+        return self.percentile(50)
+
+
+def interleaved(
+    functions: dict[str, Callable], seconds: float, min_rounds: int = 5, max_rounds: int = 1000
+) -> dict[str, Times]:
+    """The times of functions that take turns.
+
+    Every function must have run before: what it compiles is not to be timed.
+
+    Args:
+        functions: name -> call without arguments.
+        seconds: of device time that the slowest of them gets.
+        min_rounds, max_rounds: bounds of the number of samples of each.
+    """
+    samplers = {name: _sampler(fn) for name, fn in functions.items()}
+    slowest_ms = max(sampler.estimate_ms for sampler in samplers.values())
+    rounds = min(max(math.ceil(1e3 * seconds / max(slowest_ms, 1e-3)), min_rounds), max_rounds)
+    taken: dict[str, list] = {name: [] for name in functions}
+    names = list(functions)
+    for i in range(rounds):
+        # each comes after each of the others
+        first = i % len(names)
+        for name in names[first:] + names[:first]:
+            taken[name].append(samplers[name].sample())
+    return {name: Times(tuple(map(samplers[name].read, taken[name]))) for name in names}
+
+
+def sustained(fn: Callable, seconds: float) -> float:
+    """Milliseconds per call of `fn`, called without a pause, after as long a time to reach a steady clock."""
+    sampler = _sampler(fn, flush=False)
+    calls = max(math.ceil(500 * seconds / max(sampler.estimate_ms, 1e-3)), 1)
+    for _ in range(calls):
+        fn()
+    first, *_, last = [sampler.sample() for _ in range(calls + 1)]
+    return sampler.between(first, last) / calls
+
+
+def peak_memory(fn: Callable) -> float | None:
+    """MiB that a call of `fn` takes on the GPU beyond what was allocated before; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fn()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+class _CPUSampler:
+    def __init__(self, fn: Callable):
+        self._fn = fn
+        self.estimate_ms = self.read(self.sample())
+
+    def sample(self) -> tuple[float, float]:
+        start = time.perf_counter()
+        self._fn()
+        return start, time.perf_counter()
+
+    def read(self, taken: tuple[float, float]) -> float:
+        return 1e3 * (taken[1] - taken[0])
+
+    def between(self, first: tuple[float, float], last: tuple[float, float]) -> float:
+        """Milliseconds from the end of one sample to the end of another."""
+        return 1e3 * (last[1] - first[1])
+
+
+class _GPUSampler:
+    def __init__(self, fn: Callable, flush: bool):
+        self._run, self._calls = fn, 1
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if flush else None
+        self._flushes = 1
+        fn()
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        taken = self.sample()
+        host_ms = 1e3 * (time.perf_counter() - started)
+        self.estimate_ms = self.read(taken)
+        if not flush:
+            return
+        if self.estimate_ms < GRAPH_BELOW_MS or host_ms > self.estimate_ms:
+            # what the device takes without waiting for the host
+            self._flushes = 1 + math.ceil(host_ms / _flush_ms())
+            self.estimate_ms = self.read(self.sample())
+        if self.estimate_ms < GRAPH_BELOW_MS:
+            self._calls = math.ceil(GRAPH_MS / max(self.estimate_ms, 1e-3))
+            self._run = _captured(fn, self._calls)
+
+    def sample(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(self._flushes if self._flush is not None else 0):
+            self._flush.zero_()
+        start.record()
+        self._run()
+        end.record()
+        return start, end
+
+    def read(self, taken: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+        return self.between(*taken) / self._calls
+
+    def between(self, first, last) -> float:
+        """Milliseconds from one event, or the end of one sample, to another."""
+        first, last = (e[1] if isinstance(e, tuple) else e for e in (first, last))
+        last.synchronize()
+        return first.elapsed_time(last)
+
+
+def _sampler(fn: Callable, flush: bool = True) -> _CPUSampler | _GPUSampler:
+    return _GPUSampler(fn, flush) if torch.cuda.is_available() else _CPUSampler(fn)
+
+
+@functools.cache
+def _flush_ms() -> float:
+    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    return sustained(buffer.zero_, 0.05)
+
+
+def _captured(fn: Callable, calls: int) -> Callable:
+    """The replay of a CUDA graph of so many calls."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        fn()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            fn()
+    return graph.replay

@@ -1,0 +1,214 @@
+"""What a figure of the benches rests on: parity before time, turns, limits, and rows that are not lost."""
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import comparison, results, timing
+from bench.comparison import Problem, Rival, Work, compare
+from bench.limits import Limits
+from bench.results import COLUMNS, OURS, Machine, Results, Row
+from bench.rivals import Padded, RivalFactory
+from nvembed_fast.kernels import reference
+from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.testing import ATTENTION_CASES, ROTARY_CASES, assert_parity, skewed_lengths
+
+ROOT = Path(__file__).parents[1]
+FACTS = Machine("GPU", "1", "2", "3", "4", "commit", "command")
+WORK = Work(1000, "GB/s")
+
+
+class FakeLimits:
+    def copy_rate(self) -> float:
+        return 4.0
+
+    def matrix_rate(self, dtype) -> float:
+        return 2.0
+
+
+def run(problem: Problem, backward: bool = False) -> list[Row]:
+    return compare("suite", "case", problem, WORK, backward, FakeLimits(), seconds=0.0, rounds=1)[0]
+
+
+def problem(*rivals: Rival, ours=torch.sin) -> Problem:
+    return Problem([torch.randn(64, 32)], ours, torch.sin, rivals)
+
+
+def of(rows: list[Row], impl: str) -> dict[str, Row]:
+    return {row.metric: row for row in rows if row.impl == impl}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_everyone_who_is_right_gets_a_time(backward):
+    rows = run(problem(Rival("other", lambda x: (x.double().sin()).float())), backward)
+    for impl in (OURS, "other"):
+        row = of(rows, impl)
+        assert set(row) == {"time_p20", "time_p50", "time_p80", "rate", "parity_error"}
+        assert row["rate"].value == pytest.approx(1000 / row["time_p50"].value * 1e-6)
+        assert row["rate"].share_of_limit == pytest.approx(row["rate"].value / 4.0)
+        assert row["parity_error"].value < 1e-6
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_rival_that_is_wrong_gets_no_time(backward):
+    wrong = Rival("wrong", lambda x: 1.001 * x.sin())
+    [row] = of(run(problem(wrong), backward), "wrong").values()
+    assert row.metric == "left_out" and row.value is None
+    assert row.unit.startswith("parity is red: error 1.0e-03")
+
+
+def test_a_rival_that_gives_nan_is_wrong():
+    [row] = of(run(problem(Rival("nan", lambda x: x.sin() / 0 * 0))), "nan").values()
+    assert row.unit.startswith("parity is red: error inf")
+
+
+def test_a_wrong_result_of_ours_has_no_row_at_all():
+    with pytest.raises(AssertionError, match="case: _max error"):
+        run(problem(ours=lambda x: 1.001 * x.sin()))
+
+
+def test_a_rival_that_cannot_run_says_why():
+    def fails(x):
+        raise RuntimeError("no kernel for this\nand more")
+
+    rows = run(problem(Rival("fails", fails), Rival("absent", None, obstacle="pip install it")))
+    assert of(rows, "fails")["left_out"].unit == "cannot run: no kernel for this"
+    assert of(rows, "absent")["left_out"].unit == "pip install it"
+
+
+def test_inputs_keep_their_values_and_their_strides():
+    seen = []
+
+    def inplace(x):
+        seen.append(x.stride())
+        return x.mul_(2)
+
+    x = torch.randn(8, 64)[:, :32]
+    before = x.clone()
+    rows = run(Problem([x], inplace, lambda x: 2 * x, [Rival("other", lambda x: x + x)]))
+    assert "time_p50" in of(rows, "other"), "the other saw what the first one wrote"
+    assert set(seen) == {(64, 1)}
+    assert torch.equal(comparison._results(inplace, [before.clone()], (), False)[0], 2 * before)
+
+
+def test_rivals_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = timing.interleaved(calls, seconds=0.0, min_rounds=4, max_rounds=4)
+    assert [len(t.ms) for t in times.values()] == [4, 4, 4]
+    # one call each for an estimate, then rounds that start with another one every time
+    assert "".join(order[3:]) == "abc" + "bca" + "cab" + "abc"
+
+
+def test_times_are_those_of_the_calls(monkeypatch):
+    clock = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    [times] = timing.interleaved({"a": lambda: None}, seconds=0.0, min_rounds=3).values()
+    # every look at this clock takes a second
+    assert times.ms == (1000.0,) * 3
+    assert timing.sustained(lambda: None, 0.0) == pytest.approx(2000.0)
+
+
+def test_percentiles():
+    times = timing.Times(tuple(float(i) for i in range(101)))
+    assert [times.percentile(p) for p in (20, 50, 80)] == [20.0, 50.0, 80.0]
+    assert times.median == 50.0 and timing.Times((3.0,)).percentile(80) == 3.0
+
+
+def test_limits_are_measured_once_and_are_rows():
+    limits = Limits("cpu", seconds=0.0)
+    rows = {(row.case, row.metric): row for row in limits.rows((torch.float32,))}
+    assert rows["copy", "rate"].value == limits.copy_rate() > 0
+    assert rows["product float32", "rate"].value == limits.matrix_rate(torch.float32) > 0
+    down = "down 2048 tokens float32"
+    assert rows[down, "rate"].value == pytest.approx(2e-9 * 2048 * 576 * 1536 / rows[down, "time_p50"].value)
+
+
+def test_a_results_file_goes_on_where_it_was_cut_off(tmp_path):
+    path = tmp_path / "new" / "r.csv"
+    Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.5, "ms", 0.25)])
+    with path.open("a") as file:
+        file.write("s,two,i,time_p")
+    again = Results(path, FACTS)
+    assert again.has("s", "one") and not again.has("s", "two")
+    again.add([Row("s", "two", "i", "left_out", None, "because, it says")])
+    rows = results.read(path)
+    assert [tuple(row) for row in rows] == [COLUMNS] * 2
+    assert rows[0]["value"] == "1.5" and rows[0]["share_of_limit"] == "0.25" and rows[0]["gpu"] == "GPU"
+    assert rows[1]["case"] == "two" and rows[1]["value"] == "" and rows[1]["unit"] == "because, it says"
+
+
+def test_another_commit_is_another_run(tmp_path):
+    path = tmp_path / "r.csv"
+    Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
+    other = Machine(**{**FACTS.__dict__, "commit": "later"})
+    assert not Results(path, other).has("s", "one")
+    assert Results(path, Machine(**{**FACTS.__dict__, "command": "again"})).has("s", "one")
+
+
+def test_another_file_is_not_overwritten(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="is no results file: its columns are a, b"):
+        Results(path, FACTS)
+
+
+@pytest.mark.parametrize("lengths", [(3, 5, 1), (4, 4)])
+def test_padding_is_put_on_and_taken_off(lengths):
+    padded = Padded(SeqLayout(lengths))
+    x = torch.randn(sum(lengths), 2, 3)
+    [arranged] = padded.arrange(x)
+    assert arranged.shape == (len(lengths), 2, max(lengths), 3)
+    assert torch.equal(padded.restore(arranged), x)
+    assert padded.is_full == (len(set(lengths)) == 1)
+    seen = padded.mask()[:, 0].sum(-1)
+    assert torch.equal(seen, torch.tensor(lengths)[:, None].expand(-1, max(lengths)))
+
+
+def test_padded_attention_equals_packed():
+    """The rivals on a padded batch, by the backend that a CPU has."""
+    case = next(c for c in ATTENTION_CASES if c.name == "ragged-gqa")
+    q, k, v, layout = case.inputs("cpu", torch.float32)
+    padded = Padded(layout)
+    fn = torch.nn.functional.scaled_dot_product_attention
+    rival = Rival(
+        "sdpa",
+        lambda q, k, v: fn(q, k, v, attn_mask=padded.mask(), enable_gqa=True),
+        arrange=padded.arrange,
+        restore=padded.restore,
+    )
+    wanted = reference.flash_attention(q, k, v, layout)
+    high = reference.flash_attention(q.double(), k.double(), v.double(), layout)
+    assert_parity(case.name, rival(q, k, v), wanted, high)
+
+
+@pytest.mark.slow
+def test_compiled_rivals_run():
+    factory = RivalFactory("cpu", compiles=True)
+    case = ROTARY_CASES[1]
+    qkv, cos, sin, positions, turned = case.inputs("cpu", torch.float32)
+
+    def wanted(x):
+        return reference.rotary(x, cos.to(x.dtype), sin.to(x.dtype), positions, turned)
+
+    rivals = factory.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads)
+    rows = run(Problem([qkv], wanted, wanted, rivals))
+    assert "time_p50" in of(rows, "torch.compile")
+
+
+def test_skewed_lengths():
+    lengths = skewed_lengths(4096)
+    assert lengths[:64] == skewed_lengths(64) and min(lengths) == 16 and max(lengths) <= 4096
+    ordered = sorted(lengths)
+    # lognormal of sigma 1: the median, and e times as much one sigma above
+    assert ordered[2048] == pytest.approx(128, rel=0.1)
+    assert ordered[int(0.8413 * 4096)] == pytest.approx(128 * 2.718, rel=0.1)
+
+
+def test_help_has_examples():
+    run = subprocess.run([sys.executable, "-m", "bench", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "--suites rms_norm flash_attention" in run.stdout

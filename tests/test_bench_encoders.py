@@ -1,0 +1,276 @@
+"""The encoder bench: its texts, its rivals, their parity, and the file itself from end to end."""
+
+import dataclasses
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from bench import encoders
+from bench.encoders import ENCODERS, GPU, SMALL, SMALLEST, Entry, Mix, ParityCheck, fitting_batch_sizes
+from bench.results import read
+from nvembed_fast import encoder
+from nvembed_fast.tokenization import TextTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+SCALES = {"gpu": GPU, "small": SMALL, "smallest": SMALLEST}
+
+
+@pytest.fixture(scope="module")
+def fp32() -> ParityCheck:
+    return ParityCheck(SMALLEST, "cpu", torch.float32)
+
+
+@pytest.fixture(scope="module")
+def bf16() -> ParityCheck:
+    return ParityCheck(SMALLEST, "cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_texts_have_exactly_their_tokens(scale):
+    vocab_size = scale.config.text_config.vocab_size
+    tokenizer = TextTokenizer(encoders.word_tokenizer(vocab_size), encoders.EOS)
+    for mix in scale.mixes:
+        texts, instruction = mix.texts(vocab_size)
+        assert (texts, instruction) == mix.texts(vocab_size), "another call gives other texts"
+        tokenized = tokenizer(texts, instruction, encoders.MAX_LENGTH)
+        assert tuple(tokenized.lengths()) == mix.lengths
+        assert set(tokenized.first_pooled) == {mix.instruction_length}
+        for ids in tokenized.ids:
+            assert ids[-1] == encoders.EOS_ID
+            assert (ids[:-1] > encoders.EOS_ID).all(), "a word that the tokenizer does not know"
+
+
+def test_texts_use_the_whole_vocabulary():
+    texts, _ = Mix("", (4096,) * 8).texts(1000)
+    assert {word for text in texts for word in text.split()} == {f"w{i}" for i in range(3, 1000)}
+
+
+def test_the_mixes_of_a_gpu_are_the_stated_ones():
+    mixes = {mix.name: mix for mix in GPU.mixes}
+    for length in (32, 512, 4096):
+        assert set(mixes[f"all {length}"].lengths) == {length}
+    assert set(mixes["queries"].lengths) == {50} and mixes["queries"].instruction_length == 18
+    assert mixes["one query"].lengths == (50,) and mixes["one query"].instruction_length == 18
+    lengths = mixes["skewed"].lengths
+    assert len(lengths) == 4096 and min(lengths) >= 16 and max(lengths) <= 4096
+    assert statistics.median(lengths) == pytest.approx(128, rel=0.05)
+    # between the clips: the quartiles of a lognormal lie 0.674 sigma from its median
+    low, _, high = statistics.quantiles(map(math.log, lengths), n=4)
+    assert (high - low) / 2 == pytest.approx(0.6745, rel=0.05)
+    # seed 0: a result can be compared with one of another day only on the same lengths
+    assert lengths[:6] == (145, 112, 243, 142, 75, 184) and sum(lengths) == 847_900
+
+
+@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in encoders.GPU_ONLY])
+def test_every_encoder_agrees_with_fp32(fp32, bf16, name):
+    assert fp32.of(ENCODERS[name]).obstacle is None
+    found = bf16.of(ENCODERS[name])
+    assert found.obstacle is None and found.unit == "1 - cosine"
+    assert found.error > 1e-7, "as exact as fp32: this was no run in 16 bits"
+
+
+@pytest.mark.parametrize("rival", [encoders.Original, encoders.Sorted])
+def test_windows_keep_the_callers_order(fp32, rival, monkeypatch):
+    monkeypatch.setattr(encoder, "_FIRST_WINDOW", 2)
+    monkeypatch.setattr(encoder, "_WINDOW", 4)
+    assert fp32.of(rival).obstacle is None
+
+
+def test_the_compiled_encoder_agrees_and_shares_its_graphs_between_layers(fp32, monkeypatch):
+    monkeypatch.setattr(encoders.Compiled, "backend", "eager")
+    before = counters["stats"]["unique_graphs"]
+    assert fp32.of(encoders.Compiled).obstacle is None
+    # layers: ragged, equal lengths, one text; norm and head: some texts, one text
+    assert counters["stats"]["unique_graphs"] - before == 3 + 2 + 2
+
+
+def test_the_parity_batches_are_ragged_equal_and_single():
+    for scale in SCALES.values():
+        lengths = sorted(scale.parity_lengths, reverse=True)
+        batches = [set(lengths[i : i + encoders.PARITY_BATCH]) for i in range(0, len(lengths), 4)]
+        assert [len(batch) > 1 for batch in batches] == [True, False, False]
+        assert len(lengths) == 2 * encoders.PARITY_BATCH + 1
+
+
+class Causal(encoders.Sorted):
+    def __init__(self, ours):
+        super().__init__(ours)
+        self.mistral.config.is_causal = True
+
+
+class SeesPads(encoders.Original):
+    def pad(self, ids, multiple=1):
+        input_ids, real = super().pad(ids, multiple)
+        return input_ids, real | True
+
+
+class PoolsTheInstruction(encoders.Sorted):
+    def embed(self, ids, first_pooled):
+        return super().embed(ids, [0] * len(ids))
+
+
+class ForgetsTheCallersOrder(encoders.Ours):
+    def encode(self, texts, instruction, batch_size):
+        return super().encode(sorted(texts, key=len), instruction, batch_size)
+
+
+class WithoutLatents(encoders.Sorted):
+    def __init__(self, ours):
+        super().__init__(ours)
+        self.block.v_NLH.zero_()
+
+
+class NotANumber(encoders.Ours):
+    def encode(self, texts, instruction, batch_size):
+        return super().encode(texts, instruction, batch_size) * float("nan")
+
+
+@pytest.mark.parametrize(
+    "broken", [Causal, SeesPads, PoolsTheInstruction, ForgetsTheCallersOrder, WithoutLatents, NotANumber]
+)
+def test_a_wrong_encoder_is_red(fp32, broken):
+    assert fp32.of(broken).obstacle.startswith("parity is red")
+
+
+class WrongIn16Bits(encoders.Ours):
+    def encode(self, texts, instruction, batch_size):
+        vectors = super().encode(texts, instruction, batch_size)
+        return vectors if self.ours.dtype == torch.float32 else vectors.roll(1, dims=1)
+
+
+def test_an_encoder_that_is_wrong_in_16_bits_alone_is_red(fp32, bf16):
+    assert fp32.of(WrongIn16Bits).obstacle is None
+    assert "cosine" in bf16.of(WrongIn16Bits).obstacle
+
+
+def test_rivals_hold_no_weights_of_their_own(fp32):
+    ours = encoders.random_encoder(SMALLEST.config, "cpu", torch.float32)
+    owned = {weight.untyped_storage().data_ptr() for weight in ours.model.parameters()}
+    views = list(encoders.mistral_model(ours).parameters())
+    assert {view.untyped_storage().data_ptr() for view in views} <= owned
+    backbone = sum(weight.numel() for weight in ours.model.embedding_model.parameters())
+    assert sum(view.numel() for view in views) == backbone
+
+
+class Device:
+    """A clock, and an encoder that moves it: seconds per batch and per text, and so much memory."""
+
+    def __init__(self, per_batch: float, per_text: float, most_texts: int):
+        self.now, self.first_calls = 0.0, set()
+        self.per_batch, self.per_text, self.most_texts = per_batch, per_text, most_texts
+
+    def clock(self) -> float:
+        return self.now
+
+    def encode(self, texts: list[str], size: int) -> None:
+        if min(size, len(texts)) > self.most_texts:
+            raise torch.OutOfMemoryError
+        # a first call is slow, at the best size
+        self.now += 1000.0 if size == 8 and size not in self.first_calls else 0.0
+        self.first_calls.add(size)
+        for start in range(0, len(texts), size):
+            count = len(texts[start : start + size])
+            self.now += self.per_batch + self.per_text * count**2
+
+
+def test_the_search_finds_the_fastest_batch_size():
+    texts = ["text"] * 64
+    sizes = (1, 8, 32, 128)
+    # 64 texts: 704 s one by one, 144 s by 8, 224 s by 32, 419.6 s at once
+    device = Device(per_batch=10.0, per_text=0.1, most_texts=64)
+    assert fitting_batch_sizes(device.encode, texts, sizes, device.clock) == [8, 32, 64, 1]
+    device = Device(per_batch=10.0, per_text=0.0, most_texts=31)
+    assert fitting_batch_sizes(device.encode, texts, sizes, device.clock) == [8, 1]
+    device = Device(per_batch=10.0, per_text=0.0, most_texts=0)
+    assert fitting_batch_sizes(device.encode, texts, sizes, device.clock) == []
+
+
+def test_a_pass_that_runs_out_of_memory_goes_on_with_the_next_best_size():
+    device = Device(per_batch=1.0, per_text=0.0, most_texts=8)
+    device.first_calls |= {1, 8, 32}
+    entry = Entry(lambda size: device.encode(["text"] * 64, size), [32, 8, 1], clock=device.clock)
+    entry.take_turn()
+    entry.take_turn()
+    assert entry.sizes == [8, 1] and entry.seconds == [8.0, 8.0]
+    device.most_texts = 0
+    entry.take_turn()
+    assert entry.sizes == [] and entry.seconds == []
+    entry.take_turn()
+
+
+def test_an_encoder_that_had_its_seconds_sits_out():
+    device = Device(per_batch=encoders.ENOUGH_SECONDS * 0.75, per_text=0.0, most_texts=1)
+    device.first_calls.add(1)
+    entry = Entry(lambda size: device.encode(["text"], size), [1], clock=device.clock)
+    for _ in range(4):
+        entry.take_turn()
+    assert len(entry.seconds) == 2
+
+
+# the file itself runs with this rival broken
+BROKEN_RIVAL = """
+from bench import encoders
+
+class Wrong(encoders.Original):
+    def embed(self, ids, first_pooled):
+        return super().embed(ids, first_pooled).roll(1, dims=1)
+
+encoders.ENCODERS["original"] = Wrong
+"""
+
+
+def run_bench(results: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "pytest", "bench/bench_encode.py", "-q", "-p", "no:cacheprovider"]
+    command += ["--smallest", "--results", str(results), "--commit", "test", *options]
+    # pytest-benchmark measures nothing where it finds itself in a worker of pytest-xdist
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    env["PYTHONPATH"] = str(results.parent)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
+    return run.stdout
+
+
+def figures(results: Path, mix: Mix, name: str) -> dict[str, dict[str, str]]:
+    """The rows of one encoder on one mix, by metric."""
+    wanted = ("encode", mix.name, name)
+    return {r["metric"]: r for r in read(results) if (r["suite"], r["case"], r["impl"]) == wanted}
+
+
+def test_the_bench_writes_a_row_for_everyone_goes_on_where_it_was_and_times_nothing_red(tmp_path):
+    first, *others = SMALLEST.mixes
+    results = tmp_path / "results.csv"
+    (tmp_path / "broken_rival.py").write_text(BROKEN_RIVAL)
+    run_bench(results, "-p", "broken_rival", "-k", first.name.replace(" ", " and "))
+    found = figures(results, first, "original")
+    assert set(found) == {"left_out"} and found["left_out"]["unit"].startswith("parity is red")
+
+    before = results.read_text()
+    assert f"{len(others)} passed, 1 skipped" in run_bench(results)
+    assert results.read_text().startswith(before)
+    assert set(figures(results, first, "original")) == {"left_out"}, "measured again"
+    timed = {"time_p20", "time_p50", "time_p80", "texts_rate", "tokens_rate", "parity_error"}
+    for mix in others:
+        for name in ENCODERS:
+            found = figures(results, mix, name)
+            if name in encoders.GPU_ONLY and not torch.cuda.is_available():
+                assert set(found) == {"left_out"} and "torch.compile" in found["left_out"]["unit"]
+                continue
+            assert timed <= set(found), (mix.name, name)
+            ms, rate = (float(found[metric]["value"]) for metric in ("time_p50", "tokens_rate"))
+            assert rate == pytest.approx(1e3 * mix.num_tokens / ms, rel=1e-4)
+            assert float(found["tokens_rate"]["share_of_limit"]) > 0
+            assert ("batch_size" in found) == (name != encoders.OURS)
+
+
+def test_scales_are_frozen_and_follow_the_device():
+    assert encoders.scale_for("cuda") is GPU and encoders.scale_for("cpu") is SMALL
+    assert encoders.scale_for("cuda", smallest=True) is SMALLEST
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        GPU.mixes = ()
