@@ -17,7 +17,7 @@ help:
 	@echo "make profile   where the time of a step goes: table, picture and trace; ARGS='--mix skewed'"
 	@echo "make bench-report                        one HTML page of bench/results/"
 	@echo "make bench-compare A=old.csv B=new.csv   what became slower; FILE.csv@COMMIT for one commit"
-	@echo "make tune      search the best configuration of each kernel on this GPU; ARGS='--list': what would be tried"
+	@echo "make tune      measure launch configurations on a GPU, keep the fastest in kernels/tuned.toml; ARGS=--list: which"
 
 venv: $(STAMP)
 
@@ -56,4 +56,4 @@ profile: $(STAMP)
 	$(PY) -m bench.profiling $(ARGS)
 
 tune: $(STAMP)
-	$(PY) -m bench.tuning $(ARGS)
+	$(PY) -m bench.tuning $(or $(ARGS),--write)

@@ -24,6 +24,7 @@ setup(
     # named one by one: kernels/ has no __init__.py (CONTRIBUTING.md says why), so find_packages would skip it
     packages=["nvembed_fast", "nvembed_fast.kernels"],
     package_dir={"nvembed_fast.kernels": "kernels"},
+    package_data={"nvembed_fast.kernels": ["tuned.toml"]},
     python_requires=">=3.11",
     install_requires=[
         "einops",

@@ -40,7 +40,7 @@ TARGETS = (80, 90)  # those of the snapshots
 COLUMNS = ("registers", "stack", "spills", "shared", "wgmma", "mma", "tma", "load_bytes")
 LOWER_IS_BETTER = ("registers", "stack", "spills", "shared")
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes
 # NV-Embed-v2: model width, query heads, key/value heads, head width, latents, latent heads, MLP widths
 WIDTH, HEADS, KV_HEADS, HEAD_WIDTH = 4096, 32, 8, 128
 LATENTS, LATENT_HEADS, SWIGLU_WIDTH, GEGLU_WIDTH = 512, 8, 14336, 16384
@@ -401,14 +401,14 @@ def _mean_pool_specs(capability: int) -> Iterator[CompileSpec]:
     results = {f"{name}_ptr": "*fp32" for name in ("partial", "partial_count", "out")}
     for op, width in (("mean_pool", WIDTH), ("mean_pool_geglu", GEGLU_WIDTH)):
         geglu = op == "mean_pool_geglu"
-        constexprs, options = _split(m._launch_config(width, geglu))
         flags = {"D": width, "GEGLU": geglu, "HAS_MASK": True}
-        for dtype in DTYPES:
+        for dtype, itemsize in DTYPES.items():
+            constexprs, options = _split(m._launch_config(width, geglu, capability, itemsize))
             arguments = {"x_ptr": f"*{dtype}", "mask_ptr": "*i1"} | lists | results
             arguments |= {f"stride_{name}": "i32:16" for name in ("xt", "ob", "pt")}
             kernel, constants = m._mean_pool_fwd_kernel, constexprs | flags
             yield CompileSpec(f"{op} {dtype}", kernel, arguments, constants, options)
-            backward, backward_options = _split(m._bwd_launch_config(width, geglu))
+            backward, backward_options = _split(m._bwd_launch_config(width, geglu, capability, itemsize))
             arguments = {f"{name}_ptr": f"*{dtype}" for name in ("x", "dx")} | lists
             arguments |= {"mask_ptr": "*i1", "count_ptr": "*i32", "dout_ptr": "*fp32"}
             arguments |= {f"stride_{name}": "i32:16" for name in ("xt", "db", "dxt")}
@@ -425,9 +425,9 @@ def _mean_pool_specs(capability: int) -> Iterator[CompileSpec]:
 
 def _rms_norm_specs(capability: int) -> Iterator[CompileSpec]:
     m = _kernels("rms_norm")
-    constexprs, options = _split(m._launch_config(WIDTH))
     for op in ("rms_norm", "add_rms_norm"):
-        for dtype in DTYPES:
+        for dtype, itemsize in DTYPES.items():
+            constexprs, options = _split(m._launch_config(WIDTH, capability, itemsize))
             arguments = {f"{name}_ptr": f"*{dtype}" for name in ("x", "residual", "weight", "y", "h")}
             arguments |= {f"stride_{name}t": "i32:16" for name in "xryh"}
             arguments |= {"num_tokens": "i32", "eps": "fp32"}
@@ -436,9 +436,9 @@ def _rms_norm_specs(capability: int) -> Iterator[CompileSpec]:
                 flags |= {name: None for name in ("residual_ptr", "h_ptr")}
             arguments = {name: kind for name, kind in arguments.items() if name not in flags}
             yield CompileSpec(f"{op} {dtype}", m._rms_norm_fwd_kernel, arguments, constexprs | flags, options)
-    constexprs, options = _split(m._bwd_launch_config(WIDTH))
     for name, needs_dweight in (("backward", True), ("backward, weight frozen", False)):
-        for dtype in DTYPES:
+        for dtype, itemsize in DTYPES.items():
+            constexprs, options = _split(m._bwd_launch_config(WIDTH, capability, itemsize))
             arguments = {f"{t}_ptr": f"*{dtype}" for t in ("h", "weight", "dy", "dh_out", "dh")}
             arguments |= {f"stride_{s}": "i32:16" for s in ("ht", "dyt", "dot", "dht")}
             arguments |= {"num_tokens": "i32", "eps": "fp32"}

@@ -48,6 +48,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
     COMPILE_OPTIONS,
     LOG2E,
@@ -438,7 +439,18 @@ def _flash_attention_dkv_kernel(
         tl.store(dv_ptr + o_kv, b_dv.to(dv_ptr.dtype.element_ty), mask=m_kv)
 
 
-@functools.cache
+def _shape_class(rule: dict[str, int | bool], dtype: torch.dtype, longest: int) -> dict[str, int]:
+    # from 128 tokens on no rule cuts its tile for short texts
+    longest = min(max(longest, 16), 128)
+    return {
+        "width": rule["BLOCK_H"],
+        "group": rule["BLOCK_GROUP"],
+        "bits": 8 * dtype.itemsize,
+        "longest": longest,
+    }
+
+
+@tuned.cache
 def _launch_config(
     capability: int, head_width: int, group: int, dtype: torch.dtype, max_length: int, aligned: bool = True
 ) -> dict[str, int | bool]:
@@ -466,7 +478,7 @@ def _launch_config(
     # short texts: no tile much taller or wider than the longest of them
     block_m = max(block_group, min(block_m, max(64, longest * block_group)))
     is_small = block_m <= 64 and dtype.itemsize == 2 and (use_tma or block_h <= 128)
-    return {
+    rule = {
         "BLOCK_T": block_m // block_group,
         "BLOCK_GROUP": block_group,
         "BLOCK_N": min(block_n, max(32, longest)),
@@ -475,9 +487,10 @@ def _launch_config(
         "num_warps": 4 if is_small else 8,
         "num_stages": num_stages,
     }
+    return tuned.override("flash_attention.fwd", capability, rule, **_shape_class(rule, dtype, longest))
 
 
-@functools.cache
+@tuned.cache
 def _bwd_launch_config(
     kernel: Literal["dq", "dkv"],
     capability: int,
@@ -505,7 +518,7 @@ def _bwd_launch_config(
         block_m = block_n = 64
     # short texts: no tile much taller or wider than the longest of them
     block_m = max(16, block_group, min(block_m, max(64, longest * block_group)))
-    return {
+    rule = {
         "BLOCK_T": block_m // block_group,
         "BLOCK_GROUP": block_group,
         "BLOCK_N": min(block_n, max(32, longest)),
@@ -514,6 +527,7 @@ def _bwd_launch_config(
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
+    return tuned.override(f"flash_attention.{kernel}", capability, rule, **_shape_class(rule, dtype, longest))
 
 
 @functools.cache

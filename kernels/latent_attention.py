@@ -64,6 +64,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
     COMPILE_OPTIONS,
     LOG2E,
@@ -436,10 +437,17 @@ def _latent_weights_bwd_kernel(
             tl.store(ds_ptr + o_p, b_ds.to(ds_ptr.dtype.element_ty), mask=m_p)
 
 
-@functools.cache
-def _launch_config(num_latents: int, head_width: int, itemsize: int, sm: int) -> dict[str, int]:
-    """Tiles of the direct kernel for capability `sm`; descriptors (TMA) for 16-bit data where it has them."""
+@tuned.cache
+def _launch_config(
+    num_latents: int, head_width: int, itemsize: int, sm: int, aligned: bool = True
+) -> dict[str, int | bool]:
+    """Tiles of the direct kernel for capability `sm`; descriptors (TMA) for 16-bit data where it has them.
+
+    Args:
+        aligned: bases and strides let descriptors be made.
+    """
     block_h = max(16, triton.next_power_of_2(head_width))
+    most = max(16, triton.next_power_of_2(num_latents))
     use_tma = itemsize == 2 and use_descriptors(sm)
     if itemsize == 4:
         block_t = block_l = 32 if block_h <= 128 else 16
@@ -451,14 +459,15 @@ def _launch_config(num_latents: int, head_width: int, itemsize: int, sm: int) ->
         block_t, block_l = (128, 64) if block_h <= 128 else (64, 32)
         # 8.6, 8.9 and 12.0 have 99 KB of shared memory for a program, 8.0 has 163
         num_warps, num_stages = 8, 3 if sm == 80 or block_h <= 128 else 2
-    return {
+    rule = {
         "BLOCK_T": block_t,
-        "BLOCK_L": min(block_l, max(16, triton.next_power_of_2(num_latents))),
+        "BLOCK_L": min(block_l, most),
         "BLOCK_H": block_h,
-        "USE_TMA": use_tma,
+        "USE_TMA": use_tma and aligned,
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
+    return tuned.override("latent_attention.fwd", sm, rule, width=block_h, latents=most, bits=8 * itemsize)
 
 
 @functools.cache
@@ -494,9 +503,7 @@ def _bwd_launch_config(
     }
 
 
-@functools.cache
-def _weights_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str, int]:
-    """Tiles of the fused softmax for capability `sm`; descriptors (TMA) for 16-bit data where it has them."""
+def _weights_rule(num_latents: int, itemsize: int, sm: int) -> dict[str, int | bool]:
     use_tma = itemsize == 2 and use_descriptors(sm)
     if itemsize == 4:
         block_t, block_l, block_k, num_warps, num_stages = 32, 128, 16, 4, 2
@@ -512,10 +519,21 @@ def _weights_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str
     }
 
 
+@tuned.cache
+def _weights_launch_config(
+    num_latents: int, itemsize: int, sm: int, aligned: bool = True
+) -> dict[str, int | bool]:
+    """Tiles of the fused softmax for capability `sm`; descriptors (TMA) for 16-bit data where it has them."""
+    rule = _weights_rule(num_latents, itemsize, sm)
+    rule["USE_TMA"] = rule["USE_TMA"] and aligned
+    latents = max(16, triton.next_power_of_2(num_latents))
+    return tuned.override("latent_attention.weights", sm, rule, latents=latents, bits=8 * itemsize)
+
+
 @functools.cache
 def _weights_bwd_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str, int]:
-    """The forward's tiles, and for parked pieces whole rows of a head's latents: 32 elements per thread."""
-    config = dict(_weights_launch_config(num_latents, itemsize, sm))
+    """The forward's rule, and for parked pieces whole rows of a head's latents: 32 elements per thread."""
+    config = _weights_rule(num_latents, itemsize, sm)
     block_head = triton.next_power_of_2(num_latents)
     if block_head == config["BLOCK_L"] == 256:
         config["BLOCK_T"] = 64  # P stands beside dP
@@ -559,8 +577,7 @@ def _latent_attention_fwd(
     if num_tokens == 0:
         return out, lse
     sm = capability(q.device)
-    config = dict(_launch_config(len(k), head_width, q.itemsize, sm))
-    config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v)
+    config = _launch_config(len(k), head_width, q.itemsize, sm, use_descriptors(sm, q, k, v))
     if config["USE_TMA"]:
         allow_descriptors()
     _latent_attention_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
@@ -798,8 +815,7 @@ def _latent_weights_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> tor
     if num_tokens == 0:
         return p
     sm = capability(x.device)
-    config = dict(_weights_launch_config(num_latents, x.itemsize, sm))
-    config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, x, a)
+    config = _weights_launch_config(num_latents, x.itemsize, sm, use_descriptors(sm, x, a))
     if config["USE_TMA"]:
         allow_descriptors()
     _latent_weights_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](

@@ -7,8 +7,8 @@
    of each sequence in their order and divides. It starts only if there are any.
 
 The invariant: tiles begin at the sequence, and their size follows from the
-width alone. So a sequence is summed in the same order whatever else is in the
-batch, and its bits never change. Nothing is atomic.
+width, the dtype and the GPU. So a sequence is summed in the same order whatever
+else is in the batch, and its bits never change. Nothing is atomic.
 
 Backward: a kept token gets its sequence's gradient over the number of kept
 tokens, a dropped one zeros. Saved are the mask (a byte per token) and, for the
@@ -24,8 +24,10 @@ import torch
 import triton
 import triton.language as tl
 
+from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
     COMPILE_OPTIONS,
+    capability,
     double_gelu,
     double_gelu_and_slope,
     is_dispatched,
@@ -168,19 +170,29 @@ def _mean_pool_bwd_kernel(
             tl.store(dx_ptrs, b_dout, mask=m_td)
 
 
-@functools.cache
-def _launch_config(width: int, geglu: bool) -> dict[str, int]:
-    """Tile and warps: four 16-byte loads of 16-bit data in flight per thread, from one or from two tensors.
+def _configured(
+    kernel: str, width: int, geglu: bool, tokens: int, sm: int | None, itemsize: int
+) -> dict[str, int]:
+    # four 16-byte loads of 16-bit data in flight per thread, from one or from two tensors
+    padded = triton.next_power_of_2(width)
+    rule = {
+        "TOKENS": tokens,
+        "BLOCK_T": 16 if geglu else 32,
+        "BLOCK_D": min(128, padded),
+        "num_warps": 4,
+    }
+    name = f"mean_pool.{'geglu_' * geglu}{kernel}"
+    return tuned.override(name, sm, rule, width=padded, bits=8 * itemsize)
+
+
+@tuned.cache
+def _launch_config(width: int, geglu: bool, sm: int | None = None, itemsize: int = 2) -> dict[str, int]:
+    """Tile and warps for capability `sm`; None takes the rule.
 
     TOKENS is a trade: every sequence longer than that takes the second kernel, and a smaller batch than
     that has few programs.
     """
-    return {
-        "TOKENS": 512,
-        "BLOCK_T": 16 if geglu else 32,
-        "BLOCK_D": min(128, triton.next_power_of_2(width)),
-        "num_warps": 4,
-    }
+    return _configured("fwd", width, geglu, 512, sm, itemsize)
 
 
 @functools.cache
@@ -189,10 +201,10 @@ def _combine_launch_config(width: int) -> dict[str, int]:
     return {"BLOCK_T": 32, "BLOCK_D": min(64, triton.next_power_of_2(width)), "num_warps": 4}
 
 
-@functools.cache
-def _bwd_launch_config(width: int, geglu: bool) -> dict[str, int]:
+@tuned.cache
+def _bwd_launch_config(width: int, geglu: bool, sm: int | None = None, itemsize: int = 2) -> dict[str, int]:
     """Small tiles, since nothing is summed: many programs for one long sequence too."""
-    return _launch_config(width, geglu) | {"TOKENS": 64}
+    return _configured("bwd", width, geglu, 64, sm, itemsize)
 
 
 def _check(
@@ -221,7 +233,7 @@ def _mean_pool_fwd(
     out = new_out(len(layout), width, dtype=torch.float32)
     if layout.num_tokens == 0:
         return out
-    config = _launch_config(width, geglu)
+    config = _launch_config(width, geglu, capability(x.device), x.itemsize)
     tiles = layout.tiles(config["TOKENS"])
     # without a long sequence the kernel is the same and leaves them alone
     split_seqs, partial, partial_count = None, out, out
@@ -286,7 +298,7 @@ def _mean_pool_bwd(
         # kept tokens before each place; integers, so exact in any order
         kept = torch.nn.functional.pad(pool_mask.cumsum(0, dtype=torch.int32), (1, 0))
         count = kept[layout.cu_seqlens].diff()
-    config = _bwd_launch_config(width, geglu)
+    config = _bwd_launch_config(width, geglu, capability(dx.device), dx.itemsize)
     tiles = layout.tiles(config["TOKENS"])
     _mean_pool_bwd_kernel[(len(tiles) * triton.cdiv(width, config["BLOCK_D"]),)](
         x_ptr=x,

@@ -13,7 +13,7 @@ Backward, with r = 1 / rms(h), n = h r, g = dy * weight:
 1. A program walks ROWS rows, writes dh, and keeps its share of dweight in fp32
    registers until the end.
 2. The shares, one row each, are added in their order: nothing is atomic, and
-   no tile depends on T or on the GPU.
+   no tile depends on T.
 
 Saved is h alone, which the residual stream holds anyway: r costs less to
 compute again, from the row in registers, than to read.
@@ -27,7 +27,8 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, is_dispatched, with_contiguous_rows
+from nvembed_fast.kernels import tuned
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, capability, is_dispatched, with_contiguous_rows
 from nvembed_fast.kernels.errors import Unsupported, mismatch
 
 __all__ = ["add_rms_norm", "rms_norm"]
@@ -123,17 +124,21 @@ def _rms_norm_dweight_kernel(
     tl.store(dweight_ptr + o_d, tl.sum(b_acc, axis=0, keep_dims=True), mask=o_d < D)
 
 
-@functools.cache
-def _launch_config(width: int) -> dict[str, int]:
-    """Tile and warps: 16 elements of every tensor per thread (two or four 16-byte loads), full warps."""
+@tuned.cache
+def _launch_config(width: int, sm: int | None = None, itemsize: int = 2) -> dict[str, int]:
+    """Tile and warps for capability `sm`; None takes the rule.
+
+    16 elements of every tensor per thread (two or four 16-byte loads), full warps.
+    """
     block_d = triton.next_power_of_2(width)
     block_t = max(1, 1024 // block_d)
     num_warps = min(max(block_t * block_d // 512, 1), 16)
-    return {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": num_warps}
+    rule = {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": num_warps}
+    return tuned.override("rms_norm.fwd", sm, rule, width=block_d, bits=8 * itemsize)
 
 
-@functools.cache
-def _bwd_launch_config(width: int) -> dict[str, int]:
+@tuned.cache
+def _bwd_launch_config(width: int, sm: int | None = None, itemsize: int = 2) -> dict[str, int]:
     """8 elements of every tensor per thread: three and the share of dweight are held at once.
 
     A share is 4 bytes a column for ROWS rows of 4 tensors in 16 bits: at 32 rows 3 % more traffic with its
@@ -141,12 +146,13 @@ def _bwd_launch_config(width: int) -> dict[str, int]:
     """
     block_d = triton.next_power_of_2(width)
     block_t = max(1, min(32, 256 // block_d))
-    return {
+    rule = {
         "ROWS": 32,
         "BLOCK_T": block_t,
         "BLOCK_D": block_d,
         "num_warps": min(max(block_t * block_d // 256, 1), 16),
     }
+    return tuned.override("rms_norm.bwd", sm, rule, width=block_d, bits=8 * itemsize)
 
 
 @functools.cache
@@ -183,7 +189,7 @@ def _rms_norm_fwd(
     h = x if residual is None else x.new_empty(num_tokens, width)
     if num_tokens == 0:
         return y, h
-    config = _launch_config(width)
+    config = _launch_config(width, capability(x.device), x.itemsize)
     _rms_norm_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]),)](
         x_ptr=x,
         stride_xt=x.stride(0),
@@ -221,7 +227,7 @@ def _rms_norm_bwd(
     dweight = weight.new_empty(width if needs_dweight else 0)
     dy = with_contiguous_rows(dy)
     dh_out = None if dh_out is None else with_contiguous_rows(dh_out)
-    config = _bwd_launch_config(width)
+    config = _bwd_launch_config(width, capability(h.device), h.itemsize)
     num_programs = triton.cdiv(num_tokens, config["ROWS"])
     partial = h.new_empty(num_programs, width, dtype=torch.float32) if needs_dweight else None
     _rms_norm_bwd_kernel[(num_programs,)](
