@@ -17,27 +17,27 @@ PARITY_LENGTH = 8192
 @pytest.mark.cases(gpu=GPU, cpu=ATTENTION_CPU, smallest=[ATTENTION_CASES[1]])
 @DIRECTIONS
 def bench_flash_attention(comparison, rivals, case, backward, device, dtype):
+    def problem(case):
+        *tensors, layout = case.inputs(device, dtype)
+
+        def low(inputs, upstream):
+            no_dlse = torch.zeros(case.num_heads, layout.num_tokens, device=device)
+            return attention_gradients(inputs, (*upstream, no_dlse), layout)
+
+        def wanted(*tensors):
+            return reference.flash_attention(*tensors, layout)
+
+        return Problem(
+            tensors,
+            ours=lambda *tensors: ops.flash_attention(*tensors, layout),
+            reference=wanted,
+            rivals=rivals.attention(wanted, layout, case.num_heads, case.num_kv_heads),
+            low=low if dtype != torch.float32 else None,
+        )
+
     work = Work(case.flops(backward), "TFLOP/s")
-    part = _problem(_part(case), rivals, device, dtype)
-    comparison("flash_attention", case.name, _problem(case, rivals, device, dtype), work, backward, part)
-
-
-def _problem(case, rivals, device, dtype):
-    *tensors, layout = case.inputs(device, dtype)
-
-    def low(inputs, upstream):
-        no_dlse = torch.zeros(case.num_heads, layout.num_tokens, device=device)
-        return attention_gradients(inputs, (*upstream, no_dlse), layout)
-
-    def wanted(*tensors):
-        return reference.flash_attention(*tensors, layout)
-
-    return Problem(
-        tensors,
-        ours=lambda *tensors: ops.flash_attention(*tensors, layout),
-        reference=wanted,
-        rivals=rivals.attention(wanted, layout, case.num_heads, case.num_kv_heads),
-        low=low if dtype != torch.float32 else None,
+    comparison(
+        "flash_attention", case.name, lambda: problem(case), work, backward, lambda: problem(_part(case))
     )
 
 

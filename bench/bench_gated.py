@@ -13,7 +13,10 @@ from nvembed_fast.kernels.testing import GATED_CASES, GATED_CPU
 def bench_gated(comparison, rivals, case, name, backward, device, dtype):
     op, wanted = getattr(ops, name), getattr(reference, name)
     others = rivals.swiglu(wanted) if name == "swiglu" else rivals.plain(wanted)
-    problem = Problem([case.gated_input(device, dtype)], op, wanted, others)
+
+    def problem():
+        return Problem([case.gated_input(device, dtype)], op, wanted, others)
+
     comparison(
         "gated", f"{name} {case.name}", problem, Work(case.gated_bytes(dtype, backward), "GB/s"), backward
     )

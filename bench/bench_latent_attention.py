@@ -14,19 +14,22 @@ GPU = [c for c in LATENT_CASES if c.bench] + list(LATENT_SWEEP)
 @pytest.mark.parametrize("form", ["direct", "absorbed"])
 @DIRECTIONS
 def bench_latent_attention(comparison, rivals, case, form, backward, device, dtype):
-    args = getattr(case, f"{form}_inputs")(device, dtype)
     name = "latent_attention" if form == "direct" else "absorbed_latent_attention"
-    tensors = [t for t in args if torch.is_tensor(t)]
-    rest = args[len(tensors) :]
 
-    def wanted(*tensors):
-        return getattr(reference, name)(*tensors, *rest)
+    def problem():
+        args = getattr(case, f"{form}_inputs")(device, dtype)
+        tensors = [t for t in args if torch.is_tensor(t)]
+        rest = args[len(tensors) :]
 
-    problem = Problem(
-        tensors,
-        ours=lambda *tensors: getattr(ops, name)(*tensors, *rest),
-        reference=wanted,
-        rivals=rivals.latent_attention(wanted) if form == "direct" else rivals.plain(wanted),
-    )
+        def wanted(*tensors):
+            return getattr(reference, name)(*tensors, *rest)
+
+        return Problem(
+            tensors,
+            ours=lambda *tensors: getattr(ops, name)(*tensors, *rest),
+            reference=wanted,
+            rivals=rivals.latent_attention(wanted) if form == "direct" else rivals.plain(wanted),
+        )
+
     work = Work(getattr(case, f"{form}_flops")(backward), "TFLOP/s")
     comparison("latent_attention", f"{form} {case.name}", problem, work, backward)

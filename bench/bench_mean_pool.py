@@ -12,11 +12,14 @@ from nvembed_fast.kernels.testing import POOL_CASES, POOL_CPU
 @DIRECTIONS
 def bench_mean_pool(comparison, rivals, case, name, backward, device, dtype):
     geglu = name == "mean_pool_geglu"
-    x, *rest = case.inputs(device, dtype, geglu=geglu)
 
-    def wanted(x):
-        return getattr(reference, name)(x, *rest)
+    def problem():
+        x, *rest = case.inputs(device, dtype, geglu=geglu)
 
-    problem = Problem([x], lambda x: getattr(ops, name)(x, *rest), wanted, rivals.plain(wanted))
+        def wanted(x):
+            return getattr(reference, name)(x, *rest)
+
+        return Problem([x], lambda x: getattr(ops, name)(x, *rest), wanted, rivals.plain(wanted))
+
     work = Work(case.bytes_moved(dtype, geglu, backward), "GB/s")
     comparison("mean_pool", f"{name} {case.name}", problem, work, backward)

@@ -14,16 +14,18 @@ EPS = 1e-5
 @DIRECTIONS
 def bench_rms_norm(comparison, rivals, case, name, backward, device, dtype):
     residual = name == "add_rms_norm"
-    x, other, weight = case.norm_inputs(device, dtype)
 
     def wanted(*tensors):
         return getattr(reference, name)(*tensors, EPS)
 
-    problem = Problem(
-        [x, other, weight] if residual else [x, weight],
-        ours=lambda *tensors: getattr(ops, name)(*tensors, EPS),
-        reference=wanted,
-        rivals=rivals.rms_norm(wanted, EPS, residual),
-    )
+    def problem():
+        x, other, weight = case.norm_inputs(device, dtype)
+        return Problem(
+            [x, other, weight] if residual else [x, weight],
+            ours=lambda *tensors: getattr(ops, name)(*tensors, EPS),
+            reference=wanted,
+            rivals=rivals.rms_norm(wanted, EPS, residual),
+        )
+
     work = Work(case.norm_bytes(dtype, residual, backward), "GB/s")
     comparison("rms_norm", f"{name} {case.name}", problem, work, backward)

@@ -22,6 +22,8 @@ import torch
 GRAPH_BELOW_MS = 0.05
 GRAPH_MS = 2.0  # a graph holds about as many calls
 FLUSH_BYTES = 256 * 2**20
+# a call that takes the host longer than this waits for the device itself
+MOST_HOST_MS = 20.0
 
 
 @dataclass(frozen=True)
@@ -118,13 +120,15 @@ class _GPUSampler:
         self.estimate_ms = self.read(taken)
         if not flush:
             return
-        if self.estimate_ms < GRAPH_BELOW_MS or host_ms > self.estimate_ms:
-            # what the device takes without waiting for the host
-            self._flushes = 1 + math.ceil(host_ms / _flush_ms())
-            self.estimate_ms = self.read(self.sample())
+        self._flushes = 1 + math.ceil(min(host_ms, MOST_HOST_MS) / _flush_ms())
+        self.estimate_ms = self.read(self.sample())
         if self.estimate_ms < GRAPH_BELOW_MS:
-            self._calls = math.ceil(GRAPH_MS / max(self.estimate_ms, 1e-3))
-            self._run = _captured(fn, self._calls)
+            calls = math.ceil(GRAPH_MS / max(self.estimate_ms, 1e-3))
+            try:
+                self._run, self._calls = _captured(fn, calls), calls
+            except RuntimeError:
+                # what waits for the device cannot be captured; its samples are single calls
+                torch.cuda.synchronize()
 
     def sample(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

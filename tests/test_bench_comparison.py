@@ -1,6 +1,5 @@
-"""What a figure of the benches rests on: parity before time, turns, limits, and rows that are not lost."""
+"""What a figure of the benches rests on: parity before time, limits, and rows that are not lost."""
 
-import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import comparison, results, timing
+from bench import comparison, results
 from bench.comparison import Problem, Rival, Work, compare
 from bench.limits import Limits
 from bench.results import COLUMNS, OURS, Machine, Results, Row
@@ -61,6 +60,18 @@ def test_a_rival_that_is_wrong_gets_no_time(backward):
     assert row.unit.startswith("parity is red: error 1.0e-03")
 
 
+def test_a_rival_with_a_wrong_gradient_gets_no_time_with_backward():
+    rival = Rival("wrong slope", lambda x: x.sin() + 0.01 * (x - x.detach()))
+    assert "time_p50" in of(run(problem(rival)), "wrong slope")
+    [row] = of(run(problem(rival), backward=True), "wrong slope").values()
+    assert row.unit.startswith("parity is red")
+
+
+def test_the_rate_of_products_is_in_tflops():
+    work = Work(3 * 10**12, "TFLOP/s")
+    assert work.rate(1000.0) == pytest.approx(3.0) and work.limit(FakeLimits(), torch.float32) == 2.0
+
+
 def test_a_rival_that_gives_nan_is_wrong():
     [row] = of(run(problem(Rival("nan", lambda x: x.sin() / 0 * 0))), "nan").values()
     assert row.unit.startswith("parity is red: error inf")
@@ -95,30 +106,6 @@ def test_inputs_keep_their_values_and_their_strides():
     assert torch.equal(comparison._results(inplace, [before.clone()], (), False)[0], 2 * before)
 
 
-def test_rivals_take_turns():
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    times = timing.interleaved(calls, seconds=0.0, min_rounds=4, max_rounds=4)
-    assert [len(t.ms) for t in times.values()] == [4, 4, 4]
-    # one call each for an estimate, then rounds that start with another one every time
-    assert "".join(order[3:]) == "abc" + "bca" + "cab" + "abc"
-
-
-def test_times_are_those_of_the_calls(monkeypatch):
-    clock = itertools.count()
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    [times] = timing.interleaved({"a": lambda: None}, seconds=0.0, min_rounds=3).values()
-    # every look at this clock takes a second
-    assert times.ms == (1000.0,) * 3
-    assert timing.sustained(lambda: None, 0.0) == pytest.approx(2000.0)
-
-
-def test_percentiles():
-    times = timing.Times(tuple(float(i) for i in range(101)))
-    assert [times.percentile(p) for p in (20, 50, 80)] == [20.0, 50.0, 80.0]
-    assert times.median == 50.0 and timing.Times((3.0,)).percentile(80) == 3.0
-
-
 def test_limits_are_measured_once_and_are_rows():
     limits = Limits("cpu", seconds=0.0)
     rows = {(row.case, row.metric): row for row in limits.rows((torch.float32,))}
@@ -133,9 +120,11 @@ def test_a_results_file_goes_on_where_it_was_cut_off(tmp_path):
     Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.5, "ms", 0.25)])
     with path.open("a") as file:
         file.write("s,two,i,time_p")
+    assert [row["case"] for row in results.read(path)] == ["one"]
     again = Results(path, FACTS)
     assert again.has("s", "one") and not again.has("s", "two")
     again.add([Row("s", "two", "i", "left_out", None, "because, it says")])
+    assert again.has("s", "two")
     rows = results.read(path)
     assert [tuple(row) for row in rows] == [COLUMNS] * 2
     assert rows[0]["value"] == "1.5" and rows[0]["share_of_limit"] == "0.25" and rows[0]["gpu"] == "GPU"
@@ -203,6 +192,7 @@ def test_compiled_rivals_run():
 def test_skewed_lengths():
     lengths = skewed_lengths(4096)
     assert lengths[:64] == skewed_lengths(64) and min(lengths) == 16 and max(lengths) <= 4096
+    assert max(skewed_lengths(100, most=200)) == 200
     ordered = sorted(lengths)
     # lognormal of sigma 1: the median, and e times as much one sigma above
     assert ordered[2048] == pytest.approx(128, rel=0.1)
