@@ -115,12 +115,14 @@ def compare(
     for rival in (Rival(OURS, problem.ours), *problem.rivals):
         if rival.name in left_out:
             continue
-        call = _call(rival, problem.tensors, backward)
         try:
+            call = _call(rival, problem.tensors, backward)
             call()
             peaks[rival.name] = peak_memory(call)
-        except torch.OutOfMemoryError:
-            left_out[rival.name] = "out of memory"
+        except Exception as error:
+            if rival.name == OURS:
+                raise
+            left_out[rival.name] = _obstacle(error)
         else:
             functions[rival.name] = call
     bounds = {"min_rounds": rounds, "max_rounds": rounds} if rounds else {}
@@ -160,15 +162,22 @@ def _parity(case: str, problem: Problem, backward: bool) -> tuple[dict[str, floa
             continue
         try:
             error = _error(_results(rival, problem.tensors, upstream, backward), high)
-        except (RuntimeError, TypeError, NotImplementedError) as problem_of_theirs:
-            # other people's code on a machine it may not be made for
-            left_out[rival.name] = f"cannot run: {str(problem_of_theirs).strip().splitlines()[0][:120]}"
+        except Exception as theirs:
+            left_out[rival.name] = _obstacle(theirs)
             continue
         if error <= bound:
             errors[rival.name] = error
         else:
             left_out[rival.name] = f"parity is red: error {error:.1e} > {bound:.1e}"
     return errors, left_out
+
+
+def _obstacle(error: Exception) -> str:
+    """Why a rival has no time. It may raise anything: others' code, on a machine it may not be made for."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"cannot run: {first_line[:120] or type(error).__name__}"
 
 
 def _results(fn: Callable, tensors: Tensors, upstream: Tensors, backward: bool) -> tuple[torch.Tensor, ...]:

@@ -1,5 +1,6 @@
 """What a figure of the benches rests on: parity before time, limits, and rows that are not lost."""
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -86,9 +87,40 @@ def test_a_rival_that_cannot_run_says_why():
     def fails(x):
         raise RuntimeError("no kernel for this\nand more")
 
-    rows = run(problem(Rival("fails", fails), Rival("absent", None, obstacle="pip install it")))
+    def has_no_memory(x):
+        raise torch.OutOfMemoryError("a long story")
+
+    calls = itertools.count()
+
+    def fails_later(x):
+        if next(calls):
+            raise ValueError
+        return x.sin()
+
+    rows = run(
+        problem(
+            Rival("fails", fails),
+            Rival("has no memory", has_no_memory),
+            Rival("fails later", fails_later),
+            Rival("absent", None, obstacle="pip install it"),
+        )
+    )
     assert of(rows, "fails")["left_out"].unit == "cannot run: no kernel for this"
+    assert of(rows, "has no memory")["left_out"].unit == "out of memory"
+    assert of(rows, "fails later")["left_out"].unit == "cannot run: ValueError"
     assert of(rows, "absent")["left_out"].unit == "pip install it"
+
+
+def test_an_error_of_ours_is_no_row():
+    calls = itertools.count()
+
+    def fails_later(x):
+        if next(calls):
+            raise RuntimeError("ours")
+        return x.sin()
+
+    with pytest.raises(RuntimeError, match="ours"):
+        run(problem(ours=fails_later))
 
 
 def test_inputs_keep_their_values_and_their_strides():
