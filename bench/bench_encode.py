@@ -24,7 +24,7 @@ import pytest
 import torch
 
 from bench import encoders
-from bench.encoders import ENCODERS, Entry, Mix, Parity, ParityCheck, Scale, wall_clock
+from bench.encoders import ENCODERS, GRAPHED, Entry, Mix, Parity, ParityCheck, Scale, wall_clock
 from bench.limits import Limits
 from bench.results import LEFT_OUT, OURS, TIMES, Row
 from bench.timing import Times
@@ -101,11 +101,15 @@ def bench_encode(start, benchmark, request, results, limits: Limits, mix: Mix):
     say = _say(request.config)
     texts, instruction = mix.texts(who.scale.config.text_config.vocab_size)
     entries, left_out = {}, dict(who.left_out)
+    taking_part = [name for name in ENCODERS if name != GRAPHED or len(texts) == 1]
     for name, encoder in who.encoders.items():
+        if name not in taking_part:
+            continue
         encode = functools.partial(_encode, encoder, instruction)
         encoders.warm_up(encode, texts)
-        sizes = [NO_SIZE] if name == OURS else _batch_sizes(who.scale, encode, texts, mix)
-        say(f"{mix.name}: {name}" + ("" if name == OURS else f", batch sizes from the best {sizes}"))
+        is_ours = name in (OURS, GRAPHED)
+        sizes = [NO_SIZE] if is_ours else _batch_sizes(who.scale, encode, texts, mix)
+        say(f"{mix.name}: {name}" + ("" if is_ours else f", batch sizes from the best {sizes}"))
         entries[name] = Entry(functools.partial(encode, texts), sizes)
     # ours is the last
     *others, last = entries.values()
@@ -121,7 +125,7 @@ def bench_encode(start, benchmark, request, results, limits: Limits, mix: Mix):
     benchmark.pedantic(last.run, setup=others_first, rounds=mix.rounds)
     limit_ms = _limit_ms(limits, who, mix.num_tokens)
     rows = []
-    for name in ENCODERS:
+    for name in taking_part:
         entry = entries.get(name)
         if entry is not None and not entry.seconds:
             left_out[name] = f"no batch size of {who.scale.batch_sizes} fits in memory"

@@ -79,6 +79,10 @@ class SeqLayout:
         """
         return self._once(("tiles", block), lambda: self._tiles(block))
 
+    def tile_blocks(self) -> tuple[int, ...]:
+        """The blocks that `tiles` was asked for so far."""
+        return tuple(key[1] for key in self._cache if key[0] == "tiles")
+
     def split_seqs(self, block: int) -> torch.Tensor:
         """[num_split, 2] int32: (sequence, its first row in `tiles(block)`) of those with more than one tile.
 
@@ -88,15 +92,15 @@ class SeqLayout:
 
     def runs(self) -> list[Run]:
         """Neighbouring sequences of equal length, merged; empty ones left out. Few when sorted by length."""
-        if "runs" not in self._cache:
+        if ("runs",) not in self._cache:
             runs: list[Run] = []
             for seq, (start, length) in enumerate(zip(self._starts.tolist(), self.lengths, strict=False)):
                 if runs and runs[-1].length == length and runs[-1].seqs.stop == seq:
                     runs[-1] = runs[-1]._replace(num_seqs=runs[-1].num_seqs + 1)
                 elif length:
                     runs.append(Run(seq, 1, length, start))
-            self._cache["runs"] = runs
-        return self._cache["runs"]
+            self._cache["runs",] = runs
+        return self._cache["runs",]
 
     def _tiles(self, block: int) -> np.ndarray:
         lengths = np.asarray(self.lengths, dtype=np.int64)

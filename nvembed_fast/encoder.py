@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from nvembed_fast import checkpoint, ops
 from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.graphs import MOST_TOKENS, SingleTextGraphs
 from nvembed_fast.kernels.layout import to_device
 from nvembed_fast.latent_head import LatentHead, Latents, check_latents
 from nvembed_fast.model import NVEmbedModel
@@ -57,6 +58,7 @@ class NVEmbed(nn.Module):
         text_tokenizer: texts to ids.
         config: the checkpoint's config.
         impl: "auto", "triton" or "torch"; see `nvembed_fast.ops`.
+        graphs: how short texts run that come alone; None: as all others.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class NVEmbed(nn.Module):
         text_tokenizer: TextTokenizer,
         impl: ops.Impl = "auto",
         latents: Latents = "auto",
+        cuda_graphs: bool = False,
     ):
         super().__init__()
         self.model = model
@@ -73,6 +76,9 @@ class NVEmbed(nn.Module):
         _check_latents(latents, model.config)
         if isinstance(model.head, LatentHead):
             model.head.mode = latents
+        if cuda_graphs:
+            _check_graphs(self.device, self.dtype, self.impl)
+        self.graphs = SingleTextGraphs(model) if cuda_graphs else None
         self._transformers_tokenizer = None
 
     @classmethod
@@ -84,6 +90,7 @@ class NVEmbed(nn.Module):
         dtype: torch.dtype | str | None = None,
         impl: ops.Impl = "auto",
         latents: Latents = "auto",
+        cuda_graphs: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
         cache_dir: str | PathLike | None = None,
@@ -103,6 +110,8 @@ class NVEmbed(nn.Module):
                 GPU, float32 on a CPU. Pooling and the result are float32 always.
             impl: "triton" kernels, plain "torch", or "auto": Triton on a GPU.
             latents: "absorbed", "direct" (the strict order of the original), or "auto": the cheaper one.
+            cuda_graphs: a text of at most 256 tokens that comes alone replays a CUDA graph, captured once for
+                each power of two of tokens: less latency, some more memory. For Triton kernels on a GPU.
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
             show_progress: a progress bar; None shows it in a terminal only.
             torch_dtype, device_map: the old names of dtype and device.
@@ -118,6 +127,8 @@ class NVEmbed(nn.Module):
         wanted = _dtype(dtype if dtype is not None else torch_dtype)
         with ops.use_impl(impl):
             ops.choose(target, wanted or torch.float32)
+        if cuda_graphs:
+            _check_graphs(target, wanted or torch.float32, impl)
         directory = checkpoint.resolve(
             path_or_id,
             revision=revision,
@@ -129,7 +140,7 @@ class NVEmbed(nn.Module):
         _check_latents(latents, config)
         tokenizer = TextTokenizer.from_directory(directory, config.pooling_start)
         model = checkpoint.load_model(directory, device=target, dtype=wanted, progress=show_progress)
-        return cls(model, tokenizer, impl, latents).eval().requires_grad_(False)
+        return cls(model, tokenizer, impl, latents, cuda_graphs).eval().requires_grad_(False)
 
     def save_pretrained(self, directory: str | PathLike, *, dtype: torch.dtype | None = None) -> None:
         """Write weights, config and tokenizer in the published layout; `from_pretrained` reads it back."""
@@ -344,6 +355,8 @@ class NVEmbed(nn.Module):
         """[B, D] fp32 vectors of one packed batch, or None when the device's memory does not hold it."""
         try:
             with self._computing():
+                if self.graphs is not None and len(ids) == 1 and len(ids[0]) <= MOST_TOKENS:
+                    return self.graphs(ids[0], first_pooled[0])
                 return self.model(PackedBatch.from_ids(ids, first_pooled, self.device))
         except torch.OutOfMemoryError:
             return None
@@ -482,6 +495,14 @@ def _device(device: Any) -> torch.device:
     if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return checkpoint.check_device(f"cuda:{device}" if isinstance(device, int) else device)
+
+
+def _check_graphs(device: torch.device, dtype: torch.dtype, impl: ops.Impl) -> None:
+    with ops.use_impl(impl):
+        chosen, reason = ops.choose(device, dtype)
+    if device.type != "cuda" or chosen != "triton":
+        obstacle = reason if chosen != "triton" else "tensors are on the CPU"
+        raise ValueError(f"cuda_graphs=True needs Triton kernels on a GPU: {obstacle}")
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:

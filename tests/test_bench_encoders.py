@@ -259,8 +259,11 @@ def test_the_bench_writes_a_row_for_everyone_goes_on_where_it_was_and_times_noth
     for mix in others:
         for name in ENCODERS:
             found = figures(results, mix, name)
+            if name == encoders.GRAPHED and len(mix.lengths) > 1:
+                assert not found
+                continue
             if name in encoders.GPU_ONLY and not torch.cuda.is_available():
-                assert set(found) == {"left_out"} and "torch.compile" in found["left_out"]["unit"]
+                assert found["left_out"]["unit"] == encoders.GPU_ONLY[name] and len(found) == 1
                 continue
             assert timed <= set(found), (mix.name, name)
             ms, rate = (float(found[metric]["value"]) for metric in ("time_p50", "tokens_rate"))

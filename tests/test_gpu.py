@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models
 
 from nvembed_fast import NVEmbed, ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
+from nvembed_fast.graphs import SingleTextGraphs
 from nvembed_fast.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
@@ -59,6 +60,18 @@ def test_one_text_one_vector(dtype):
     alone = torch.cat([model(PackedBatch.from_ids([i], [0], "cuda")) for i in ids])
     cosine = torch.nn.functional.cosine_similarity(together, alone)
     assert cosine.min() > 0.99999, cosine
+
+
+@HALF
+def test_cuda_graphs_give_the_vectors_of_the_model(dtype):
+    model = small_model(dtype)
+    graphs = SingleTextGraphs(model)
+    for length in (1, 16, 17, 50, 64, 100, 200, 256, 50):
+        ids = np.random.default_rng(length).integers(3, 32000, length)
+        wanted = model(PackedBatch.from_ids([ids], [length // 3], "cuda"))
+        cosine = torch.nn.functional.cosine_similarity(graphs(ids, length // 3), wanted)
+        assert cosine.min() > 0.99999, (length, cosine)
+    assert sorted(graphs._graphs) == [16, 32, 64, 128, 256]
 
 
 @pytest.fixture

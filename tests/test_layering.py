@@ -36,6 +36,7 @@ PACKAGE_FILES = [
     (2, "pooling_heads", {"einops", "torch"}),
     (2, "latent_head", {"einops", "torch"}),
     (3, "model", {"torch"}),
+    (3, "graphs", {"numpy", "torch"}),
     (3, "checkpoint", {"huggingface_hub", "safetensors", "torch", "tqdm"}),
     (3, "tokenization", {"numpy", "tokenizers"}),
     (3, "decoders", {"gguf", "numpy", "tokenizers", "torch"}),

@@ -1,0 +1,161 @@
+"""One text at a time through CUDA graphs, for the latency of a query: the host launches once, not 300 times.
+
+1. A text is put into a bucket of tokens, the next power of two. What is left of the bucket is a second text,
+   which nobody reads: packed texts do not see each other.
+2. All that depends on the text (ids, where it ends, what is pooled, the kernels' tile lists) lies in one
+   int32 buffer on the device. The model is captured once per bucket, reading from there.
+3. A text is one copy into that buffer and one replay.
+
+The invariant: a captured launch depends on the bucket alone. So a tile list has the same length for all texts
+of a bucket; where a text needs fewer tiles, one is computed twice, to the same values.
+
+A graph holds the addresses it was captured with. It is captured anew when a weight has changed or moved.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from nvembed_fast.kernels.layout import SeqLayout, to_device
+from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.packing import PackedBatch
+
+__all__ = ["LEAST_BUCKET", "MOST_TOKENS", "BucketLayout", "SingleTextGraphs"]
+
+# a text fits one tile of mean_pool, whose second kernel would go by the host's lists
+MOST_TOKENS = 256
+LEAST_BUCKET = 16
+
+
+class BucketLayout(SeqLayout):
+    """A text and the rest of its bucket, on device tensors that stay where they are.
+
+    The host's lists are those of a text that fills the bucket: launches must not depend on them.
+
+    Attributes:
+        input_ids: [bucket] int32 on the device.
+        keep: [bucket] int32 on the device, 1 at the tokens to pool.
+    """
+
+    def __init__(self, bucket: int, device: torch.device, blocks: tuple[int, ...] = ()):
+        """
+        Args:
+            bucket: T.
+            device: of the buffer.
+            blocks: of the tile lists that will be asked for.
+        """
+        super().__init__((bucket, 0), device)
+        self.blocks = blocks
+        shapes = [(bucket,), (bucket,), (3,), (bucket,), *((self._num_tiles(b), 2) for b in blocks)]
+        self._buffer = torch.zeros(sum(map(np.prod, shapes)).item(), dtype=torch.int32, device=device)
+        pieces = self._buffer.split([int(np.prod(shape)) for shape in shapes])
+        views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        self.input_ids, self.keep, self.cu_seqlens, self.positions, *tiles = views
+        self._cache = {("tiles", block): tile for block, tile in zip(blocks, tiles, strict=True)}
+
+    def put(self, ids: np.ndarray, first_pooled: int) -> None:
+        """Write a text of at most T tokens into the buffer, without waiting for the device."""
+        bucket = self.num_tokens
+        rest = np.zeros(bucket - len(ids), dtype=np.int32)
+        places = np.arange(bucket)
+        layout = SeqLayout((len(ids), bucket - len(ids)))
+        keep = (places >= first_pooled) & (places < len(ids))
+        parts = [ids, rest, keep, layout.cu_seqlens.numpy(), layout.positions.numpy()]
+        for block in self.blocks:
+            tiles = layout.tiles(block).numpy()
+            again = np.broadcast_to(tiles[:1], (self._num_tiles(block) - len(tiles), 2))
+            parts += [tiles.ravel(), again.ravel()]
+        host = torch.from_numpy(np.concatenate(parts).astype(np.int32))
+        self._buffer.copy_(to_device(host, self.device))
+
+    def split_seqs(self, block: int) -> torch.Tensor:
+        raise AssertionError(f"a bucket of {self.num_tokens} tokens is cut into {block}: lower MOST_TOKENS")
+
+    def _num_tiles(self, block: int) -> int:
+        """The most that a text and the rest of the bucket can have together."""
+        return -(-self.num_tokens // block) + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Graph:
+    layout: BucketLayout
+    replay: Callable[[], torch.Tensor]
+    state: tuple
+    held: object  # what a replay reads and nobody else might keep
+
+
+class SingleTextGraphs:
+    """The vectors of single texts, by one graph per bucket, captured when its first text comes."""
+
+    def __init__(self, model: NVEmbedModel):
+        self.model = model
+        self._graphs: dict[int, _Graph] = {}
+        self._pool = None
+
+    @torch.no_grad()
+    def __call__(self, ids: np.ndarray, first_pooled: int) -> torch.Tensor:
+        """[1, D] fp32 vector of a text.
+
+        Args:
+            ids: [S] int, S at most MOST_TOKENS.
+            first_pooled: how many leading tokens stay out of the pooling.
+        """
+        bucket = max(LEAST_BUCKET, 1 << (len(ids) - 1).bit_length())
+        state = self._state()
+        graph = self._graphs.get(bucket)
+        if graph is None or graph.state != state:
+            graph = self._graphs[bucket] = self._capture(bucket, state)
+        graph.layout.put(ids, first_pooled)
+        # the next replay overwrites its result
+        return graph.replay()[:1].clone()
+
+    def _state(self) -> tuple:
+        weights = tuple(
+            # inference tensors cannot change
+            (w.data_ptr(), 0 if w.is_inference() else w._version)
+            for w in self.model.parameters()
+        )
+        return weights, getattr(self.model.head, "mode", None)
+
+    def _capture(self, bucket: int, state: tuple) -> _Graph:
+        device = self.model.embedding_model.embed_tokens.weight.device
+        ids = np.zeros(bucket, dtype=np.int32)
+        # an ordinary run shows which tile lists the kernels ask for
+        plain = PackedBatch.from_ids([ids, ids[:0]], [0, 0], device)
+        self.model(plain)
+        layout = BucketLayout(bucket, device, plain.layout.tile_blocks())
+        layout.put(ids, 0)
+
+        def run() -> torch.Tensor:
+            return self.model(PackedBatch(layout.input_ids, layout, layout.keep != 0))
+
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        replay = _captured(run, self._pool)
+        held = self.model.embedding_model.rotary_tables(bucket), getattr(self.model.head, "_cache", {}).copy()
+        return _Graph(layout, replay, state, held)
+
+    def __getstate__(self) -> dict:
+        # copies and pickles capture their own
+        return {"model": self.model, "_graphs": {}, "_pool": None}
+
+
+def _captured(run: Callable[[], torch.Tensor], pool) -> Callable[[], torch.Tensor]:
+    """A replay of `run` that gives its result, always at the same place."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        # what is compiled or built at the first run cannot be captured
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = run()
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return result
+
+    return replay

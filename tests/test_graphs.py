@@ -1,0 +1,163 @@
+"""Single texts in buckets. Without a GPU a replay is played by running the captured function again."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from bench import tuning
+from nvembed_fast import NVEmbed, graphs, ops
+from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.graphs import BucketLayout, SingleTextGraphs
+from nvembed_fast.kernels import mean_pool
+from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.packing import PackedBatch
+
+BUCKETS = {1: 16, 16: 16, 17: 32, 65: 128}
+
+
+@pytest.mark.parametrize("block", [16, 32, 64])
+def test_a_bucket_has_the_tiles_of_its_two_texts(block):
+    layout = BucketLayout(64, torch.device("cpu"), (16, block))
+    tiles = layout.tiles(block)
+    for length in range(65):
+        layout.put(np.arange(length), 0)
+        plain = SeqLayout((length, 64 - length))
+        wanted = {tuple(tile) for tile in plain.tiles(block).tolist()}
+        assert {tuple(tile) for tile in layout.tiles(block).tolist()} == wanted
+        assert torch.equal(layout.cu_seqlens, plain.cu_seqlens)
+        assert torch.equal(layout.positions, plain.positions)
+        # the addresses and the shape that a graph was captured with
+        assert layout.tiles(block).data_ptr() == tiles.data_ptr() and layout.tiles(block).shape == tiles.shape
+        assert layout.lengths == (64, 0) and layout.max_length == 64
+
+
+def test_a_text_is_in_front_and_its_instruction_is_left_out():
+    layout = BucketLayout(8, torch.device("cpu"))
+    layout.put(np.array([9, 8, 7, 6, 5, 4, 3, 2]), 0)
+    layout.put(np.array([5, 6, 7]), 1)
+    assert layout.input_ids.tolist() == [5, 6, 7, 0, 0, 0, 0, 0]
+    assert layout.keep.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.fixture
+def captures(monkeypatch) -> list[int]:
+    """A capture runs the function twice, as on a GPU; a replay runs it again. The list fills with replays."""
+    replays = []
+
+    def captured(run, pool):
+        run(), run()
+
+        def replay():
+            replays.append(1)
+            return run()
+
+        return replay
+
+    monkeypatch.setattr(graphs, "_captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return replays
+
+
+def model_of(directory, head: str) -> NVEmbedModel:
+    loaded = NVEmbed.from_pretrained(directory, device="cpu").model
+    if head == "latent":
+        return loaded
+    torch.manual_seed(0)
+    model = NVEmbedModel(dataclasses.replace(loaded.config, pooling_head=head))
+    return model.requires_grad_(False).eval()
+
+
+@pytest.mark.parametrize("head", ["latent", "mean", "eos", "self_attention"])
+def test_vectors_are_those_of_the_model(tiny_directory, captures, head):
+    """By the kernels, since the PyTorch path reads the host's lists, which a graph does not."""
+    model = model_of(tiny_directory, head)
+    run = SingleTextGraphs(model)
+    ids = np.random.default_rng(0).integers(3, 100, 100)
+    with ops.use_impl("triton"), torch.no_grad():
+        for length, bucket in BUCKETS.items():
+            wanted = model(PackedBatch.from_ids([ids[:length]], [length // 2], "cpu"))
+            got = run(ids[:length], length // 2)
+            assert got.shape == wanted.shape and got.dtype == torch.float32
+            torch.testing.assert_close(got, wanted, rtol=2e-5, atol=2e-6)
+            assert max(run._graphs) == bucket
+    assert len(captures) == len(BUCKETS)
+
+
+def test_a_result_outlives_the_next_text(tiny_directory, captures, monkeypatch):
+    model = model_of(tiny_directory, "latent")
+    place = torch.zeros(2, model.config.hidden_size)
+    monkeypatch.setattr(graphs, "_captured", lambda run, pool: lambda: place.copy_(run()))
+    run = SingleTextGraphs(model)
+    with ops.use_impl("triton"):
+        first = run(np.array([5, 6, 7]), 0)
+        kept = first.clone()
+        second = run(np.array([9, 8, 7]), 0)
+    assert torch.equal(first, kept) and not torch.equal(first, second)
+
+
+def test_a_changed_weight_or_form_is_captured_anew(tiny_directory, captures):
+    model = model_of(tiny_directory, "latent")
+    run, ids = SingleTextGraphs(model), np.arange(3, 12)
+    with ops.use_impl("triton"):
+        run(ids, 0)
+        [graph] = run._graphs.values()
+        run(ids, 0)
+        assert run._graphs[16] is graph
+        model.head.latents.mul_(2)
+        changed = run(ids, 0)
+        assert run._graphs[16] is not graph
+        torch.testing.assert_close(
+            changed, model(PackedBatch.from_ids([ids], [0], "cpu")), rtol=2e-5, atol=2e-6
+        )
+        graph, model.head.mode = run._graphs[16], "direct"
+        run(ids, 0)
+        assert run._graphs[16] is not graph
+
+
+def test_what_a_graph_reads_is_kept(tiny_directory, captures):
+    model = model_of(tiny_directory, "latent")
+    run = SingleTextGraphs(model)
+    with ops.use_impl("triton"):
+        run(np.arange(3, 12), 0)
+    constants = [t.data_ptr() for _, _, built in model.head._cache.values() for t in built]
+    tables = model.embedding_model.rotary_tables(16)
+    model.to("cpu")  # moves nothing, and empties the head's cache
+    assert not model.head._cache and constants
+    held_tables, held_cache = run._graphs[16].held
+    assert held_tables is tables
+    assert [t.data_ptr() for _, _, built in held_cache.values() for t in built] == constants
+
+
+def test_encode_sends_short_texts_alone_through_the_graphs(tiny_directory, captures):
+    encoder = NVEmbed.from_pretrained(tiny_directory, device="cpu", impl="triton")
+    texts = ["a query", "word " * 600, "two", "three"]
+    wanted = encoder.encode(texts)
+    encoder.graphs = SingleTextGraphs(encoder.model)
+    torch.testing.assert_close(encoder.encode(texts[0]), wanted[0], rtol=2e-5, atol=2e-6)
+    assert len(captures) == 1
+    encoder.encode(texts[1])  # too long
+    encoder.encode(texts[2:])  # two
+    assert len(captures) == 1
+    other = copy.deepcopy(encoder)
+    assert other.graphs.model is other.model and not other.graphs._graphs
+
+
+@pytest.mark.parametrize("impl", ["auto", "torch"])
+def test_graphs_without_a_gpu_are_refused(tiny_directory, impl):
+    with pytest.raises(ValueError, match="cuda_graphs=True needs Triton kernels on a GPU: "):
+        NVEmbed.from_pretrained(tiny_directory, device="cpu", impl=impl, cuda_graphs=True)
+
+
+def test_no_bucket_starts_the_second_kernel_of_mean_pool():
+    for problem in tuning.problems():
+        if problem.kernel in ("mean_pool.fwd", "mean_pool.geglu_fwd"):
+            for config in (c for capability in (80, 90) for c in problem.configs(capability)):
+                assert config["TOKENS"] >= graphs.MOST_TOKENS
+    for geglu in (False, True):
+        assert mean_pool._launch_config(NVEmbedConfig().hidden_size, geglu)["TOKENS"] >= graphs.MOST_TOKENS
+    with pytest.raises(AssertionError, match="lower MOST_TOKENS"):
+        BucketLayout(64, torch.device("cpu")).split_seqs(32)
