@@ -4,10 +4,12 @@ from conftest import DIRECTIONS
 from bench.comparison import Problem, Work
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.testing import GATED_CASES, GATED_CPU
+from nvembed_fast.kernels.testing import GATED_CASES, GATED_CPU, GATED_SWEEP
 
 
-@pytest.mark.cases(gpu=[c for c in GATED_CASES if c.bench], cpu=GATED_CPU, smallest=[GATED_CASES[0]])
+@pytest.mark.cases(
+    gpu=[*(c for c in GATED_CASES if c.bench), *GATED_SWEEP], cpu=GATED_CPU, smallest=[GATED_CASES[0]]
+)
 @pytest.mark.parametrize("name", ["swiglu", "geglu"])
 @DIRECTIONS
 def bench_gated(comparison, rivals, case, name, backward, device, dtype):

@@ -4,12 +4,14 @@ from conftest import DIRECTIONS
 from bench.comparison import Problem, Work
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.testing import NORM_CASES, NORM_CPU
+from nvembed_fast.kernels.testing import NORM_CASES, NORM_CPU, NORM_SWEEP
 
 EPS = 1e-5
 
 
-@pytest.mark.cases(gpu=[c for c in NORM_CASES if c.bench], cpu=NORM_CPU, smallest=[NORM_CASES[0]])
+@pytest.mark.cases(
+    gpu=[*(c for c in NORM_CASES if c.bench), *NORM_SWEEP], cpu=NORM_CPU, smallest=[NORM_CASES[0]]
+)
 @pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm"])
 @DIRECTIONS
 def bench_rms_norm(comparison, rivals, case, name, backward, device, dtype):

@@ -4,7 +4,8 @@
    beyond what its dtype costs computes something else: it is left out, with its error. So is one that cannot
    run here, with the reason.
 2. Time of all that are left, interleaved (`bench.timing`).
-3. Rows: times, the rate and its share of the limit measured in the same run, peak memory, parity error.
+3. Rows: times, the rate and its share of the limit measured in the same run, peak memory, parity error; of
+   "forward+backward" also "backward", what it takes beyond a forward that keeps nothing.
 """
 
 import copy
@@ -16,12 +17,12 @@ import torch
 
 from bench.limits import Limits
 from bench.results import LEFT_OUT, OURS, TIMES, Row
-from bench.timing import Times, interleaved, peak_memory
+from bench.timing import L2_BYTES, Times, interleaved, peak_memory
 from nvembed_fast.kernels.testing import Tensors, as_tuple, assert_parity, gradients, upstream_of
 
 # a rival's RMS error, in eps of its dtype times the RMS of what is wanted
 RIVAL_EPS = 8.0
-L2_BYTES = 100 * 2**20
+FORWARD = " forward"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +126,15 @@ def compare(
             left_out[rival.name] = _obstacle(error)
         else:
             functions[rival.name] = call
+    if backward:
+        # what the backward takes is what it adds
+        rivals = {rival.name: rival for rival in (Rival(OURS, problem.ours), *problem.rivals)}
+        functions |= {
+            f"{name}{FORWARD}": _call(rivals[name], problem.tensors, False) for name in tuple(functions)
+        }
     bounds = {"min_rounds": rounds, "max_rounds": rounds} if rounds else {}
     times = interleaved(functions, seconds, **bounds)
+    forward = {name: times.pop(f"{name}{FORWARD}").median for name in peaks if backward}
 
     limit = work.limit(limits, problem.tensors[0].dtype)
     rows = []
@@ -134,6 +142,8 @@ def compare(
         rows += [Row(suite, case, name, m, taken.percentile(int(m[-2:])), "ms") for m in TIMES]
         rate = work.rate(taken.median)
         rows.append(Row(suite, case, name, "rate", rate, work.unit, rate / limit))
+        if backward:
+            rows.append(Row(suite, case, name, "backward", taken.median - forward[name], "ms"))
         rows.append(Row(suite, case, name, "parity_error", errors[name], "relative RMS"))
         if peaks[name] is not None:
             rows.append(Row(suite, case, name, "peak_memory", peaks[name], "MiB"))
@@ -202,7 +212,7 @@ def _call(rival: Rival, tensors: Tensors, backward: bool) -> Callable:
     """What is timed; it takes its inputs in turn from copies that do not fit the L2 cache together."""
     arranged = [t.detach() for t in rival.arranged(tensors)]
     size = sum(t.nbytes for t in arranged)
-    copies = 1 if arranged[0].device.type == "cpu" else min(1 + L2_BYTES // max(size, 1), 64)
+    copies = 1 if arranged[0].device.type == "cpu" else min(1 + 4 * L2_BYTES // max(size, 1), 64)
     inputs = [arranged, *(copy.deepcopy(arranged) for _ in range(copies - 1))]
     turns = itertools.cycle(inputs)
     if not backward:

@@ -18,6 +18,7 @@ Shape suffixes: B texts, S tokens of the longest one, T tokens without padding, 
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -89,7 +90,7 @@ class Scale:
         config: of the model.
         mixes: of texts.
         batch_sizes: among which every rival finds its best, mix by mix.
-        search_texts, search_tokens: how much of a mix that search looks at.
+        search_texts, search_tokens: how much of a mix that search looks at (`search_runs`).
         parity_lengths: of the texts that rivals are compared on before they are timed. Sorted and four to a
             batch they make a ragged batch, one of equal lengths and a single text.
     """
@@ -261,6 +262,11 @@ class Padded:
     def encode(self, texts: list[str], instruction: str, batch_size: int) -> torch.Tensor:
         """[N, D] fp32 on the device, of unit norm, in the order of the texts."""
         result = torch.empty(len(texts), self.ours.config.hidden_size, device=self.device)
+        place = np.arange(len(texts))
+        if self.by_length:
+            # characters over all texts; tokens inside a window
+            place = np.argsort([-len(text) for text in texts], kind="stable")
+            texts = [texts[index] for index in place]
         for first, window in self.ours._tokenized_windows(texts, instruction, MAX_LENGTH):
             lengths = np.array(window.lengths())
             order = np.argsort(-lengths, kind="stable") if self.by_length else np.arange(len(lengths))
@@ -269,7 +275,7 @@ class Padded:
                 vectors = self.embed(
                     [window.ids[row] for row in rows], [window.first_pooled[row] for row in rows]
                 )
-                result.index_copy_(0, to_device(torch.from_numpy(first + rows), self.device), vectors)
+                result.index_copy_(0, to_device(torch.from_numpy(place[first + rows]), self.device), vectors)
         return result
 
     def embed(self, ids: list[np.ndarray], first_pooled: list[int]) -> torch.Tensor:
@@ -460,9 +466,24 @@ def warm_up(encode: Callable[[list[str], int], object], texts: list[str]) -> Non
     encode([first, max(texts, key=len), min(texts, key=len)], 3)
 
 
+def search_runs(mix: Mix, texts: list[str], scale: Scale, by_length: bool) -> list[list[str]]:
+    """Texts of a mix that show which batch size is the best on all of it.
+
+    Sorted by length, neighbours from four places of the order, because a few texts sorted alone would be far
+    more ragged than the whole; else the first texts.
+    """
+    most = scale.search_texts
+    if by_length and len(texts) > most and len(set(mix.lengths)) > 1:
+        ranked = sorted(range(len(texts)), key=mix.lengths.__getitem__)
+        firsts = [len(texts) * eighth // 8 - most // 2 for eighth in (1, 3, 5, 7)]
+        return [[texts[index] for index in ranked[first : first + most]] for first in firsts]
+    seen = itertools.accumulate(mix.lengths[:most])
+    return [texts[: max(sum(tokens <= scale.search_tokens for tokens in seen), 1)]]
+
+
 def fitting_batch_sizes(
     encode: Callable[[list[str], int], object],
-    texts: list[str],
+    runs: Sequence[list[str]],
     sizes: Sequence[int],
     clock: Callable[[], float] = wall_clock,
 ) -> list[int]:
@@ -470,16 +491,17 @@ def fitting_batch_sizes(
 
     Args:
         encode: of texts, in batches of a size.
-        texts: on which it is timed.
+        runs: texts on which it is timed, run by run.
         sizes: to try; those beyond the number of texts are the same.
         clock: seconds; waits for the device.
     """
     seconds = {}
-    for size in sorted({min(size, len(texts)) for size in sizes}):
+    for size in sorted({min(size, len(runs[-1])) for size in sizes}):
         try:
-            encode(texts[:size], size)  # to have the memory
+            encode(runs[-1][:size], size)  # to have the memory
             start = clock()
-            encode(texts, size)
+            for run in runs:
+                encode(run, size)
             seconds[size] = clock() - start
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()

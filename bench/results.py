@@ -43,7 +43,8 @@ class Row:
             value, and the reason as its unit.
         value: in `unit`; None for "left_out".
         unit: such as "ms", "TFLOP/s", "GB/s", "texts/s", "MiB".
-        share_of_limit: of the limit that was measured in the same run, from 0 to 1; None where there is none.
+        share_of_limit: of the limit measured in the same run (a copy is none for what only reads: above 1);
+            None where there is none.
     """
 
     suite: str

@@ -4,7 +4,9 @@ What a library may do once beforehand (a mask, a padded layout, cosines laid out
 nobody is timed for what their own model would not do.
 """
 
+import functools
 import importlib.util
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -21,13 +23,13 @@ NEEDS_GPU = "needs a GPU"
 class RivalFactory:
     """What all rivals of a run share.
 
-    Attributes:
+    Args:
         device: "cuda" or "cpu".
         compiles: whether torch.compile takes part; on a CPU it takes longer than all the rest.
     """
 
     def __init__(self, device: str, compiles: bool):
-        self.device, self.compiles = device, compiles
+        self.device = device
         self._why_not = "" if compiles else "not asked for on a CPU: --compile"
         self._gpu = "" if device == "cuda" else NEEDS_GPU
 
@@ -40,10 +42,11 @@ class RivalFactory:
         return Rival(name, torch.compile(fn, dynamic=False), obstacle=self._why_not)
 
     def _library(self, name: str, module: str, package: str, make: Callable[[], Callable], **layout) -> Rival:
-        """A rival from a package that may not be here: `make` imports it."""
-        missing = "" if importlib.util.find_spec(module.split(".")[0]) else f"pip install {package}"
-        obstacle = self._gpu or missing
-        return Rival(name, None if obstacle else make(), obstacle=obstacle, **layout)
+        """A rival from a package that may not be here, or not work here: `make` imports it."""
+        missing = "" if importlib.util.find_spec(module) else f"pip install {package}"
+        # at the first call, where an error is a rival's own
+        made = functools.cache(make)
+        return Rival(name, lambda *tensors: made()(*tensors), obstacle=self._gpu or missing, **layout)
 
     def attention(self, reference: Callable, layout: SeqLayout, q_heads: int, kv_heads: int) -> list[Rival]:
         """Rivals of packed bidirectional attention on q [T, N, H], k and v [T, G, H]."""
@@ -51,9 +54,8 @@ class RivalFactory:
         padded = Padded(layout)
 
         def sdpa(backend: SDPBackend, grouped: bool, masked: bool) -> Callable:
-            mask = padded.mask() if masked else None
-
             def attend(q, k, v):
+                mask = padded.bias(q.dtype) if masked else None
                 if not grouped:
                     # as models without grouped attention do it: every head of a group gets its copy
                     k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
@@ -68,7 +70,10 @@ class RivalFactory:
         def varlen():
             from torch.nn.attention.varlen import varlen_attn
 
-            return lambda q, k, v: varlen_attn(q, k, v, *flash_lengths(), enable_gqa=group > 1)
+            # torch 2.11 has no such flag
+            has_flag = "enable_gqa" in inspect.signature(varlen_attn).parameters
+            flags = {"enable_gqa": group > 1} if has_flag else {}
+            return lambda q, k, v: varlen_attn(q, k, v, *flash_lengths(), **flags)
 
         def flash_attn_2():
             from flash_attn import flash_attn_varlen_func
@@ -123,11 +128,16 @@ class RivalFactory:
             return document[i] == document[j]
 
         tokens = layout.num_tokens
-        mask = torch.compile(create_block_mask)(same_document, None, None, tokens, tokens, device=self.device)
         flex = torch.compile(flex_attention, dynamic=False)
+
+        @functools.cache
+        def mask():
+            make = torch.compile(create_block_mask)
+            return make(same_document, None, None, tokens, tokens, device=self.device)
+
         return Rival(
             "FlexAttention",
-            lambda q, k, v: flex(q, k, v, block_mask=mask, enable_gqa=group > 1),
+            lambda q, k, v: flex(q, k, v, block_mask=mask(), enable_gqa=group > 1),
             arrange=lambda *tensors: tuple(t.transpose(0, 1)[None].contiguous() for t in tensors),
             restore=lambda out: out[0].transpose(0, 1),
         )
@@ -213,7 +223,7 @@ class RivalFactory:
             "restore": lambda out: torch.cat([t[0].transpose(0, 1) for t in out], dim=1),
         }
         return self.plain(reference) + [
-            self._library("liger-kernel", "liger_kernel", "liger-kernel", liger, **places)
+            self._library("liger-kernel, in place", "liger_kernel", "liger-kernel", liger, **places)
         ]
 
 
@@ -221,20 +231,25 @@ class Padded:
     """From packed tokens to the padded batch that models without packing compute on, and back."""
 
     def __init__(self, layout: SeqLayout):
-        self.shape = len(layout), layout.max_length
-        self.is_full = layout.num_tokens == self.shape[0] * self.shape[1]
+        self.is_full = layout.num_tokens == len(layout) * layout.max_length
+        # a mask's rows have to be aligned for the fast kernels
+        longest = layout.max_length if self.is_full else -(-layout.max_length // 16) * 16
+        self.shape = len(layout), longest
         starts = layout.cu_seqlens[:-1].repeat_interleave(layout.cu_seqlens.diff())
         seqs = torch.arange(len(layout), device=layout.device).repeat_interleave(layout.cu_seqlens.diff())
-        self.places = (
-            seqs * layout.max_length + torch.arange(layout.num_tokens, device=layout.device) - starts
-        )
+        self.places = seqs * longest + torch.arange(layout.num_tokens, device=layout.device) - starts
 
-    def mask(self) -> torch.Tensor:
-        """[B, 1, S, S] bool, True where a token may be seen."""
-        batch, longest = self.shape
-        real = torch.zeros(batch * longest, dtype=torch.bool, device=self.places.device)
-        real[self.places] = True
-        return real.view(batch, 1, 1, longest).expand(batch, 1, longest, longest).contiguous()
+        self._bias: dict[torch.dtype, torch.Tensor] = {}
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor:
+        """[B, 1, S, S] additive mask, 0 where a token may be seen; made once."""
+        if dtype not in self._bias:
+            batch, longest = self.shape
+            bias = torch.full((batch * longest,), torch.finfo(dtype).min, dtype=dtype)
+            bias = bias.to(self.places.device).index_fill(0, self.places, 0)
+            rows = bias.view(batch, 1, 1, longest).expand(batch, 1, longest, longest)
+            self._bias[dtype] = rows.contiguous()
+        return self._bias[dtype]
 
     def arrange(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """[T, N, H] each to [B, N, S, H] each."""

@@ -22,6 +22,7 @@ import torch
 GRAPH_BELOW_MS = 0.05
 GRAPH_MS = 2.0  # a graph holds about as many calls
 FLUSH_BYTES = 256 * 2**20
+L2_BYTES = 100 * 2**20  # at least as much as any
 # a call that takes the host longer than this waits for the device itself
 MOST_HOST_MS = 20.0
 
@@ -51,30 +52,40 @@ def interleaved(
 
     Args:
         functions: name -> call without arguments.
-        seconds: of device time that the slowest of them gets.
+        seconds: of device time for each; the samples of a faster one lie evenly among those of a slower.
         min_rounds, max_rounds: bounds of the number of samples of each.
     """
     samplers = {name: _sampler(fn) for name, fn in functions.items()}
-    slowest_ms = max(sampler.estimate_ms for sampler in samplers.values())
-    rounds = min(max(math.ceil(1e3 * seconds / max(slowest_ms, 1e-3)), min_rounds), max_rounds)
+    if min(sampler.estimate_ms for sampler in samplers.values()) < GRAPH_BELOW_MS:
+        # all of them, or some would be timed with a cold cache and others without
+        for sampler in samplers.values():
+            sampler.capture()
+    counts = {
+        name: min(max(math.ceil(1e3 * seconds / max(sampler.sample_ms, 1e-3)), min_rounds), max_rounds)
+        for name, sampler in samplers.items()
+    }
+    rounds = max(counts.values())
     taken: dict[str, list] = {name: [] for name in functions}
     names = list(functions)
     for i in range(rounds):
         # each comes after each of the others
         first = i % len(names)
         for name in names[first:] + names[:first]:
-            taken[name].append(samplers[name].sample())
+            if (i + 1) * counts[name] // rounds > i * counts[name] // rounds:
+                taken[name].append(samplers[name].sample())
     return {name: Times(tuple(map(samplers[name].read, taken[name]))) for name in names}
 
 
 def sustained(fn: Callable, seconds: float) -> float:
-    """Milliseconds per call of `fn`, called without a pause, after as long a time to reach a steady clock."""
+    """Milliseconds per call of `fn`, called without a pause: the first half of `seconds` warms up."""
     sampler = _sampler(fn, flush=False)
-    calls = max(math.ceil(500 * seconds / max(sampler.estimate_ms, 1e-3)), 1)
-    for _ in range(calls):
-        fn()
-    first, *_, last = [sampler.sample() for _ in range(calls + 1)]
-    return sampler.between(first, last) / calls
+    if sampler.estimate_ms < GRAPH_BELOW_MS:
+        sampler.capture()
+    count = max(math.ceil(500 * seconds / max(sampler.sample_ms, 1e-3)), 1)
+    for _ in range(count):
+        sampler.sample()
+    first, *_, last = [sampler.sample() for _ in range(count + 1)]
+    return sampler.between(first, last) / (count * sampler.calls)
 
 
 def peak_memory(fn: Callable) -> float | None:
@@ -90,9 +101,14 @@ def peak_memory(fn: Callable) -> float | None:
 
 
 class _CPUSampler:
+    calls = 1  # in a sample
+
     def __init__(self, fn: Callable):
         self._fn = fn
-        self.estimate_ms = self.read(self.sample())
+        self.estimate_ms = self.sample_ms = self.read(self.sample())
+
+    def capture(self) -> None:
+        pass
 
     def sample(self) -> tuple[float, float]:
         start = time.perf_counter()
@@ -108,45 +124,51 @@ class _CPUSampler:
 
 
 class _GPUSampler:
+    calls = 1
+
     def __init__(self, fn: Callable, flush: bool):
-        self._run, self._calls = fn, 1
-        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda") if flush else None
-        self._flushes = 1
+        self._fn = self._run = fn
+        self._flushes = int(flush)
         fn()
         torch.cuda.synchronize()
         started = time.perf_counter()
         taken = self.sample()
         host_ms = 1e3 * (time.perf_counter() - started)
         self.estimate_ms = self.read(taken)
-        if not flush:
-            return
-        self._flushes = 1 + math.ceil(min(host_ms, MOST_HOST_MS) / _flush_ms())
-        self.estimate_ms = self.read(self.sample())
-        if self.estimate_ms < GRAPH_BELOW_MS:
-            calls = math.ceil(GRAPH_MS / max(self.estimate_ms, 1e-3))
-            try:
-                self._run, self._calls = _captured(fn, calls), calls
-            except RuntimeError:
-                # what waits for the device cannot be captured; its samples are single calls
-                torch.cuda.synchronize()
+        if flush:
+            self._flushes = 1 + math.ceil(min(host_ms, MOST_HOST_MS) / _flush_ms())
+            self.estimate_ms = self.read(self.sample())
+
+    @property
+    def sample_ms(self) -> float:
+        return self.calls * self.estimate_ms
+
+    def capture(self) -> None:
+        """Take samples by replays of a CUDA graph, if the function can be captured."""
+        calls = math.ceil(GRAPH_MS / max(self.estimate_ms, 1e-3))
+        try:
+            self._run, self.calls = _captured(self._fn, calls), calls
+        except RuntimeError:
+            # what waits for the device cannot be captured; its samples are single calls
+            torch.cuda.synchronize()
 
     def sample(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        for _ in range(self._flushes if self._flush is not None else 0):
-            self._flush.zero_()
+        for _ in range(self._flushes):
+            _flush_buffer().zero_()
         start.record()
         self._run()
         end.record()
         return start, end
 
     def read(self, taken: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
-        return self.between(*taken) / self._calls
+        taken[1].synchronize()
+        return taken[0].elapsed_time(taken[1]) / self.calls
 
-    def between(self, first, last) -> float:
-        """Milliseconds from one event, or the end of one sample, to another."""
-        first, last = (e[1] if isinstance(e, tuple) else e for e in (first, last))
-        last.synchronize()
-        return first.elapsed_time(last)
+    def between(self, first: tuple, last: tuple) -> float:
+        """Milliseconds from the end of one sample to the end of another."""
+        last[1].synchronize()
+        return first[1].elapsed_time(last[1])
 
 
 def _sampler(fn: Callable, flush: bool = True) -> _CPUSampler | _GPUSampler:
@@ -154,13 +176,23 @@ def _sampler(fn: Callable, flush: bool = True) -> _CPUSampler | _GPUSampler:
 
 
 @functools.cache
+def _flush_buffer() -> torch.Tensor:
+    return torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+
+@functools.cache
 def _flush_ms() -> float:
-    buffer = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
-    return sustained(buffer.zero_, 0.05)
+    return sustained(_flush_buffer().zero_, 0.05)
 
 
 def _captured(fn: Callable, calls: int) -> Callable:
     """The replay of a CUDA graph of so many calls."""
+    # one that waits for the device is found before a capture, which it would leave broken
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fn()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

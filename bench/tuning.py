@@ -459,11 +459,11 @@ def measure(
     key = key_of(problem.kernel, [part.run, *(launch.run for launch in launches)])
     entries, red = {RULE: {}} | {name: {key: config} for name, config in configs.items()}, []
     for name, entry in list(entries.items()):
-        got = as_tuple(_launching(part.run, entry)())
         try:
+            got = as_tuple(_launching(part.run, entry)())
             for one, lo, hi in zip(got, low, high, strict=True):
                 assert_parity(problem.kernel, one, lo, hi)
-        except AssertionError as error:
+        except Exception as error:  # also what the compiler or the launch says of this configuration
             red.append(f"{name}: {error}")
             del entries[name]
     assert RULE in entries, f"the rule itself is red, so nothing is to be measured: {red[0]}"

@@ -210,12 +210,12 @@ POOL_CASES = (
     PoolCase("no-mask", (16, 16), 128, masked=False),
     PoolCase("no-tile-divides", (77, 131), 77),
     PoolCase("long", (3000,), 128),
-    PoolCase("nvembed-32x512", (512,) * 32, 4096, bench=True),
-    PoolCase("nvembed-512x32", (32,) * 512, 4096, bench=True),
-    PoolCase("nvembed-1x16384", (16384,), 4096, bench=True),
-    PoolCase("nvembed-32x512-mlp", (512,) * 32, 16384, bench=True),
+    PoolCase("nvembed-32x512", (512,) * 32, 4096, masked=False, bench=True),
+    PoolCase("nvembed-512x32", (32,) * 512, 4096, masked=False, bench=True),
+    PoolCase("nvembed-1x16384", (16384,), 4096, masked=False, bench=True),
+    PoolCase("nvembed-32x512-mlp", (512,) * 32, 16384, masked=False, bench=True),
 )
-POOL_CPU = (PoolCase("smollm2-8x256", (256,) * 8, 576, bench=True),)
+POOL_CPU = (PoolCase("smollm2-8x256", (256,) * 8, 576, masked=False, bench=True),)
 
 
 @dataclass(frozen=True)
@@ -253,6 +253,7 @@ NORM_CASES = (
     RowCase("long", 300, 128),
     RowCase("nvembed-16k", 16384, 4096, bench=True),
 )
+NORM_SWEEP = tuple(RowCase(f"sweep-{d}-wide", 2**26 // d, d, bench=True) for d in (1024, 2048, 8192))
 NORM_CPU = (RowCase("smollm2-2k", 2048, 576, bench=True),)
 GATED_CASES = (
     RowCase("one-token", 1, 64),
@@ -261,6 +262,7 @@ GATED_CASES = (
     RowCase("long", 300, 16),
     RowCase("nvembed-16k", 16384, 14336, bench=True),
 )
+GATED_SWEEP = tuple(RowCase(f"sweep-{f}-wide", 2**27 // f, f, bench=True) for f in (1536, 4096, 28672))
 GATED_CPU = (RowCase("smollm2-2k", 2048, 1536, bench=True),)
 
 

@@ -47,7 +47,8 @@ def test_everyone_who_is_right_gets_a_time(backward):
     rows = run(problem(Rival("other", lambda x: (x.double().sin()).float())), backward)
     for impl in (OURS, "other"):
         row = of(rows, impl)
-        assert set(row) == {"time_p20", "time_p50", "time_p80", "rate", "parity_error"}
+        assert set(row) - {"backward"} == {"time_p20", "time_p50", "time_p80", "rate", "parity_error"}
+        assert ("backward" in row) == backward
         assert row["rate"].value == pytest.approx(1000 / row["time_p50"].value * 1e-6)
         assert row["rate"].share_of_limit == pytest.approx(row["rate"].value / 4.0)
         assert row["parity_error"].value < 1e-6
@@ -59,6 +60,15 @@ def test_a_rival_that_is_wrong_gets_no_time(backward):
     [row] = of(run(problem(wrong), backward), "wrong").values()
     assert row.metric == "left_out" and row.value is None
     assert row.unit.startswith("parity is red: error 1.0e-03")
+
+
+def test_the_backward_is_what_it_adds_to_the_forward(monkeypatch):
+    def interleaved(functions, *_, **__):
+        assert set(functions) == {OURS, f"{OURS} forward"}
+        return {OURS: comparison.Times((7.0,)), f"{OURS} forward": comparison.Times((2.0,))}
+
+    monkeypatch.setattr(comparison, "interleaved", interleaved)
+    assert of(run(problem(), backward=True), OURS)["backward"].value == 5.0
 
 
 def test_a_rival_with_a_wrong_gradient_gets_no_time_with_backward():
@@ -183,11 +193,12 @@ def test_padding_is_put_on_and_taken_off(lengths):
     padded = Padded(SeqLayout(lengths))
     x = torch.randn(sum(lengths), 2, 3)
     [arranged] = padded.arrange(x)
-    assert arranged.shape == (len(lengths), 2, max(lengths), 3)
+    longest = 4 if padded.is_full else 16
+    assert arranged.shape == (len(lengths), 2, longest, 3)
     assert torch.equal(padded.restore(arranged), x)
     assert padded.is_full == (len(set(lengths)) == 1)
-    seen = padded.mask()[:, 0].sum(-1)
-    assert torch.equal(seen, torch.tensor(lengths)[:, None].expand(-1, max(lengths)))
+    seen = (padded.bias(torch.float32)[:, 0] == 0).sum(-1)
+    assert torch.equal(seen, torch.tensor(lengths)[:, None].expand(-1, longest))
 
 
 def test_padded_attention_equals_packed():
@@ -198,13 +209,26 @@ def test_padded_attention_equals_packed():
     fn = torch.nn.functional.scaled_dot_product_attention
     rival = Rival(
         "sdpa",
-        lambda q, k, v: fn(q, k, v, attn_mask=padded.mask(), enable_gqa=True),
+        lambda q, k, v: fn(q, k, v, attn_mask=padded.bias(q.dtype), enable_gqa=True),
         arrange=padded.arrange,
         restore=padded.restore,
     )
     wanted = reference.flash_attention(q, k, v, layout)
     high = reference.flash_attention(q.double(), k.double(), v.double(), layout)
     assert_parity(case.name, rival(q, k, v), wanted, high)
+
+
+def test_a_package_that_cannot_be_imported_is_a_rival_that_cannot_run(tmp_path, monkeypatch):
+    (tmp_path / "liger_kernel.py").write_text("raise OSError('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
+        monkeypatch.delitem(sys.modules, name)
+    factory = RivalFactory("cpu", compiles=False)
+    factory._gpu = ""
+    gate_up = torch.randn(4, 6)
+    swiglu = reference.swiglu
+    rows = run(Problem([gate_up], swiglu, swiglu, factory.swiglu(swiglu)))
+    assert of(rows, "liger-kernel")["left_out"].unit == "cannot run: built for another torch"
 
 
 @pytest.mark.slow

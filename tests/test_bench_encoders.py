@@ -185,11 +185,42 @@ def test_the_search_finds_the_fastest_batch_size():
     sizes = (1, 8, 32, 128)
     # 64 texts: 704 s one by one, 144 s by 8, 224 s by 32, 419.6 s at once
     device = Device(per_batch=10.0, per_text=0.1, most_texts=64)
-    assert fitting_batch_sizes(device.encode, texts, sizes, device.clock) == [8, 32, 64, 1]
+    assert fitting_batch_sizes(device.encode, [texts], sizes, device.clock) == [8, 32, 64, 1]
     device = Device(per_batch=10.0, per_text=0.0, most_texts=31)
-    assert fitting_batch_sizes(device.encode, texts, sizes, device.clock) == [8, 1]
+    assert fitting_batch_sizes(device.encode, [texts], sizes, device.clock) == [8, 1]
     device = Device(per_batch=10.0, per_text=0.0, most_texts=0)
-    assert fitting_batch_sizes(device.encode, texts, sizes, device.clock) == []
+    assert fitting_batch_sizes(device.encode, [texts], sizes, device.clock) == []
+
+
+def test_a_search_pads_as_much_as_the_whole_mix():
+    """Of 128 texts alone, sorted, a batch of 128 would be all of them: 4.6 times the tokens."""
+    mix = next(mix for mix in GPU.mixes if mix.name == "skewed")
+    texts = [str(index) for index in range(len(mix.lengths))]
+
+    def padding(batches):
+        batches = [[mix.lengths[int(text)] for text in batch] for batch in batches]
+        return sum(max(b) * len(b) for b in batches) / sum(map(sum, batches))
+
+    runs = encoders.search_runs(mix, texts, GPU, by_length=True)
+    assert [len(run) for run in runs] == [128] * 4
+    ranked = sorted(texts, key=lambda text: mix.lengths[int(text)])
+    for size in (8, 32, 128):
+        searched = [run[i : i + size] for run in runs for i in range(0, 128, size)]
+        whole = [ranked[i : i + size] for i in range(0, len(ranked), size)]
+        assert padding(searched) == pytest.approx(padding(whole), rel=0.5), size
+    [first] = encoders.search_runs(mix, texts, GPU, by_length=False)
+    assert first == texts[: len(first)]
+
+
+def test_texts_are_sorted_over_all_windows(fp32, monkeypatch):
+    monkeypatch.setattr(encoder, "_FIRST_WINDOW", 3)
+    monkeypatch.setattr(encoder, "_WINDOW", 3)
+    rival = encoders.Sorted(fp32._wide)
+    seen = []
+    monkeypatch.setattr(rival, "embed", lambda ids, first: (seen.append(len(ids[0])), torch.zeros(1, 64))[1])
+    texts, _ = Mix("", (5, 9, 3, 8, 20, 4, 30)).texts(97)
+    rival.encode(texts, "", 1)
+    assert seen == sorted(seen, reverse=True)
 
 
 def test_a_pass_that_runs_out_of_memory_goes_on_with_the_next_best_size():

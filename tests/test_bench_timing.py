@@ -75,6 +75,7 @@ def gpu(monkeypatch) -> Device:
         Stream=lambda: stream,
         current_stream=lambda: stream,
         stream=lambda side: contextlib.nullcontext(),
+        set_sync_debug_mode=lambda mode: None,
         CUDAGraph=device.graph,
         graph=device.capture,
     )
@@ -82,9 +83,11 @@ def gpu(monkeypatch) -> Device:
     fake = SimpleNamespace(cuda=cuda, empty=lambda *_, **__: buffer, int8=torch.int8, Tensor=torch.Tensor)
     monkeypatch.setattr(timing, "torch", fake)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: device.host / 1e3)
-    timing._flush_ms.cache_clear()
+    for cached in (timing._flush_ms, timing._flush_buffer):
+        cached.cache_clear()
     yield device
-    timing._flush_ms.cache_clear()
+    for cached in (timing._flush_ms, timing._flush_buffer):
+        cached.cache_clear()
 
 
 def of_one(call) -> timing.Times:
@@ -112,9 +115,31 @@ def test_a_call_that_cannot_be_captured_is_timed_by_itself(gpu):
     assert gpu.replays == 0 and times.ms == pytest.approx([0.02] * len(times.ms))
 
 
-def test_seconds_are_those_of_the_slowest(gpu):
-    times = timing.interleaved({"fast": gpu.call(1.0, 0.1), "slow": gpu.call(10.0, 0.1)}, seconds=0.2)
-    assert len(times["fast"].ms) == len(times["slow"].ms) == 20
+def test_everyone_gets_its_seconds_spread_over_the_whole_time(gpu):
+    order = []
+
+    def call(name, ms):
+        def run():
+            order.append(name)
+            gpu.launch(ms, 0.1)
+
+        return run
+
+    times = timing.interleaved({"fast": call("f", 1.0), "slow": call("s", 10.0)}, seconds=0.2)
+    assert len(times["fast"].ms) == 200 and len(times["slow"].ms) == 20
+    gaps = "".join(order[-220:]).split("s")
+    assert max(map(len, gaps)) <= 11
+
+
+def test_beside_a_short_call_everyone_is_captured(gpu):
+    times = timing.interleaved({"short": gpu.call(0.02, 0.1), "long": gpu.call(1.0, 0.1)}, seconds=0.01)
+    assert gpu.replays == sum(len(t.ms) for t in times.values())
+    assert times["long"].ms == pytest.approx([1.0] * len(times["long"].ms))
+
+
+def test_short_sustained_calls_are_captured(gpu):
+    assert timing.sustained(gpu.call(0.01, 0.02), 0.1) == pytest.approx(0.01, rel=0.01)
+    assert gpu.replays > 10
 
 
 def test_sustained_calls_follow_each_other(gpu):
