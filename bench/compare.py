@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.limits import IMPL as LIMITS_IMPL
 from bench.report import Comparison, load, number
 from bench.results import OURS
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     old_cases, new_cases = (
         {(c.suite, c.case): c for found in side.values() for c in found} for side in (a, b)
     )
+    for line in _limits(old_cases, new_cases):
+        print(line)
     timed = [_timed(cases) for cases in (old_cases, new_cases)]
     shared = timed[0] & timed[1]
     compared = sorted((_compare(key, old_cases[key], new_cases[key]) for key in shared), reverse=True)
@@ -73,6 +76,18 @@ def _load(side: str) -> dict[str, list[Comparison]]:
 def _facts(machines: dict[str, list[Comparison]], name: str) -> str:
     values = machines if name == "gpu" else {c.run[name] for found in machines.values() for c in found}
     return ", ".join(sorted(values))
+
+
+def _limits(old: Cases, new: Cases) -> list[str]:
+    """What the two machines, or one on two days, could do; a warning where that alone is a difference."""
+    lines = []
+    for key in sorted(old.keys() & new.keys()):
+        before, now = (cases[key].figure(LIMITS_IMPL, "rate") for cases in (old, new))
+        if key[0] == "limits" and " tokens " not in key[1] and before and now:
+            lines.append(f"limit: {key[1]}: {before} in A, {now} in B")
+            if not 0.8 < now.value / before.value < 1.25:
+                lines[-1] = f"warning: {lines[-1]}: the machine was another, or busy"
+    return lines
 
 
 def _timed(cases: Cases) -> set[tuple[str, str]]:

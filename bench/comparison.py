@@ -147,6 +147,7 @@ def compare(
         rows.append(Row(suite, case, name, "parity_error", errors[name], "relative RMS"))
         if peaks[name] is not None:
             rows.append(Row(suite, case, name, "peak_memory", peaks[name], "MiB"))
+    rows.append(Row(suite, case, OURS, "limit", limit, work.unit))
     rows += [Row(suite, case, name, LEFT_OUT, None, reason) for name, reason in left_out.items()]
     return rows, times[OURS]
 

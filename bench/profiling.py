@@ -24,6 +24,7 @@ import functools
 import gzip
 import importlib.util
 import json
+import sys
 import time
 from bisect import bisect_right
 from collections import defaultdict
@@ -38,7 +39,7 @@ from tqdm import tqdm
 
 from bench import encoders
 from bench.limits import SMALL_TOKENS, TOKENS, Limits
-from bench.results import FOLDER, OURS, Results, Row, default_path, machine
+from bench.results import FOLDER, OURS, Results, Row, default_path, machine, warn_if_busy
 from bench.timing import Times
 from nvembed_fast import ops
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RotaryCase, RowCase
@@ -448,7 +449,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         parser.error("the picture needs the package matplotlib: pip install -e '.[bench]'")
 
-    results = Results(args.results or default_path(machine(args.commit)), machine(args.commit))
+    here = machine(args.commit)
+    try:
+        results = Results(args.results or default_path(here), here)
+        args.folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    warn_if_busy()
     case = args.mix
     case += f", {args.texts} text{'s' * (args.texts > 1)}" if args.texts else ""
     case += f", {layers} of {most} layers" if layers < most else ""
@@ -481,14 +488,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(table(parts, limits))
     print(f"without the profiler a step takes {times.median:.3f} ms (median of {STEPS}, wall time)")
     print(f"products alone take {limits[PRODUCTS] / times.median:.2f} of that")
+    if sum(parts.values()) > 1.5 * times.median or times.median > 1.5 * sum(parts.values()):
+        print("with the profiler it took another time altogether: run again with nothing beside it")
     if any(limits[name] and limits[name] > 1.05 * parts[name] for name in CATEGORIES):
         print("a limit lies above its time, so it is none: run again with nothing beside it")
     picture = args.folder / "waterfall.png"
     draw_waterfall(parts, limits, f"{case}: {on}", picture)
     print(f"wrote {picture} and {trace}")
-    if results.has(SUITE, case):
-        print(f"{results.path} has rows of this case, commit and machine already: none added")
-        return
     rows = [
         Row(SUITE, case, OURS, f"time:{name}", ms, "ms", share(limits[name], ms))
         for name, ms in parts.items()
@@ -499,4 +505,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nStopped: nothing was added to the results.")
+        sys.exit(130)

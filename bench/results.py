@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import io
 import os
@@ -87,6 +88,15 @@ def machine(commit: str | None = None) -> Machine:
     )
 
 
+def warn_if_busy() -> None:
+    """Say so on a CPU that has other work: its figures would be those of both."""
+    if not torch.cuda.is_available() and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
+        print(
+            f"this machine is busy (load {os.getloadavg()[0]:.1f}): what is measured now is too slow",
+            file=sys.stderr,
+        )
+
+
 def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
@@ -99,7 +109,7 @@ def _cpu_name() -> str:
         name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
-    return f"CPU {name} x{os.cpu_count()}"
+    return f"CPU {name} x{torch.get_num_threads()}"
 
 
 @functools.cache
@@ -111,10 +121,19 @@ def _driver() -> str:
 
 @functools.cache
 def _commit() -> str:
-    root = Path(__file__).parent
+    root = Path(__file__).parents[1]
     commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
-    changed = _output("git", "-C", str(root), "status", "--porcelain", "--untracked-files=no")
-    return f"{commit}+changes" if commit and changed else commit or "unknown"
+    if not commit:
+        sources = sorted(
+            path for folder in ("kernels", "nvembed_fast", "bench") for path in root.glob(f"{folder}/*.py")
+        )
+        return f"sources-{_hash(b''.join(path.read_bytes() for path in sources))}"
+    changes = _output("git", "-C", str(root), "diff", "HEAD", "--", "kernels", "nvembed_fast", "bench/*.py")
+    return f"{commit}+{_hash(changes.encode())}" if changes else commit
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:8]
 
 
 def _output(*command: str) -> str:
@@ -125,39 +144,57 @@ def _output(*command: str) -> str:
 
 
 def default_path(machine: Machine) -> Path:
-    """`results/<gpu>-<date>.csv`."""
+    """`results/<gpu>-<date>.csv`: of today, or the newest if that is of the same run."""
     gpu = re.sub(r"[^a-z0-9]+", "-", machine.gpu.lower()).strip("-")
+    newest = max(FOLDER.glob(f"{gpu}-????-??-??.csv"), default=None)
+    if newest is not None and any(_is_of_run(row, machine) for row in read(newest)):
+        return newest
     return FOLDER / f"{gpu}-{datetime.date.today().isoformat()}.csv"
+
+
+def _is_of_run(row: dict[str, str], machine: Machine) -> bool:
+    return all(row[name] == str(getattr(machine, name)) for name in _SAME_RUN)
 
 
 def read(path: Path) -> list[dict[str, str]]:
     """The rows of a results file, each a dictionary of COLUMNS; a last line that was cut off is left out."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is no results file: it is not text") from None
     rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
     if rows and tuple(rows[0]) != COLUMNS:
-        raise ValueError(f"{path} is no results file: its columns are {', '.join(rows[0])}")
+        raise ValueError(
+            f"{path} is no results file: its columns are {', '.join(rows[0])[:100]}, not {COLUMNS}"
+        )
     return rows
 
 
 class Results:
-    """A results file that grows by whole comparisons."""
+    """A results file that grows by whole comparisons.
 
-    def __init__(self, path: Path, machine: Machine):
+    Args:
+        path: made if it is not there.
+        machine: of the rows to come.
+        again: forget what the file has already.
+
+    Raises:
+        OSError, ValueError: the file cannot be written, or is no results file.
+    """
+
+    def __init__(self, path: Path, machine: Machine, again: bool = False):
         self.path, self.machine = path, machine
-        self._run = {name: str(getattr(machine, name)) for name in _SAME_RUN}
         self._done = set()
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.stat().st_size:
             kept = read(path)
-            self._done = {(r["suite"], r["case"]) for r in kept if self._is_of_this_run(r)}
+            if not again:
+                self._done = {(r["suite"], r["case"]) for r in kept if _is_of_run(r, machine)}
             text = path.read_text(encoding="utf-8")
             if not text.endswith("\n"):
                 os.truncate(path, len(text[: text.rfind("\n") + 1].encode()))
         else:
             self._append([dict(zip(COLUMNS, COLUMNS, strict=True))])
-
-    def _is_of_this_run(self, row: dict[str, str]) -> bool:
-        return all(row[name] == value for name, value in self._run.items())
 
     def has(self, suite: str, case: str) -> bool:
         """Whether this run, or an earlier one of the same commit and versions, has measured it."""

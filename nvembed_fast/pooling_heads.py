@@ -9,6 +9,8 @@ the place of the latents, so that the two differ in that alone.
 Shape suffixes: B texts, T packed tokens, D model width, N heads, H head width, F = 4 D.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -45,6 +47,10 @@ class PoolingHead(nn.Module):
         """
         pooled_BD = self.pool(h_TD, layout, pool_mask)
         return F.normalize(pooled_BD, dim=-1) if self.output_normalize else pooled_BD
+
+    def built_once(self) -> AbstractContextManager:
+        """Around a training step: what depends on weights only is built once. Only `LatentHead` has such."""
+        return nullcontext()
 
     def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
         """[B, D] fp32 (float64 for float64) vectors, not yet normalised."""

@@ -1,6 +1,7 @@
 """What a figure of the benches rests on: parity before time, limits, and rows that are not lost."""
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,11 +48,13 @@ def test_everyone_who_is_right_gets_a_time(backward):
     rows = run(problem(Rival("other", lambda x: (x.double().sin()).float())), backward)
     for impl in (OURS, "other"):
         row = of(rows, impl)
-        assert set(row) - {"backward"} == {"time_p20", "time_p50", "time_p80", "rate", "parity_error"}
+        metrics = {"time_p20", "time_p50", "time_p80", "rate", "parity_error"}
+        assert set(row) - {"backward", "limit"} == metrics
         assert ("backward" in row) == backward
         assert row["rate"].value == pytest.approx(1000 / row["time_p50"].value * 1e-6)
         assert row["rate"].share_of_limit == pytest.approx(row["rate"].value / 4.0)
         assert row["parity_error"].value < 1e-6
+    assert of(rows, OURS)["limit"].value == 4.0
 
 
 @pytest.mark.parametrize("backward", [False, True])
@@ -181,10 +184,40 @@ def test_another_commit_is_another_run(tmp_path):
     assert Results(path, Machine(**{**FACTS.__dict__, "command": "again"})).has("s", "one")
 
 
+def test_again_measures_what_is_there(tmp_path):
+    path = tmp_path / "r.csv"
+    Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
+    assert not Results(path, FACTS, again=True).has("s", "one")
+    assert len(results.read(path)) == 1
+
+
+def test_a_run_goes_on_in_its_file_on_another_day(tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    yesterday = tmp_path / "gpu-2020-01-01.csv"
+    Results(yesterday, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
+    assert results.default_path(FACTS) == yesterday
+    later = Machine(**{**FACTS.__dict__, "commit": "later"})
+    assert results.default_path(later) != yesterday
+
+
+def test_two_changes_are_two_commits(monkeypatch):
+    commits = []
+    for change in ("", "a change", "another"):
+        answers = {"rev-parse": "1a2b3c", "diff": change}
+        monkeypatch.setattr(results, "_output", lambda *command, answers=answers: answers.get(command[3], ""))
+        commits.append(results._commit.__wrapped__())
+    assert commits[0] == "1a2b3c" and len(set(commits)) == 3
+    monkeypatch.setattr(results, "_output", lambda *command: "")
+    assert re.fullmatch("sources-[0-9a-f]{8}", results._commit.__wrapped__())
+
+
 def test_another_file_is_not_overwritten(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="is no results file: its columns are a, b"):
+        Results(path, FACTS)
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match="r.csv is no results file: it is not text"):
         Results(path, FACTS)
 
 

@@ -371,6 +371,25 @@ def test_compare_flags_what_is_worse_by_more_than_its_spread(write, capsys):
     assert code == 0 and "WORSE" not in out
 
 
+def test_a_comparison_that_was_measured_again_counts_as_a_whole(write):
+    first = times(ATTENTION, "nvembed_fast", 2.0) + times(ATTENTION, "torch", 4.0)
+    again = times(ATTENTION, "nvembed_fast", 1.0) + left_out(ATTENTION, "torch", "out of memory")
+    [[comparison]] = report.load([write(first, again)]).values()
+    assert comparison.figure("nvembed_fast").value == 1.0
+    assert comparison.figure("torch") is None and comparison.left_out("torch") == "out of memory"
+
+
+def test_compare_says_when_the_machine_was_another(write, capsys):
+    def side(name, rate):
+        limit = [Row("limits", "copy", "torch", "rate", rate, "GB/s")]
+        return write(limit, times("a forward", "nvembed_fast", 1.0), name=name)
+
+    _, out = compared(capsys, side("a.csv", 30.0), side("b.csv", 12.0))
+    assert "warning: limit: copy: 30 GB/s in A, 12 GB/s in B: the machine was another, or busy" in out
+    _, out = compared(capsys, side("c.csv", 30.0), side("d.csv", 29.0))
+    assert "warning" not in out and "limit: copy: 30 GB/s in A, 29 GB/s in B" in out
+
+
 def test_compare_does_not_judge_without_a_spread(write, capsys):
     a, b = (
         write([Row("profile", "all 512", "nvembed_fast", "time_p50", ms, "ms")], name=f"{ms}.csv")

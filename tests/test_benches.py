@@ -47,3 +47,10 @@ def test_every_suite_runs_and_goes_on_where_it_was(tmp_path):
 def test_time_that_is_over_leaves_the_rest_to_the_next_run(tmp_path):
     late = run(tmp_path, "--suites", "rms_norm", "--minutes", "0")
     assert late.returncode == 0 and "4 skipped" in late.stdout, late.stdout
+
+
+def test_a_file_that_holds_something_else_is_told_before_anything_runs(tmp_path):
+    (tmp_path / "r.csv").write_text("a,b\n1,2\n")
+    refused = run(tmp_path)
+    assert refused.returncode == 2 and refused.stdout == ""
+    assert "is no results file" in refused.stderr.splitlines()[-1]
