@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import DIRECTIONS
 from einops import rearrange
 
 from bench import latent_blocks
@@ -28,11 +29,15 @@ class Case:
     length: int
     config: LatentConfig
 
-    def flops(self) -> int:
-        """Of the fewest products: A and B, the up product of every token, the down product of every text."""
+    def flops(self, backward: bool) -> int:
+        """Of the fewest products: A and B, the up product of every token, the down product of every text.
+
+        The backward to the tokens, through frozen weights, takes as many again.
+        """
         tokens, width = self.num_texts * self.length, self.config.hidden_dim
         latents = self.config.num_cross_heads * self.config.num_latents_value
-        return 4 * tokens * latents * width + 16 * tokens * width**2 + 8 * self.num_texts * width**2
+        once = 4 * tokens * latents * width + 16 * tokens * width**2 + 8 * self.num_texts * width**2
+        return 2 * once if backward else once
 
 
 # its keys and values of every text take 64 MiB in 16 bits
@@ -47,9 +52,10 @@ TINY = LatentConfig(num_latents_value=12, num_cross_heads=2, cross_dim_head=24, 
     cpu=[Case("smollm2-16x128", 16, 128, SMALL)],
     smallest=[Case("tiny-2x5", 2, 5, TINY)],
 )
-def bench_latent_block(comparison, rivals, case, device, dtype):
-    work = Work(case.flops(), "TFLOP/s")
-    comparison("latent_block", case.name, lambda: _problem(rivals, case, device, dtype), work, backward=False)
+@DIRECTIONS
+def bench_latent_block(comparison, rivals, case, backward, device, dtype):
+    work = Work(case.flops(backward), "TFLOP/s")
+    comparison("latent_block", case.name, lambda: _problem(rivals, case, device, dtype), work, backward)
 
 
 def _problem(rivals, case, device, dtype):

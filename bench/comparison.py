@@ -148,8 +148,19 @@ def compare(
         if peaks[name] is not None:
             rows.append(Row(suite, case, name, "peak_memory", peaks[name], "MiB"))
     rows.append(Row(suite, case, OURS, "limit", limit, work.unit))
+    if work.unit == "TFLOP/s":
+        intensity = work.amount / _least_bytes(problem, backward)
+        rows.append(Row(suite, case, OURS, "intensity", intensity, "FLOP/byte"))
     rows += [Row(suite, case, name, LEFT_OUT, None, reason) for name, reason in left_out.items()]
     return rows, times[OURS]
+
+
+def _least_bytes(problem: Problem, backward: bool) -> int:
+    """Of inputs and outputs; with backward also of the gradients of both."""
+    with torch.no_grad():
+        outputs = as_tuple(problem.ours(*problem.tensors))
+    once = sum(t.nbytes for t in (*problem.tensors, *outputs))
+    return 2 * once if backward else once
 
 
 def _parity(case: str, problem: Problem, backward: bool) -> tuple[dict[str, float], dict[str, str]]:

@@ -27,6 +27,7 @@ from html import escape
 from pathlib import Path
 
 from bench import results
+from bench.limits import IMPL as LIMITS_IMPL
 from bench.results import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -400,6 +401,34 @@ def draw_shares(comparisons: Sequence[Comparison]):
     return figure
 
 
+def draw_roofline(comparisons: Sequence[Comparison]):
+    """Rates against operations per byte, below the roof of a large copy and of a large product."""
+    copies = [c.figure(LIMITS_IMPL, "rate") for c in comparisons if (c.suite, c.case) == (LIMITS, "copy")]
+    cases = [c for c in comparisons if c.figure(OURS, "intensity") and c.figure(OURS, "limit")]
+    if not cases or not copies or copies[0] is None:
+        return None
+    slope, peak = copies[0].value / 1000, max(c.figure(OURS, "limit").value for c in cases)
+    figure, (ax,) = _figure([3.6])
+    points = [(c, c.figure(OURS, "intensity").value) for c in cases]
+    ridge = peak / slope
+    places = [x for _, x in points]
+    ends = min(0.5 * ridge, *places), max(4 * ridge, *places)
+    ax.plot((ends[0], ridge, ends[1]), (slope * ends[0], peak, peak), color="black", lw=1.5, label="the roof")
+    for impl_of, colour, mark, label in (
+        (lambda c: c.best_rival(), ORANGE, "D", "best rival"),
+        (lambda c: OURS, BLUE, "o", OURS),
+    ):
+        found = [(x, f.value) for c, x in points if (i := impl_of(c)) and (f := c.figure(i, "rate"))]
+        if found:
+            ax.plot(*zip(*found, strict=True), mark, color=colour, mec="black", ms=6, label=label)
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    ax.set_xlabel("operations per byte of inputs and outputs", fontsize=8)
+    ax.set_ylabel("TFLOP/s", fontsize=8)
+    ax.legend(fontsize=7, frameon=False)
+    return figure
+
+
 def draw_waterfall(comparisons: Sequence[Comparison]):
     """The parts of a batch one behind the other, each with its own limit inside it."""
     cases = [c for c in comparisons if c.suite == PROFILE and _parts(c)]
@@ -477,6 +506,7 @@ def _section(gpu: str, comparisons: Sequence[Comparison]) -> str:
         )
     parts += [_facts(gpu, comparisons), f"<h3>In one minute</h3><ul>{headlines}</ul>"]
     parts += ["<h3>What is left to the limit</h3>", _picture(draw_shares, comparisons, f"{gpu}: shares")]
+    parts.append(_picture(draw_roofline, comparisons, f"{gpu}: roofline"))
     parts += ["<h3>Where the time goes</h3>", _picture(draw_waterfall, comparisons, f"{gpu}: waterfall")]
     for suite, found in suites.items():
         title = SUITES.get(suite, suite)

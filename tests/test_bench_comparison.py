@@ -86,6 +86,14 @@ def test_the_rate_of_products_is_in_tflops():
     assert work.rate(1000.0) == pytest.approx(3.0) and work.limit(FakeLimits(), torch.float32) == 2.0
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_the_intensity_is_of_inputs_outputs_and_their_gradients(backward):
+    rows, _ = compare("s", "c", problem(), Work(10**6, "TFLOP/s"), backward, FakeLimits(), 0.0, rounds=1)
+    moved = 2 * 64 * 32 * 4 * (2 if backward else 1)
+    assert of(rows, OURS)["intensity"].value == pytest.approx(10**6 / moved)
+    assert "intensity" not in of(run(problem()), OURS)
+
+
 def test_a_rival_that_gives_nan_is_wrong():
     [row] = of(run(problem(Rival("nan", lambda x: x.sin() / 0 * 0))), "nan").values()
     assert row.unit.startswith("parity is red: error inf")

@@ -371,6 +371,21 @@ def test_compare_flags_what_is_worse_by_more_than_its_spread(write, capsys):
     assert code == 0 and "WORSE" not in out
 
 
+def test_the_roofline_has_its_roof_and_a_point_for_everyone(write):
+    limits = [Row("limits", "copy", "torch", "rate", 4000.0, "GB/s")]
+    ours = times(ATTENTION, "nvembed_fast", 2.0) + [
+        Row("flash_attention", ATTENTION, "nvembed_fast", "limit", 800.0, "TFLOP/s"),
+        Row("flash_attention", ATTENTION, "nvembed_fast", "intensity", 300.0, "FLOP/byte"),
+    ]
+    (comparisons,) = report.load([write(limits, ours, times(ATTENTION, "torch", 4.0))]).values()
+    (ax,) = report.draw_roofline(comparisons).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert lines["the roof"] == [[100.0, 400.0], [200.0, 800.0], [800.0, 800.0]]
+    assert lines["nvembed_fast"] == [[300.0, 500.0]] and lines["best rival"] == [[300.0, 250.0]]
+    without, *_ = report.load([write(ours, name="b.csv")]).values()
+    assert report.draw_roofline(without) is None
+
+
 def test_a_comparison_that_was_measured_again_counts_as_a_whole(write):
     first = times(ATTENTION, "nvembed_fast", 2.0) + times(ATTENTION, "torch", 4.0)
     again = times(ATTENTION, "nvembed_fast", 1.0) + left_out(ATTENTION, "torch", "out of memory")
