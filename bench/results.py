@@ -71,8 +71,8 @@ class Machine:
 
 
 COLUMNS = (*(f.name for f in dataclasses.fields(Row)), *(f.name for f in dataclasses.fields(Machine)))
-# without these two columns two runs are the same run
-_SAME_RUN = ("gpu", "driver", "torch", "triton", "transformers", "commit")
+_HEADER = ",".join(COLUMNS) + "\n"
+_SAME_RUN = tuple(f.name for f in dataclasses.fields(Machine) if f.name != "command")
 
 
 def machine(commit: str | None = None) -> Machine:
@@ -162,12 +162,11 @@ def read(path: Path) -> list[dict[str, str]]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is no results file: it is not text") from None
-    rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
-    if rows and tuple(rows[0]) != COLUMNS:
-        raise ValueError(
-            f"{path} is no results file: its columns are {', '.join(rows[0])[:100]}, not {COLUMNS}"
-        )
-    return rows
+    # a header may be cut off, too
+    if not _HEADER.startswith(text[: len(_HEADER)]):
+        columns = text.split("\n", 1)[0][:100].replace(",", ", ")
+        raise ValueError(f"{path} is no results file: its columns are {columns}, not {COLUMNS}")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
 class Results:
@@ -186,15 +185,14 @@ class Results:
         self.path, self.machine = path, machine
         self._done = set()
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and path.stat().st_size:
-            kept = read(path)
-            if not again:
-                self._done = {(r["suite"], r["case"]) for r in kept if _is_of_run(r, machine)}
-            text = path.read_text(encoding="utf-8")
-            if not text.endswith("\n"):
-                os.truncate(path, len(text[: text.rfind("\n") + 1].encode()))
-        else:
-            self._append([dict(zip(COLUMNS, COLUMNS, strict=True))])
+        path.touch()
+        kept = read(path)
+        if not again:
+            self._done = {(r["suite"], r["case"]) for r in kept if _is_of_run(r, machine)}
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+        if not whole:
+            self._append(_HEADER)
 
     def has(self, suite: str, case: str) -> bool:
         """Whether this run, or an earlier one of the same commit and versions, has measured it."""
@@ -204,14 +202,15 @@ class Results:
         """Write the rows of one comparison to disk."""
         rows = list(rows)
         facts = dataclasses.asdict(self.machine)
-        self._append([{k: _text(v) for k, v in (dataclasses.asdict(r) | facts).items()} for r in rows])
+        buffer = io.StringIO()
+        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
+        writer.writerows({k: _text(v) for k, v in (dataclasses.asdict(r) | facts).items()} for r in rows)
+        self._append(buffer.getvalue())
         self._done |= {(r.suite, r.case) for r in rows}
 
-    def _append(self, rows: list[dict[str, str]]) -> None:
-        buffer = io.StringIO()
-        csv.DictWriter(buffer, COLUMNS, lineterminator="\n").writerows(rows)
+    def _append(self, text: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(buffer.getvalue())
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
 

@@ -192,6 +192,13 @@ def test_another_commit_is_another_run(tmp_path):
     assert Results(path, Machine(**{**FACTS.__dict__, "command": "again"})).has("s", "one")
 
 
+def test_a_header_that_was_cut_off_is_written_again(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("suite,ca")
+    Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
+    assert [row["case"] for row in results.read(path)] == ["one"]
+
+
 def test_again_measures_what_is_there(tmp_path):
     path = tmp_path / "r.csv"
     Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
@@ -224,6 +231,11 @@ def test_another_file_is_not_overwritten(tmp_path):
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="is no results file: its columns are a, b"):
         Results(path, FACTS)
+    for text in ("a,b\n", "a,b"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is no results file: its columns are a, b"):
+            Results(path, FACTS)
+        assert path.read_text() == text
     path.write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match="r.csv is no results file: it is not text"):
         Results(path, FACTS)
