@@ -10,43 +10,40 @@
    has had its seconds sits out the later rounds.
 
 The limit is the time that the backbone's products alone take for the tokens of the mix; those of the latent
-head (2 % more) are not in it. The tokenizer is one of whole words,
-cheaper for everyone than the published one.
+head (2 % more) are not in it. The tokenizer is one of whole words: cheap, for all alike.
 """
 
 import functools
 import gc
 import statistics
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
 
 from bench import encoders
-from bench.encoders import ENCODERS, GRAPHED, Entry, Mix, Parity, ParityCheck, Scale, wall_clock
-from bench.limits import SMALL_TOKENS, TOKENS, Limits
+from bench.encoders import (
+    ENCODERS,
+    GPU,
+    GRAPHED,
+    SMALL,
+    SMALLEST,
+    Entry,
+    Mix,
+    Parity,
+    ParityCheck,
+    Scale,
+    wall_clock,
+)
+from bench.limits import Limits
 from bench.results import LEFT_OUT, OURS, TIMES, Row
 from bench.timing import Times
 from nvembed_fast import NVEmbed
+from nvembed_fast.encoder import BATCH_TOKENS
 
 SUITE = "encode"
 # ours cuts batches by tokens
 NO_SIZE = 1
-# at which the limit of a larger mix is measured: the tokens of one batch of ours
-LIMIT_TOKENS = {"cuda": TOKENS, "cpu": SMALL_TOKENS}
-
-
-def _scale(config: pytest.Config) -> tuple[Scale, str, torch.dtype]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    return encoders.scale_for(device, config.getoption("--smallest")), device, dtype
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "mix" in metafunc.fixturenames:
-        scale, *_ = _scale(metafunc.config)
-        metafunc.parametrize("mix", scale.mixes, ids=[mix.name for mix in scale.mixes])
 
 
 @dataclass(frozen=True)
@@ -62,44 +59,35 @@ class Field:
 
 
 @pytest.fixture(scope="module")
-def field(request) -> Field:
+def field(device, dtype, say, pytestconfig) -> Field:
     """Parity on a few layers first; then the whole model, once for all."""
-    scale, device, dtype = _scale(request.config)
-    say = _say(request.config)
+    scale = encoders.scale_for(device, pytestconfig.getoption("--smallest"))
     left_out = dict(encoders.GPU_ONLY) if device == "cpu" else {}
-    say(f"parity of {len(ENCODERS) - len(left_out)} encoders on {encoders.PARITY_LAYERS} layers")
+    say(f"encode: parity of {len(ENCODERS) - len(left_out)} encoders on {encoders.PARITY_LAYERS} layers")
     check = ParityCheck(scale, device, dtype)
     parity = {name: check.of(make) for name, make in ENCODERS.items() if name not in left_out}
     for name, found in parity.items():
-        say(f"  {name}: {found.error:.2g} ({found.unit})" + (f", {found.obstacle}" if found.obstacle else ""))
+        say(
+            f"encode:   {name}: {found.error:.2g} ({found.unit})"
+            + (f", {found.obstacle}" if found.obstacle else "")
+        )
     left_out |= {name: found.obstacle for name, found in parity.items() if found.obstacle}
     del check
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    say("the whole model")
+    say("encode: the whole model")
     ours = encoders.random_encoder(scale.config, device, dtype)
     made = {name: make(ours) for name, make in ENCODERS.items() if name not in left_out}
     return Field(scale, dtype, ours, made, parity, left_out)
 
 
-def _say(config: pytest.Config) -> Callable[[str], None]:
-    """Print a line of progress past the capture of pytest."""
-    capture = config.pluginmanager.getplugin("capturemanager")
-
-    def say(line: str) -> None:
-        with capture.global_and_fixture_disabled():
-            print(f"\n{SUITE}: {line}", end="", flush=True)
-
-    return say
-
-
 @pytest.mark.benchmark(timer=wall_clock)
-def bench_encode(start, benchmark, request, results, limits: Limits, mix: Mix):
-    start(SUITE, mix.name)
+@pytest.mark.cases(gpu=GPU.mixes, cpu=SMALL.mixes, smallest=SMALLEST.mixes)
+def bench_encode(start, say, benchmark, request, results, limits: Limits, case: Mix):
+    start(SUITE, case.name)
     who: Field = request.getfixturevalue("field")
-    say = _say(request.config)
-    texts, instruction = mix.texts(who.scale.config.text_config.vocab_size)
+    texts, instruction = case.texts(who.scale.config.text_config.vocab_size)
     entries, left_out = {}, dict(who.left_out)
     taking_part = [name for name in ENCODERS if name != GRAPHED or len(texts) == 1]
     for name, encoder in who.encoders.items():
@@ -108,37 +96,37 @@ def bench_encode(start, benchmark, request, results, limits: Limits, mix: Mix):
         encode = functools.partial(_encode, encoder, instruction)
         encoders.warm_up(encode, texts)
         is_ours = name in (OURS, GRAPHED)
-        runs = encoders.search_runs(mix, texts, who.scale, getattr(encoder, "by_length", True))
+        runs = encoders.search_runs(case, texts, who.scale, getattr(encoder, "by_length", True))
         tried = [NO_SIZE] if is_ours else who.scale.batch_sizes
         sizes = encoders.fitting_batch_sizes(encode, runs, tried)
-        say(f"{mix.name}: {name}" + ("" if is_ours else f", batch sizes from the best {sizes}"))
+        say(f"encode: {case.name}: {name}" + ("" if is_ours else f", batch sizes from the best {sizes}"))
         entries[name] = Entry(functools.partial(encode, texts), sizes)
     # ours is the last
     *others, last = entries.values()
 
     def others_first() -> None:
         done = len(last.seconds)
-        if mix.rounds < 10 or done % 10 == 0:
-            say(f"{mix.name}: round {done + 1} of {mix.rounds}")
+        if case.rounds < 10 or done % 10 == 0:
+            say(f"encode: {case.name}: round {done + 1} of {case.rounds}")
         for entry in others:
             entry.take_turn()
 
-    benchmark.group = f"encode {mix.name}"
-    benchmark.pedantic(last.run, setup=others_first, rounds=mix.rounds)
-    limit_ms = _limit_ms(limits, who, mix.num_tokens)
+    benchmark.group = f"encode {case.name}"
+    benchmark.pedantic(last.run, setup=others_first, rounds=case.rounds)
+    limit_ms = _limit_ms(limits, who, case.num_tokens)
     rows = []
     for name in taking_part:
         entry = entries.get(name)
         if entry is not None and not entry.seconds:
             left_out[name] = f"no batch size of {who.scale.batch_sizes} fits in memory"
         if name in left_out:
-            rows.append(Row(SUITE, mix.name, name, LEFT_OUT, None, left_out[name]))
+            rows.append(Row(SUITE, case.name, name, LEFT_OUT, None, left_out[name]))
         else:
-            rows += _rows(mix, name, entry, who.parity[name], limit_ms)
-            say(f"{mix.name}: {name}: {len(texts) / statistics.median(entry.seconds):.4g} texts/s")
+            rows += _rows(case, name, entry, who.parity[name], limit_ms)
+            say(f"encode: {case.name}: {name}: {len(texts) / statistics.median(entry.seconds):.4g} texts/s")
     results.add(rows)
     assert OURS not in left_out, left_out[OURS]
-    benchmark.extra_info["tokens/s"] = mix.num_tokens / benchmark.stats.stats.median
+    benchmark.extra_info["tokens/s"] = case.num_tokens / benchmark.stats.stats.median
 
 
 def _encode(encoder, instruction: str, texts: list[str], batch_size: int) -> torch.Tensor:
@@ -149,7 +137,7 @@ def _limit_ms(limits: Limits, who: Field, num_tokens: int) -> float:
     """What the backbone's products alone take for so many tokens."""
     backbone = who.ours.model.embedding_model
     weights = [tuple(w.shape) for w in backbone.layers[0].parameters() if w.ndim == 2]
-    tokens = min(num_tokens, LIMIT_TOKENS[limits.device])
+    tokens = min(num_tokens, BATCH_TOKENS[limits.device])
     layer_ms = sum(limits.product_ms(tokens, weight, who.dtype) for weight in weights)
     return len(backbone.layers) * layer_ms * num_tokens / tokens
 

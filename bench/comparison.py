@@ -117,23 +117,19 @@ def compare(
         if rival.name in left_out:
             continue
         try:
-            call = _call(rival, problem.tensors, backward)
-            call()
-            peaks[rival.name] = peak_memory(call)
+            calls = _calls(rival, problem.tensors, backward)
+            for call in calls.values():
+                call()
+            peaks[rival.name] = peak_memory(calls[rival.name])
         except Exception as error:
             if rival.name == OURS:
                 raise
             left_out[rival.name] = _obstacle(error)
         else:
-            functions[rival.name] = call
-    if backward:
-        # what the backward takes is what it adds
-        rivals = {rival.name: rival for rival in (Rival(OURS, problem.ours), *problem.rivals)}
-        functions |= {
-            f"{name}{FORWARD}": _call(rivals[name], problem.tensors, False) for name in tuple(functions)
-        }
+            functions |= calls
     bounds = {"min_rounds": rounds, "max_rounds": rounds} if rounds else {}
     times = interleaved(functions, seconds, **bounds)
+    # what the backward takes is what it adds
     forward = {name: times.pop(f"{name}{FORWARD}").median for name in peaks if backward}
 
     limit = work.limit(limits, problem.tensors[0].dtype)
@@ -220,20 +216,23 @@ def _error(got: Tensors, high: Tensors) -> float:
     return max((e if e == e else float("inf") for e in errors), default=0.0)
 
 
-def _call(rival: Rival, tensors: Tensors, backward: bool) -> Callable:
-    """What is timed; it takes its inputs in turn from copies that do not fit the L2 cache together."""
+def _calls(rival: Rival, tensors: Tensors, backward: bool) -> dict[str, Callable]:
+    """What is timed, by name: the rival, and with backward also its forward alone.
+
+    They take their inputs in turn from copies that do not fit the L2 cache together.
+    """
     arranged = [t.detach() for t in rival.arranged(tensors)]
     size = sum(t.nbytes for t in arranged)
     copies = 1 if arranged[0].device.type == "cpu" else min(1 + 4 * L2_BYTES // max(size, 1), 64)
     inputs = [arranged, *(copy.deepcopy(arranged) for _ in range(copies - 1))]
     turns = itertools.cycle(inputs)
+
+    def forward():
+        with torch.no_grad():
+            rival.fn(*next(turns))
+
     if not backward:
-
-        def forward():
-            with torch.no_grad():
-                rival.fn(*next(turns))
-
-        return forward
+        return {rival.name: forward}
     for leaf in itertools.chain(*inputs):
         leaf.requires_grad_()
     with torch.no_grad():
@@ -243,4 +242,4 @@ def _call(rival: Rival, tensors: Tensors, backward: bool) -> Callable:
         leaves = next(turns)
         torch.autograd.grad(as_tuple(rival.fn(*leaves)), leaves, upstream)
 
-    return forward_and_backward
+    return {rival.name: forward_and_backward, f"{rival.name}{FORWARD}": forward}

@@ -1,9 +1,9 @@
 """What this machine can do, measured in the run that its figures are compared with.
 
 The matrix rate is that of one large cuBLAS product in the dtype, and the copy rate that of one large copy,
-both sustained, after a warm-up: a GPU that is kept busy lowers its clock. The products of
-the encoder itself follow, at the number of tokens of one batch: their sum is the time below which no encoder
-that leaves its products to cuBLAS can come.
+both sustained, after a warm-up: a GPU that is kept busy lowers its clock. The products of the encoder itself
+follow, at the number of tokens of one batch: their sum is the time below which no encoder that leaves its
+products to cuBLAS can come.
 
 Without a GPU the same is measured on the CPU, at the sizes of a small decoder.
 """
@@ -16,22 +16,25 @@ import torch
 
 from bench.results import LEFT_OUT, Row
 from bench.timing import L2_BYTES, sustained
+from nvembed_fast.encoder import BATCH_TOKENS
 
 SUITE, IMPL = "limits", "torch"
-# (rows of the weight, columns of the weight): what one layer of NV-Embed multiplies each token by
+# (rows of the weight, columns of the weight): what one layer of NV-Embed, and of the small decoder of a CPU,
+# multiplies each token by
 LAYER_PRODUCTS = {
-    "qkv": (6144, 4096),
-    "output": (4096, 4096),
-    "gate and up": (28672, 4096),
-    "down": (4096, 14336),
+    "cuda": {
+        "qkv": (6144, 4096),
+        "output": (4096, 4096),
+        "gate and up": (28672, 4096),
+        "down": (4096, 14336),
+    },
+    "cpu": {
+        "qkv": (960, 576),
+        "output": (576, 576),
+        "gate and up": (3072, 576),
+        "down": (576, 1536),
+    },
 }
-SMALL_LAYER_PRODUCTS = {
-    "qkv": (960, 576),
-    "output": (576, 576),
-    "gate and up": (3072, 576),
-    "down": (576, 1536),
-}
-TOKENS, SMALL_TOKENS = 16384, 2048
 FEW_TOKENS = 1024
 
 
@@ -62,12 +65,11 @@ class Limits:
     def rows(self, dtypes: tuple[torch.dtype, ...]) -> list[Row]:
         """All of it as rows of the suite "limits"."""
         out = [Row(SUITE, "copy", IMPL, "rate", self.copy_rate(), "GB/s")]
-        small = self.device == "cpu"
-        tokens, products = (SMALL_TOKENS, SMALL_LAYER_PRODUCTS) if small else (TOKENS, LAYER_PRODUCTS)
+        tokens = BATCH_TOKENS[self.device]
         for dtype in dtypes:
             name, limit = _name(dtype), self.matrix_rate(dtype)
             out.append(Row(SUITE, f"product {name}", IMPL, "rate", limit, "TFLOP/s"))
-            for product, weight in products.items():
+            for product, weight in LAYER_PRODUCTS[self.device].items():
                 ms = self.product_ms(tokens, weight, dtype)
                 rate = 2e-9 * tokens * weight[0] * weight[1] / ms
                 case = f"{product} {tokens} tokens {name}"

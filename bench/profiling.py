@@ -38,10 +38,12 @@ from torch.profiler import ProfilerActivity, record_function
 from tqdm import tqdm
 
 from bench import encoders
-from bench.limits import SMALL_TOKENS, TOKENS, Limits
+from bench.limits import Limits
+from bench.report import Comparison, Figure, draw_waterfall
 from bench.results import FOLDER, OURS, Results, Row, default_path, machine, warn_if_busy
 from bench.timing import Times
 from nvembed_fast import ops
+from nvembed_fast.encoder import BATCH_TOKENS
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RotaryCase, RowCase
 from nvembed_fast.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch, token_budget_batches
@@ -50,8 +52,6 @@ SUITE = "profile"
 PRODUCTS, ATTENTION, ELEMENTWISE, HEAD = "products", "attention", "element-wise", "latent head"
 GAPS, HOST, OTHER = "launch gaps", "host work", "other"
 CATEGORIES = (PRODUCTS, ATTENTION, ELEMENTWISE, HEAD, GAPS, HOST, OTHER)
-# Okabe and Ito's colours: told apart by the colour-blind too
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 STEP, PACKING = "step", "packing"
 CATEGORY_OF_MARK = {
@@ -72,7 +72,6 @@ WHOLE = (HEAD, HOST)
 SCALES = {"cuda": encoders.GPU, "cpu": encoders.SMALL}
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 LAYERS = {"cuda": 32, "cpu": 4}  # where --layers is not given
-BATCH_TOKENS = {"cuda": TOKENS, "cpu": SMALL_TOKENS}
 MIXES = {mix.name: mix for mix in encoders.GPU.mixes}
 STEPS = 5
 LIMIT_SECONDS = 1.0
@@ -334,47 +333,6 @@ def table(parts: dict[str, float], limits: dict[str, float | None]) -> str:
     return "\n".join(lines)
 
 
-def draw_waterfall(parts: dict[str, float], limits: dict[str, float | None], title: str, path: Path) -> None:
-    """A picture of the parts one after another, the limit of each below it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
-
-    figure = Figure(figsize=(10, 5.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    step, begin = sum(parts.values()), 0.0
-    for row, (name, colour) in enumerate(zip(CATEGORIES, COLOURS, strict=True)):
-        ms, limit = parts[name], limits[name]
-        axes.barh(row, ms, left=begin, height=0.5, color=colour)
-        label = f"{ms:.3g} ms, {ms / step:.0%}"
-        if limit is not None:
-            axes.barh(row + 0.34, limit, left=begin, height=0.18, color="0.6")
-            label += f"; limit {limit:.3g} ms"
-        # on the side where there is room
-        end = begin + max(ms, limit or 0.0)
-        on_the_right = end < 0.6 * step
-        axes.annotate(
-            label,
-            (end if on_the_right else begin, row),
-            (5 if on_the_right else -5, 0),
-            textcoords="offset points",
-            ha="left" if on_the_right else "right",
-            va="center",
-            fontsize=9,
-        )
-        begin += ms
-    limit_patch = Patch(color="0.6", label="limit, measured in the same run")
-    axes.legend(handles=[limit_patch], loc="lower left", frameon=False)
-    axes.set_yticks(range(len(CATEGORIES)), CATEGORIES)
-    axes.invert_yaxis()
-    axes.set_xlim(left=0)
-    axes.set_xlabel("milliseconds of the step, under the profiler")
-    axes.set_title(title, fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-
-
 def _wall_times(step: Step) -> Times:
     """Of STEPS steps without profiler and marks; the step waits for the device."""
     taken = []
@@ -412,7 +370,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--texts",
         type=int,
-        help=f"texts in a step (default: as fill {TOKENS} tokens, {SMALL_TOKENS} on a CPU)",
+        help="texts in a step (default: as fill {cuda} tokens, {cpu} on a CPU)".format(**BATCH_TOKENS),
     )
     parser.add_argument(
         "--layers", type=int, help="layers of the model (default: 32 of 32, 4 of 30 on a CPU)"
@@ -492,16 +450,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("with the profiler it took another time altogether: run again with nothing beside it")
     if any(limits[name] and limits[name] > 1.05 * parts[name] for name in CATEGORIES):
         print("a limit lies above its time, so it is none: run again with nothing beside it")
-    picture = args.folder / "waterfall.png"
-    draw_waterfall(parts, limits, f"{case}: {on}", picture)
-    print(f"wrote {picture} and {trace}")
     rows = [
         Row(SUITE, case, OURS, f"time:{name}", ms, "ms", share(limits[name], ms))
         for name, ms in parts.items()
     ]
     least = sum(limit or 0.0 for limit in limits.values())
-    results.add([*rows, Row(SUITE, case, OURS, "time_p50", times.median, "ms", least / times.median)])
-    print(f"added {len(rows) + 1} rows to {results.path}")
+    rows.append(Row(SUITE, case, OURS, "time_p50", times.median, "ms", least / times.median))
+    results.add(rows)
+    print(f"added {len(rows)} rows to {results.path}")
+    picture = args.folder / "waterfall.png"
+    figures = {row.metric: Figure(row.value, row.unit, row.share_of_limit) for row in rows}
+    draw_waterfall([Comparison(SUITE, case, {}, {OURS: figures})]).savefig(picture)
+    print(f"wrote {picture} and {trace}")
 
 
 if __name__ == "__main__":

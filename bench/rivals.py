@@ -18,6 +18,11 @@ from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.packing import pad_rows
 
 NEEDS_GPU = "needs a GPU"
+# [T, N, H] to [1, N, T, H] and back
+ONE_BATCH = {
+    "arrange": lambda *tensors: tuple(t.transpose(0, 1)[None].contiguous() for t in tensors),
+    "restore": lambda out: out[0].transpose(0, 1),
+}
 
 
 class RivalFactory:
@@ -52,17 +57,6 @@ class RivalFactory:
         """Rivals of packed bidirectional attention on q [T, N, H], k and v [T, G, H]."""
         group = q_heads // kv_heads
         padded = Padded(layout)
-
-        def sdpa(backend: SDPBackend, grouped: bool, masked: bool) -> Callable:
-            def attend(q, k, v):
-                mask = padded.bias(q.dtype) if masked else None
-                if not grouped:
-                    # as models without grouped attention do it: every head of a group gets its copy
-                    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
-                with sdpa_kernel(backend):
-                    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
-
-            return attend
 
         def flash_lengths() -> tuple:
             return layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length
@@ -101,14 +95,9 @@ class RivalFactory:
         ):
             for grouped in (True, False) if group > 1 else (False,):
                 shown = f"{name}, K and V repeated" if group > 1 and not grouped else name
-                rivals.append(
-                    Rival(
-                        shown,
-                        None if obstacle else sdpa(backend, grouped, masked),
-                        obstacle=obstacle,
-                        **places,
-                    )
-                )
+                copies = 1 if grouped else group
+                fn = _sdpa(backend, copies, grouped, padded.bias if masked else None)
+                rivals.append(Rival(shown, fn, obstacle=obstacle, **places))
         rivals.append(self._library("varlen_attn", "torch", "torch", varlen))
         rivals.append(self._flex(layout, group))
         rivals.append(self._library("flash-attn 2", "flash_attn", "flash-attn", flash_attn_2))
@@ -121,8 +110,7 @@ class RivalFactory:
             return Rival("FlexAttention", None, obstacle=self._why_not)
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-        lengths = torch.tensor(layout.lengths, device=layout.device)
-        document = torch.repeat_interleave(torch.arange(len(layout), device=layout.device), lengths)
+        document = _seq_of_token(layout)
 
         def same_document(b, h, i, j):
             return document[i] == document[j]
@@ -138,27 +126,14 @@ class RivalFactory:
         return Rival(
             "FlexAttention",
             lambda q, k, v: flex(q, k, v, block_mask=mask(), enable_gqa=group > 1),
-            arrange=lambda *tensors: tuple(t.transpose(0, 1)[None].contiguous() for t in tensors),
-            restore=lambda out: out[0].transpose(0, 1),
+            **ONE_BATCH,
         )
 
     def latent_attention(self, reference: Callable) -> list[Rival]:
         """Rivals of the direct form on q [T, N, H], k and v [L, N, H]."""
-
-        def sdpa(backend: SDPBackend) -> Callable:
-            def attend(q, k, v):
-                with sdpa_kernel(backend):
-                    return F.scaled_dot_product_attention(q, k, v)
-
-            return attend
-
-        places = {
-            "arrange": lambda *tensors: tuple(t.transpose(0, 1)[None].contiguous() for t in tensors),
-            "restore": lambda out: out[0].transpose(0, 1),
-        }
         backends = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
         return self.plain(reference) + [
-            Rival(name, sdpa(backend), obstacle=self._gpu, **places) for name, backend in backends.items()
+            Rival(name, _sdpa(backend), obstacle=self._gpu, **ONE_BATCH) for name, backend in backends.items()
         ]
 
     def rms_norm(self, reference: Callable, eps: float, residual: bool) -> list[Rival]:
@@ -227,6 +202,32 @@ class RivalFactory:
         ]
 
 
+def _sdpa(
+    backend: SDPBackend, copies: int = 1, grouped: bool = False, bias: Callable | None = None
+) -> Callable:
+    """SDPA by one backend.
+
+    Args:
+        copies: of every key and value head, as models without grouped attention make them.
+        grouped: let the backend share key and value heads.
+        bias: from a dtype to the additive mask.
+    """
+
+    def attend(q, k, v):
+        if copies > 1:
+            k, v = (t.repeat_interleave(copies, dim=1) for t in (k, v))
+        mask = bias(q.dtype) if bias else None
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
+
+    return attend
+
+
+def _seq_of_token(layout: SeqLayout) -> torch.Tensor:
+    """[T] int64."""
+    return torch.arange(len(layout), device=layout.device).repeat_interleave(layout.cu_seqlens.diff())
+
+
 class Padded:
     """From packed tokens to the padded batch that models without packing compute on, and back."""
 
@@ -235,10 +236,7 @@ class Padded:
         # a mask's rows have to be aligned for the fast kernels
         longest = layout.max_length if self.is_full else -(-layout.max_length // 16) * 16
         self.shape = len(layout), longest
-        starts = layout.cu_seqlens[:-1].repeat_interleave(layout.cu_seqlens.diff())
-        seqs = torch.arange(len(layout), device=layout.device).repeat_interleave(layout.cu_seqlens.diff())
-        self.places = seqs * longest + torch.arange(layout.num_tokens, device=layout.device) - starts
-
+        self.places = _seq_of_token(layout) * longest + layout.positions
         self._bias: dict[torch.dtype, torch.Tensor] = {}
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:

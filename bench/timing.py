@@ -4,9 +4,9 @@
 2. On a GPU a sample lies between two device events. In front of it a buffer larger than the L2 cache is
    written, often enough to keep the device busy until the host has launched the whole call: neither a warm
    cache nor the host is timed.
-3. A call below 50 microseconds, too short for events, is captured in a CUDA graph many times over; a sample
-   is a replay divided by their number. Such a function should take its inputs in turn from copies that do not
-   fit the L2 cache together.
+3. Where a call takes less than 50 microseconds, too short for events, it and all it is compared with are
+   captured in CUDA graphs, many calls in each; a sample is a replay divided by their number. Such functions
+   should take their inputs in turn from copies that do not fit the L2 cache together.
 4. On a CPU a sample is wall time.
 """
 
@@ -18,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from nvembed_fast.graphs import captured
 
 GRAPH_BELOW_MS = 0.05
 GRAPH_MS = 2.0  # a graph holds about as many calls
@@ -193,13 +195,10 @@ def _captured(fn: Callable, calls: int) -> Callable:
         fn()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        fn()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run() -> None:
+        # results that were kept would take another place in memory each
         for _ in range(calls):
             fn()
-    return graph.replay
+
+    return captured(run)

@@ -170,9 +170,7 @@ def _mean_pool_bwd_kernel(
             tl.store(dx_ptrs, b_dout, mask=m_td)
 
 
-def _configured(
-    kernel: str, width: int, geglu: bool, tokens: int, sm: int | None, itemsize: int
-) -> dict[str, int]:
+def _configured(kernel: str, width: int, geglu: bool, tokens: int, sm: int, itemsize: int) -> dict[str, int]:
     # four 16-byte loads of 16-bit data in flight per thread, from one or from two tensors
     padded = triton.next_power_of_2(width)
     rule = {
@@ -186,8 +184,8 @@ def _configured(
 
 
 @tuned.cache
-def _launch_config(width: int, geglu: bool, sm: int | None = None, itemsize: int = 2) -> dict[str, int]:
-    """Tile and warps for capability `sm`; None takes the rule.
+def _launch_config(width: int, geglu: bool, sm: int, itemsize: int) -> dict[str, int]:
+    """Tile and warps for capability `sm`.
 
     TOKENS is a trade: every sequence longer than that takes the second kernel, and a smaller batch than
     that has few programs.
@@ -202,7 +200,7 @@ def _combine_launch_config(width: int) -> dict[str, int]:
 
 
 @tuned.cache
-def _bwd_launch_config(width: int, geglu: bool, sm: int | None = None, itemsize: int = 2) -> dict[str, int]:
+def _bwd_launch_config(width: int, geglu: bool, sm: int, itemsize: int) -> dict[str, int]:
     """Small tiles, since nothing is summed: many programs for one long sequence too."""
     return _configured("bwd", width, geglu, 64, sm, itemsize)
 

@@ -125,8 +125,8 @@ def _rms_norm_dweight_kernel(
 
 
 @tuned.cache
-def _launch_config(width: int, sm: int | None = None, itemsize: int = 2) -> dict[str, int]:
-    """Tile and warps for capability `sm`; None takes the rule.
+def _launch_config(width: int, sm: int, itemsize: int) -> dict[str, int]:
+    """Tile and warps for capability `sm`.
 
     16 elements of every tensor per thread (two or four 16-byte loads), full warps.
     """
@@ -138,7 +138,7 @@ def _launch_config(width: int, sm: int | None = None, itemsize: int = 2) -> dict
 
 
 @tuned.cache
-def _bwd_launch_config(width: int, sm: int | None = None, itemsize: int = 2) -> dict[str, int]:
+def _bwd_launch_config(width: int, sm: int, itemsize: int) -> dict[str, int]:
     """8 elements of every tensor per thread: three and the share of dweight are held at once.
 
     A share is 4 bytes a column for ROWS rows of 4 tensors in 16 bits: at 32 rows 3 % more traffic with its

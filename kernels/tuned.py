@@ -76,12 +76,12 @@ def cache(launch_config: Callable) -> Callable:
     return cached
 
 
-def override(kernel: str, capability: int | None, rule: Config, **shape: int) -> Config:
+def override(kernel: str, capability: int, rule: Config, **shape: int) -> Config:
     """`rule`, with the constants of the entry of this class where there is one and it can hold.
 
     Args:
         kernel: one of KERNELS.
-        capability: 80 for 8.0; None takes the rule.
+        capability: 80 for 8.0.
         rule: a whole launch configuration. A rule loads through descriptors wherever these can be made.
         shape: the numbers of the class, powers of two.
     """

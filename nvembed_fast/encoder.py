@@ -41,7 +41,7 @@ MIN_MAX_LENGTH = 3  # a mark at each end and one token between them
 # texts tokenised at a time: the first window is small, so that the device starts at once; and characters, so
 # that the ids of very long texts do not fill the memory
 _FIRST_WINDOW, _WINDOW, _WINDOW_CHARACTERS = 1024, 8192, 8_000_000
-_BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
+BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 _warned: dict[str, set[str]] = {}
 
 
@@ -214,7 +214,7 @@ class NVEmbed(nn.Module):
             raise ValueError(f"output must be 'torch' or 'numpy', got {output!r}")
         _check_count("max_length", max_length, MIN_MAX_LENGTH)
         if max_batch_tokens is None:
-            max_batch_tokens = _BATCH_TOKENS.get(self.device.type, _BATCH_TOKENS["cpu"])
+            max_batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         _check_count("max_batch_tokens", max_batch_tokens, 1)
         if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
             raise TypeError(f"prompts must be a string or texts, got {type(prompts).__name__}")

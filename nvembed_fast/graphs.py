@@ -13,7 +13,9 @@ A graph holds the addresses it was captured with. It is captured anew when a wei
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +24,9 @@ from nvembed_fast.kernels.layout import SeqLayout, to_device
 from nvembed_fast.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
-__all__ = ["LEAST_BUCKET", "MOST_TOKENS", "BucketLayout", "SingleTextGraphs"]
+__all__ = ["LEAST_BUCKET", "MOST_TOKENS", "BucketLayout", "SingleTextGraphs", "captured"]
+
+T = TypeVar("T")
 
 # a text fits one tile of mean_pool, whose second kernel would go by the host's lists
 MOST_TOKENS = 256
@@ -49,8 +53,9 @@ class BucketLayout(SeqLayout):
         super().__init__((bucket, 0), device)
         self.blocks = blocks
         shapes = [(bucket,), (bucket,), (3,), (bucket,), *((self._num_tiles(b), 2) for b in blocks)]
-        self._buffer = torch.zeros(sum(map(np.prod, shapes)).item(), dtype=torch.int32, device=device)
-        pieces = self._buffer.split([int(np.prod(shape)) for shape in shapes])
+        sizes = [math.prod(shape) for shape in shapes]
+        self._buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        pieces = self._buffer.split(sizes)
         views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
         self.input_ids, self.keep, self.cu_seqlens, self.positions, *tiles = views
         self._cache = {("tiles", block): tile for block, tile in zip(blocks, tiles, strict=True)}
@@ -133,7 +138,7 @@ class SingleTextGraphs:
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        replay = _captured(run, self._pool)
+        replay = captured(run, self._pool)
         held = self.model.embedding_model.rotary_tables(bucket), getattr(self.model.head, "_cache", {}).copy()
         return _Graph(layout, replay, state, held)
 
@@ -142,8 +147,8 @@ class SingleTextGraphs:
         return {"model": self.model, "_graphs": {}, "_pool": None}
 
 
-def _captured(run: Callable[[], torch.Tensor], pool) -> Callable[[], torch.Tensor]:
-    """A replay of `run` that gives its result, always at the same place."""
+def captured(run: Callable[[], T], pool=None) -> Callable[[], T]:
+    """A replay of `run` by a CUDA graph; it gives the result, always at the same place."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -154,7 +159,7 @@ def _captured(run: Callable[[], torch.Tensor], pool) -> Callable[[], torch.Tenso
     with torch.cuda.graph(graph, pool=pool):
         result = run()
 
-    def replay() -> torch.Tensor:
+    def replay() -> T:
         graph.replay()
         return result
 

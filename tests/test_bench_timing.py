@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench import timing
+from nvembed_fast import graphs
 
 
 class Device:
@@ -56,7 +57,7 @@ class Device:
         return graph
 
     @contextlib.contextmanager
-    def capture(self, graph):
+    def capture(self, graph, pool=None):
         self.recording = graph.kernels
         try:
             yield
@@ -81,7 +82,8 @@ def gpu(monkeypatch) -> Device:
     )
     buffer = SimpleNamespace(zero_=device.call(Device.FLUSH, 0.005))
     fake = SimpleNamespace(cuda=cuda, empty=lambda *_, **__: buffer, int8=torch.int8, Tensor=torch.Tensor)
-    monkeypatch.setattr(timing, "torch", fake)
+    for module in (timing, graphs):
+        monkeypatch.setattr(module, "torch", fake)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: device.host / 1e3)
     for cached in (timing._flush_ms, timing._flush_buffer):
         cached.cache_clear()

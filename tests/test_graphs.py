@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def captures(monkeypatch) -> list[int]:
 
         return replay
 
-    monkeypatch.setattr(graphs, "_captured", captured)
+    monkeypatch.setattr(graphs, "captured", captured)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return replays
 
@@ -90,7 +91,7 @@ def test_vectors_are_those_of_the_model(tiny_directory, captures, head):
 def test_a_result_outlives_the_next_text(tiny_directory, captures, monkeypatch):
     model = model_of(tiny_directory, "latent")
     place = torch.zeros(2, model.config.hidden_size)
-    monkeypatch.setattr(graphs, "_captured", lambda run, pool: lambda: place.copy_(run()))
+    monkeypatch.setattr(graphs, "captured", lambda run, pool: lambda: place.copy_(run()))
     run = SingleTextGraphs(model)
     with ops.use_impl("triton"):
         first = run(np.array([5, 6, 7]), 0)
@@ -157,7 +158,8 @@ def test_no_bucket_starts_the_second_kernel_of_mean_pool():
         if problem.kernel in ("mean_pool.fwd", "mean_pool.geglu_fwd"):
             for config in (c for capability in (80, 90) for c in problem.configs(capability)):
                 assert config["TOKENS"] >= graphs.MOST_TOKENS
-    for geglu in (False, True):
-        assert mean_pool._launch_config(NVEmbedConfig().hidden_size, geglu)["TOKENS"] >= graphs.MOST_TOKENS
+    for geglu, sm in itertools.product((False, True), (80, 90)):
+        config = mean_pool._launch_config(NVEmbedConfig().hidden_size, geglu, sm, 2)
+        assert config["TOKENS"] >= graphs.MOST_TOKENS
     with pytest.raises(AssertionError, match="lower MOST_TOKENS"):
         BucketLayout(64, torch.device("cpu")).split_seqs(32)

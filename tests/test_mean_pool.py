@@ -19,7 +19,7 @@ from nvembed_fast.kernels.testing import (
     small,
 )
 
-TOKENS = module._launch_config(16, geglu=False)["TOKENS"]
+TOKENS = module._launch_config(16, False, 80, 4)["TOKENS"]
 # one tile, exactly one, one token more, three, and none; the longest neither first nor last
 TILES = PoolCase("tiles", (9, TOKENS, TOKENS + 1, 0, 2 * TOKENS + 70, 1), 16)
 

@@ -244,13 +244,11 @@ def test_an_entry_of_other_bits_another_class_or_architecture_is_not_taken():
         ("mean_pool.fwd", functools.partial(mean_pool._launch_config, geglu=False)),
         ("mean_pool.bwd", functools.partial(mean_pool._bwd_launch_config, geglu=False)),
     ):
-        rule = launch_config(77)
+        rule = launch_config(77, sm=80, itemsize=2)
         with tuned.use({(kernel, 80, "width128-bits16"): {"BLOCK_T": 16}}):
             assert launch_config(77, sm=80, itemsize=2) == rule | {"BLOCK_T": 16} != rule
-            assert (
-                launch_config(77) == launch_config(77, sm=90) == launch_config(77, sm=80, itemsize=4) == rule
-            )
-            assert launch_config(129, sm=80)["BLOCK_T"] != 16
+            assert launch_config(77, sm=90, itemsize=2) == launch_config(77, sm=80, itemsize=4) == rule
+            assert launch_config(129, sm=80, itemsize=2)["BLOCK_T"] != 16
 
 
 @pytest.mark.skipif(HAS_GPU, reason="plays sm_90 in the interpreter")
