@@ -37,7 +37,7 @@ check: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests/test_layering.py
-	$(PY) -m bench.resources
+	$(PY) -m tools.resources
 
 test-gpu: $(STAMP)
 	$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a CUDA GPU')"
@@ -56,4 +56,4 @@ profile: $(STAMP)
 	$(PY) -m bench.profiling $(ARGS)
 
 tune: $(STAMP)
-	$(PY) -m bench.tuning $(or $(ARGS),--write)
+	$(PY) -m tools.tuning $(or $(ARGS),--write)

@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "nvembed_fast/__init__.py").read_text(), re.M)[1]
@@ -21,8 +21,8 @@ setup(
         "Programming Language :: Python :: 3",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
-    # named one by one: kernels/ has no __init__.py (CONTRIBUTING.md says why), so find_packages would skip it
-    packages=["nvembed_fast", "nvembed_fast.kernels"],
+    # kernels/ has no __init__.py (CONTRIBUTING.md says why), so find_packages skips it
+    packages=[*find_packages(include=["nvembed_fast", "nvembed_fast.*"]), "nvembed_fast.kernels"],
     package_dir={"nvembed_fast.kernels": "kernels"},
     package_data={"nvembed_fast.kernels": ["tuned.toml"]},
     python_requires=">=3.11",

@@ -47,8 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
 
+    from bench.measure.results import FOLDER, Results, default_path, machine, read, warn_if_busy
     from bench.report import write_report
-    from bench.results import FOLDER, Results, default_path, machine, read, warn_if_busy
 
     here = machine(args.commit)
     results = args.results

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench import encoders
-from bench.encoders import (
+from bench.baselines import encoders
+from bench.baselines.encoders import (
     ENCODERS,
     GPU,
     GRAPHED,
@@ -35,9 +35,9 @@ from bench.encoders import (
     Scale,
     wall_clock,
 )
-from bench.limits import Limits
-from bench.results import LEFT_OUT, OURS, TIMES, Row
-from bench.timing import Times
+from bench.measure.limits import Limits
+from bench.measure.results import LEFT_OUT, OURS, TIMES, Row
+from bench.measure.timing import Times
 from nvembed_fast import NVEmbed
 from nvembed_fast.encoder import BATCH_TOKENS
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import DIRECTIONS
 
-from bench.comparison import Problem, Work
+from bench.measure.comparison import Problem, Work
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.testing import ATTENTION_CASES, ATTENTION_CPU, ATTENTION_SWEEP, attention_gradients

@@ -2,7 +2,7 @@ import pytest
 import torch
 from conftest import DIRECTIONS
 
-from bench.comparison import Problem, Work
+from bench.measure.comparison import Problem, Work
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.testing import LATENT_CASES, LATENT_CPU, LATENT_SWEEP

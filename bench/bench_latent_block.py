@@ -10,14 +10,14 @@ import torch.nn.functional as F
 from conftest import DIRECTIONS
 from einops import rearrange
 
-from bench import latent_blocks
-from bench.comparison import Problem, Rival, Work
-from bench.encoders import draw_weights
+from bench.baselines import latent_blocks
+from bench.baselines.encoders import draw_weights
+from bench.measure.comparison import Problem, Rival, Work
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import generator
-from nvembed_fast.latent_head import LatentHead
+from nvembed_fast.network.latent_head import LatentHead
 
 
 @dataclass(frozen=True)

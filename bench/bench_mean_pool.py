@@ -1,7 +1,7 @@
 import pytest
 from conftest import DIRECTIONS
 
-from bench.comparison import Problem, Work
+from bench.measure.comparison import Problem, Work
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.testing import POOL_CASES, POOL_CPU

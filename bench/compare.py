@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.limits import IMPL as LIMITS_IMPL
+from bench.measure.limits import IMPL as LIMITS_IMPL
+from bench.measure.results import OURS
 from bench.report import Comparison, load, number
-from bench.results import OURS
 
 Cases = dict[tuple[str, str], Comparison]
 

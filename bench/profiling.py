@@ -11,7 +11,8 @@ A step packs the token ids of a mix, runs the model on them and waits for the de
    kernel of the model, behind the last and while the host packs, and a launch gap everywhere else (on a CPU:
    Python, and the freeing of memory). So the categories cover every moment of a step exactly once, and sum to
    it; "other" is work outside of all parts that have a category.
-3. Compare (`limits_ms`): what each category would take at the rates that `bench.limits` measures in this run.
+3. Compare (`limits_ms`): what each category would take at the rates that `bench.measure.limits` measures in
+   this run.
 
 Marks and profiler cost host time, for which a GPU with little to do waits: the time of a step without them
 stands below the table.
@@ -37,15 +38,15 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 from tqdm import tqdm
 
-from bench import encoders
-from bench.limits import Limits
+from bench.baselines import encoders
+from bench.measure.limits import Limits
+from bench.measure.results import FOLDER, OURS, Results, Row, default_path, machine, warn_if_busy
+from bench.measure.timing import Times
 from bench.report import Comparison, Figure, draw_waterfall
-from bench.results import FOLDER, OURS, Results, Row, default_path, machine, warn_if_busy
-from bench.timing import Times
 from nvembed_fast import ops
 from nvembed_fast.encoder import BATCH_TOKENS
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RotaryCase, RowCase
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch, token_budget_batches
 
 SUITE = "profile"
@@ -265,7 +266,7 @@ def limits_ms(
 ) -> dict[str, float | None]:
     """The least milliseconds that each category could take; None for "other", which has no limit.
 
-    With T tokens in a batch, b bytes an element, and the letters of `nvembed_fast.mistral`:
+    With T tokens in a batch, b bytes an element, and the letters of `nvembed_fast.network.mistral`:
 
     - products: each product of each layer by itself at this T, as cuBLAS (on a CPU its library) takes it;
     - attention: 4 N H n^2 operations for a text of n tokens in each layer, at the rate of a large product;

@@ -4,7 +4,7 @@
    puts the constants of an entry in their place, where there is one for this
    kernel, this architecture and this class of shapes.
 2. The file is read once, at the first launch, and checked whole. Nothing is
-   searched here: `python -m bench.tuning --write` measures and writes.
+   searched here: `python -m tools.tuning --write` measures and writes.
 
 The invariant: an entry decides how fast a kernel is and never what it computes.
 What follows from the shape alone, such as a padded width, is no constant of an

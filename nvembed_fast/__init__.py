@@ -2,7 +2,7 @@
 
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.encoder import NVEmbed, query_instruction
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.ops import use_impl
 
 __all__ = ["NVEmbed", "NVEmbedConfig", "NVEmbedModel", "query_instruction", "use_impl"]

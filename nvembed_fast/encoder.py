@@ -30,9 +30,10 @@ from nvembed_fast import checkpoint, ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.graphs import MOST_TOKENS, SingleTextGraphs
 from nvembed_fast.kernels.layout import to_device
-from nvembed_fast.latent_head import LatentHead, Latents, check_latents
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.latent_head import LatentHead, Latents, check_latents
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, token_budget_batches
+from nvembed_fast.placement import check_device, check_dtype
 from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
 
 __all__ = ["NVEmbed", "query_instruction"]
@@ -494,7 +495,7 @@ def _device(device: Any) -> torch.device:
         device = device[""]
     if device is None or device in ("auto", "balanced", "balanced_low_0", "sequential"):
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return checkpoint.check_device(f"cuda:{device}" if isinstance(device, int) else device)
+    return check_device(f"cuda:{device}" if isinstance(device, int) else device)
 
 
 def _check_graphs(device: torch.device, dtype: torch.dtype, impl: ops.Impl) -> None:
@@ -506,4 +507,4 @@ def _check_graphs(device: torch.device, dtype: torch.dtype, impl: ops.Impl) -> N
 
 
 def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    return None if dtype is None or dtype == "auto" else checkpoint.check_dtype(dtype)
+    return None if dtype is None or dtype == "auto" else check_dtype(dtype)

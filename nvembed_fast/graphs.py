@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from nvembed_fast.kernels.layout import SeqLayout, to_device
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
 __all__ = ["LEAST_BUCKET", "MOST_TOKENS", "BucketLayout", "SingleTextGraphs", "captured"]

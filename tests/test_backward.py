@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.kernels.testing import assert_parity, generator
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import comparison, results
-from bench.comparison import Problem, Rival, Work, compare
-from bench.limits import Limits
-from bench.results import COLUMNS, OURS, Machine, Results, Row
-from bench.rivals import Padded, RivalFactory
+from bench.baselines.kernels import Padded, RivalFactory
+from bench.measure import comparison, results
+from bench.measure.comparison import Problem, Rival, Work, compare
+from bench.measure.limits import Limits
+from bench.measure.results import COLUMNS, OURS, Machine, Results, Row
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import ATTENTION_CASES, ROTARY_CASES, assert_parity, skewed_lengths

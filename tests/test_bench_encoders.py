@@ -12,9 +12,18 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bench import encoders
-from bench.encoders import ENCODERS, GPU, SMALL, SMALLEST, Entry, Mix, ParityCheck, fitting_batch_sizes
-from bench.results import read
+from bench.baselines import encoders
+from bench.baselines.encoders import (
+    ENCODERS,
+    GPU,
+    SMALL,
+    SMALLEST,
+    Entry,
+    Mix,
+    ParityCheck,
+    fitting_batch_sizes,
+)
+from bench.measure.results import read
 from nvembed_fast import encoder
 from nvembed_fast.tokenization import TextTokenizer
 
@@ -247,7 +256,7 @@ def test_an_encoder_that_had_its_seconds_sits_out():
 
 # the file itself runs with this rival broken
 BROKEN_RIVAL = """
-from bench import encoders
+from bench.baselines import encoders
 
 class Wrong(encoders.Original):
     def embed(self, ids, first_pooled):

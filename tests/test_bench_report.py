@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bench import compare, report
-from bench.results import Machine, Results, Row
+from bench.measure.results import Machine, Results, Row
 
 H200 = Machine("NVIDIA H200", "570.1", "2.13.0", "3.7.1", "5.23.0", "c0ffee", "bench")
 CPU = Machine("CPU Some x2", "none", "2.13.0", "3.7.1", "5.23.0", "c0ffee", "bench")

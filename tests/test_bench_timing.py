@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import timing
+from bench.measure import timing
 from nvembed_fast import graphs
 
 

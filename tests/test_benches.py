@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import results
 from bench.__main__ import SUITES
-from bench.results import OURS
+from bench.measure import results
+from bench.measure.results import OURS
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "bench").glob("bench_*.py"))

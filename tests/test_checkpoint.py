@@ -14,10 +14,18 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from nvembed_fast import checkpoint
-from nvembed_fast.checkpoint import load_model, published_tensors, resolve, save_model
+from nvembed_fast.checkpoint import (
+    load,
+    load_model,
+    published_tensors,
+    resolve,
+    save,
+    save_model,
+    tokenizer_files,
+)
+from nvembed_fast.checkpoint.names import TOKENIZER_FILES
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.model import NVEmbedModel
 
 TINY = Path(__file__).parent / "golden" / "tiny_a"
 EMBEDDING = "embedding_model.embed_tokens.weight"
@@ -158,8 +166,8 @@ def test_on_a_gpu_the_checkpoints_dtype_is_kept():
 
 
 def test_large_tensors_are_copied_in_pieces(monkeypatch):
-    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 64 * 4 * 7)
-    pieces = list(checkpoint._pieces(TINY / "model.safetensors", QUERY, (64, 64)))
+    monkeypatch.setattr(load, "_PIECE_BYTES", 64 * 4 * 7)
+    pieces = list(load._pieces(TINY / "model.safetensors", QUERY, (64, 64)))
     assert len(pieces) == 10 and pieces[-1][0] == slice(63, 64)
     assert torch.equal(
         load_model(TINY).embedding_model.layers[1].self_attn.qkv_proj.weight[:64],
@@ -228,7 +236,7 @@ def test_saving_states_the_dtype_it_stored(tmp_path):
 def test_tokenizer_files_are_copied(tmp_path, tiny):
     (tiny / "tokenizer.json").write_text("{}")
     (tiny / "tokenizer_config.json").write_text("{ }")
-    found = checkpoint.tokenizer_files(tiny)
+    found = tokenizer_files(tiny)
     assert [p.name for p in found] == ["tokenizer.json", "tokenizer_config.json"]
     save_model(load_model(tiny), tmp_path / "out", tokenizer_files=found)
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{ }"
@@ -244,16 +252,16 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, existed):
     if existed:
         save_model(model, directory)
     before = {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
-    real, calls = checkpoint.save_file, []
+    real, calls = save.save_file, []
 
     def full(tensors, file, metadata):
         calls.append(file)
         if len(calls) == 3:
             Path(file).write_bytes(b"half")
-            raise checkpoint.SafetensorError("I/O error: No space left on device (os error 28)")
+            raise save.SafetensorError("I/O error: No space left on device (os error 28)")
         real(tensors, file, metadata)
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(save, "save_file", full)
     with pytest.raises(OSError, match="cannot write the weights to .*out: .*No space left"):
         save_model(model, directory, max_shard_bytes=400_000)
     assert {p.name: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
@@ -267,7 +275,7 @@ def test_ctrl_c_while_saving_leaves_what_was_there(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "_write_json", interrupt)
+    monkeypatch.setattr(save, "_write_json", interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_model(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -673,7 +681,7 @@ def test_only_weights_config_and_tokenizer_are_fetched(monkeypatch, tmp_path):
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
     index = json.loads('["model-00001-of-00004.safetensors", "model.safetensors.index.json"]')
-    wanted = ["config.json", "model.safetensors", *index, *checkpoint.TOKENIZER_FILES]
+    wanted = ["config.json", "model.safetensors", *index, *TOKENIZER_FILES]
     assert all(map(fetched, wanted))
     refused = ["modeling_nvembed.py", "pytorch_model.bin", "onnx/model.onnx", "x.pt", "adapter.safetensors"]
     assert not any(map(fetched, refused))
@@ -769,7 +777,7 @@ def large(tmp_path_factory):
     directory = tmp_path_factory.mktemp("large")
     noise = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).mul_(0.02).half()
     table = published_tensors(LARGE)
-    shards = checkpoint._shards(table, torch.float16, 400_000_000)
+    shards = save._shards(table, torch.float16, 400_000_000)
     for number, (file, names) in enumerate(shards.items()):
         tensors = {}
         for at, name in enumerate(names):

@@ -1,6 +1,6 @@
 """Every kernel compiles for A100 and H100, fits their shared memory and got no worse; needs no GPU.
 
-`bench/resources.py` does the work, once, in a child process: TRITON_INTERPRET
+`tools/resources.py` does the work, once, in a child process: TRITON_INTERPRET
 is read once, at the first `import triton`.
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import triton
 
-from bench import resources
+from tools import resources
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory) -> tuple[dict[str, resources.Row], subprocess.CompletedProcess]:
     path = tmp_path_factory.mktemp("resources") / "rows.json"
-    command = [sys.executable, "-m", "bench.resources", "--json", str(path)]
+    command = [sys.executable, "-m", "tools.resources", "--json", str(path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
     assert path.exists(), run.stderr[-4000:]
     return json.loads(path.read_text()), run
@@ -64,7 +64,7 @@ LARGEST = [
 def test_the_largest_tiles_fit_gpus_with_99_kb(tmp_path):
     path = tmp_path / "rows.json"
     options = ["--capability", "86", "120", "--rows", *LARGEST, "--json", str(path)]
-    command = [sys.executable, "-m", "bench.resources", *options]
+    command = [sys.executable, "-m", "tools.resources", *options]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert path.exists(), run.stderr[-4000:]
     rows = json.loads(path.read_text())
@@ -82,7 +82,7 @@ def test_every_kernel_is_compiled():
     }
     assert kernels, "no kernel found, so this test would prove nothing"
     for kernel, file in kernels.items():
-        assert re.search(rf"\.{kernel}\b", specs), f"bench/resources.py does not compile {kernel} of {file}"
+        assert re.search(rf"\.{kernel}\b", specs), f"tools/resources.py does not compile {kernel} of {file}"
 
 
 def test_no_kernel_is_compiled_anew_for_another_number_of_tokens():

@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from examples import fetch_decoder
-from nvembed_fast import checkpoint
 from nvembed_fast.checkpoint import load_model
+from nvembed_fast.checkpoint.decoders import Decoder, init_model, open_decoder
+from nvembed_fast.checkpoint.names import TOKENIZER_FILES
 from nvembed_fast.config import NVEmbedConfig
-from nvembed_fast.decoders import Decoder, init_model, open_decoder
-from nvembed_fast.mistral import MistralBackbone
+from nvembed_fast.network.mistral import MistralBackbone
 from nvembed_fast.packing import PackedBatch
 from nvembed_fast.tokenization import TextTokenizer
 
@@ -113,7 +113,7 @@ def test_real_hidden_states_equal_transformers(real, theirs):
 def test_the_real_decoder_becomes_a_model(real_file, real, tmp_path):
     init_model(real_file, tmp_path / "model")
     files = sorted(p.name for p in (tmp_path / "model").iterdir())
-    assert files == sorted(["config.json", "model.safetensors", *checkpoint.TOKENIZER_FILES])
+    assert files == sorted(["config.json", "model.safetensors", *TOKENIZER_FILES])
     model = load_model(tmp_path / "model")
     config = model.config
     assert (config.pooling_start, config.torch_dtype) == ("text_offset", "float16")

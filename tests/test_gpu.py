@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from nvembed_fast import NVEmbed, ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.graphs import SingleTextGraphs
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
 pytestmark = pytest.mark.gpu

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from bench import tuning
 from nvembed_fast import NVEmbed, graphs, ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.graphs import BucketLayout, SingleTextGraphs
 from nvembed_fast.kernels import mean_pool
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
+from tools import tuning
 
 BUCKETS = {1: 16, 16: 16, 17: 32, 65: 128}
 

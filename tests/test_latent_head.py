@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.latent_head import LatentHead
+from nvembed_fast.network.latent_head import LatentHead
 
 CONFIG = LatentConfig(
     num_latents_value=12, num_cross_heads=3, cross_dim_head=20, hidden_dim=16, latent_dim=10

@@ -1,11 +1,13 @@
 """The architecture, as a test: who may import what, and what every kernel comes with."""
 
 import ast
+import graphlib
 import importlib
 import inspect
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -27,24 +29,47 @@ KERNEL_FILES = {
     "testing": ({"layout", "reference"}, {"numpy", "torch"}),
 } | {stem: ({"_common", "errors", "layout", "tuned"}, {"torch", "triton"}) for stem in KERNELS}
 
-# nvembed_fast/, from the ground up: (storey, file, packages from elsewhere). A file imports earlier ones only
-PACKAGE_FILES = [
-    (1, "ops", {"torch"}),
-    (1, "packing", {"numpy", "torch"}),
-    (2, "config", set()),
-    (2, "mistral", {"einops", "torch"}),
-    (2, "pooling_heads", {"einops", "torch"}),
-    (2, "latent_head", {"einops", "torch"}),
-    (3, "model", {"torch"}),
-    (3, "graphs", {"numpy", "torch"}),
-    (3, "checkpoint", {"huggingface_hub", "safetensors", "torch", "tqdm"}),
-    (3, "tokenization", {"numpy", "tokenizers"}),
-    (3, "decoders", {"gguf", "numpy", "tokenizers", "torch"}),
-    (4, "encoder", {"numpy", "torch", "tqdm", "transformers"}),
-    (5, "__init__", set()),
-    (6, "cli", {"numpy", "torch"}),
-    (6, "__main__", set()),
-]
+# nvembed_fast/: a room is a file, or a folder with all below it. Per room: what it may import of the package
+# beside itself, and what its files import from elsewhere, together
+GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement", "texts", "tokenization", "topk"}
+BELOW_ENCODER = GROUND | {"checkpoint", "network"}
+INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream"}
+TRAINING = {"checkpoint", "files", "network", "ops", "packing", "placement", "config", "tokenization"}
+CURATION = {"encoder", "corpus", "topk", "texts", "files"}
+INTEGRATIONS = {"config", "corpus", "encoder", "network", "packing", "stream", "tokenization"}
+EVALUATION = {"encoder", "integrations", "curation", "training", "files"}
+SERVING = {"encoder", "graphs", "stream", "fingerprint"}
+EVERYTHING = BELOW_ENCODER | INFERENCE | {"curation", "evaluation", "integrations", "serving", "training"}
+WALLS = {
+    "config": (GROUND, set()),
+    "files": (GROUND, None),
+    "fingerprint": (GROUND, None),
+    "ops": (GROUND, {"torch"}),
+    "packing": (GROUND, {"numpy", "torch"}),
+    "placement": (GROUND, {"torch"}),
+    "texts": (GROUND, None),
+    "tokenization": (GROUND, {"numpy", "tokenizers"}),
+    "topk": (GROUND, None),
+    "network": ({"config", "ops", "packing"}, {"einops", "torch"}),
+    "checkpoint": (
+        {"config", "files", "network", "placement", "tokenization"},
+        {"gguf", "huggingface_hub", "numpy", "safetensors", "tokenizers", "torch", "tqdm"},
+    ),
+    "corpus": (BELOW_ENCODER | INFERENCE, None),
+    "encoder": (BELOW_ENCODER | INFERENCE, {"numpy", "torch", "tqdm", "transformers"}),
+    "graphs": (BELOW_ENCODER | INFERENCE, {"numpy", "torch"}),
+    "legacy": (BELOW_ENCODER | INFERENCE, None),
+    "new_model": (BELOW_ENCODER | INFERENCE, None),
+    "stream": (BELOW_ENCODER | INFERENCE, None),
+    "training": (TRAINING, None),
+    "curation": (CURATION | {"evaluation.tasks"}, None),
+    "evaluation": (EVALUATION, None),
+    "integrations": (INTEGRATIONS, None),
+    "serving": (SERVING, None),
+    "__init__": (BELOW_ENCODER | INFERENCE, set()),
+    "cli": (EVERYTHING | {"__init__"}, {"numpy", "torch"}),
+    "__main__": ({"cli"}, set()),
+}
 LATE_IMPORTS = {"gguf", "transformers", "triton"}  # in nvembed_fast/, inside a function only
 
 
@@ -80,32 +105,68 @@ def test_a_kernel_file_knows_tensors_only(path):
     assert theirs == packages
 
 
-def test_every_package_file_has_a_storey():
-    present = {p.stem for p in ROOT.glob("nvembed_fast/*.py")}
-    assert present == {name for _, name, _ in PACKAGE_FILES}
-    storeys = [storey for storey, _, _ in PACKAGE_FILES]
-    assert storeys == sorted(storeys)
+def _package_files() -> dict[str, list[Path]]:
+    """Room -> its files, subfolders included; the kernels are looked at apart."""
+    rooms = defaultdict(list)
+    for path in sorted(ROOT.glob("nvembed_fast/**/*.py")):
+        first = path.relative_to(ROOT / "nvembed_fast").parts[0]
+        if first != "kernels":
+            rooms[first.removesuffix(".py")].append(path)
+    return rooms
 
 
-@pytest.mark.parametrize("place", range(len(PACKAGE_FILES)), ids=lambda i: PACKAGE_FILES[i][1])
-def test_a_package_file_imports_only_from_below(place):
-    _, name, packages = PACKAGE_FILES[place]
-    path = ROOT / "nvembed_fast" / f"{name}.py"
-    ours, theirs = _split(_imports(path))
-    below = {"nvembed_fast" if n == "__init__" else f"nvembed_fast.{n}" for _, n, _ in PACKAGE_FILES[:place]}
+ROOMS = _package_files()
+
+
+def _room(module: str) -> str:
+    """nvembed_fast.network.model -> network.model; the package itself is __init__."""
+    return module.removeprefix("nvembed_fast").removeprefix(".") or "__init__"
+
+
+def test_every_package_file_is_in_a_room():
+    assert set(ROOMS) <= set(WALLS), f"tests/test_layering.py has no wall for {set(ROOMS) - set(WALLS)}"
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_room_imports_only_what_its_wall_allows(room):
+    allowed, packages = WALLS[room]
     # ops is the only place that chooses an implementation; everyone else knows the layout alone
-    known = ("errors", "reference", *KERNELS) if name == "ops" else ("layout",)
-    assert ours <= below | {f"nvembed_fast.kernels.{stem}" for stem in known}
-    assert theirs == packages
-    kernels, early = _split(_imports(path, top_level=True))
-    assert not early & LATE_IMPORTS
-    assert not kernels & {f"nvembed_fast.kernels.{stem}" for stem in KERNELS}, "they import triton"
+    kernels = {"errors", "reference", *KERNELS} if room == "ops" else {"layout"}
+    # an integration may import no other, and kinds of rooms below another know no sibling
+    theirs = set()
+    for path in ROOMS[room]:
+        ours, from_elsewhere = _split(_imports(path))
+        theirs |= from_elsewhere
+        for module in map(_room, ours):
+            first, _, rest = module.partition(".")
+            if first == "kernels":
+                assert rest in kernels, f"{path.name} imports the kernel {rest}: only ops.py may"
+            elif first == "integrations" == room:
+                assert module == f"integrations.{path.stem}", f"{path.name} imports {module}"
+            else:
+                fits = first == room or first in allowed or module in allowed
+                assert fits, (
+                    f"{path.relative_to(ROOT)} imports nvembed_fast.{module}, which is beyond its wall"
+                )
+        ours, early = _split(_imports(path, top_level=True))
+        assert not early & LATE_IMPORTS, path
+        assert not ours & {f"nvembed_fast.kernels.{stem}" for stem in KERNELS}, f"{path}: they import triton"
+    assert packages is None or theirs == packages
 
 
-@pytest.mark.parametrize("folder", ["nvembed_fast", "kernels", "tests", "bench", "examples"])
+def test_no_package_file_imports_itself_through_others():
+    """An order in which every file comes behind those it imports."""
+    graph = {}
+    for path in (p for files in ROOMS.values() for p in files):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[name] = _split(_imports(path, top_level=True))[0] - {name}
+    assert tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("folder", ["nvembed_fast", "kernels", "tests", "bench", "tools", "examples"])
 def test_the_kernels_have_one_import_name(folder):
     """`kernels` is also a package on PyPI: see test_packaging.py."""
-    for path in ROOT.glob(f"{folder}/*.py"):
+    for path in ROOT.glob(f"{folder}/**/*.py"):
         assert "kernels" not in {name.split(".")[0] for name in _imports(path)}, path
 
 
@@ -131,24 +192,27 @@ def test_importing_the_package_leaves_out(package):
     assert run.returncode == 0, f"import nvembed_fast imports {package} {run.stderr[-2000:]}"
 
 
-def _readme_map() -> dict[str, str]:
-    """path -> description, from the fenced block below "## Map"."""
-    readme = (ROOT / "README.md").read_text()
-    block = re.search(r"^## Map\n.*?^```\w*\n(.*?)^```", readme, re.M | re.S)
-    assert block, 'README.md has no fenced block below "## Map"'
+def _map() -> dict[str, str]:
+    """path -> description, from the fenced block below "## Map" of docs/layout.md."""
+    page = (ROOT / "docs" / "layout.md").read_text()
+    block = re.search(r"^## Map\n.*?^```\w*\n(.*?)^```", page, re.M | re.S)
+    assert block, 'docs/layout.md has no fenced block below "## Map"'
     lines = [line.split(maxsplit=1) for line in block[1].splitlines() if line.strip()]
     assert all(len(line) == 2 for line in lines), "a line of the map is `path   description`"
     return dict(lines)
 
 
-def test_the_readme_map_equals_the_files():
-    entries = _readme_map()
+def test_the_map_equals_the_files():
+    entries = _map()
     for path in entries:
-        assert (ROOT / path).exists(), f"README.md's map names {path}, which is not there"
-    by_name = {p for folder in ("kernels", "nvembed_fast") for p in ROOT.glob(f"{folder}/*.py")}
-    missing = {str(p.relative_to(ROOT)) for p in by_name if p.stem != "__init__"} - set(entries)
-    assert not missing, f"README.md's map lacks {sorted(missing)}"
+        assert (ROOT / path).exists(), f"docs/layout.md names {path}, which is not there"
+    files = {p for folder in ("kernels", "nvembed_fast") for p in ROOT.glob(f"{folder}/**/*.py")}
+    missing = {str(p.relative_to(ROOT)) for p in files if p.stem != "__init__"} - set(entries)
+    missing = {path for path in missing if not path.startswith("nvembed_fast/kernels/")}
+    assert not missing, f"docs/layout.md lacks {sorted(missing)}"
     # elsewhere a folder stands for its files
-    for path in (p for folder in ("bench", "examples", "tests") for p in ROOT.glob(f"{folder}/*.py")):
-        covering = {str(path.relative_to(ROOT)), f"{path.parent.name}/"}
-        assert covering & set(entries), f"README.md's map lacks {path.relative_to(ROOT)}"
+    folders = ("bench", "examples", "tests", "tools")
+    for path in (p for folder in folders for p in ROOT.glob(f"{folder}/**/*.py")):
+        path = path.relative_to(ROOT)
+        covering = {str(path), *(f"{parent}/" for parent in path.parents)}
+        assert covering & set(entries), f"docs/layout.md lacks {path}"

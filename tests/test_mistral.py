@@ -11,7 +11,7 @@ import torch
 from nvembed_fast import ops
 from nvembed_fast.checkpoint import published_tensors
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
-from nvembed_fast.mistral import MistralBackbone
+from nvembed_fast.network.mistral import MistralBackbone
 from nvembed_fast.packing import PackedBatch, from_padded, pad_rows
 
 # nothing at its default; heads * head_dim differs from the width; lengths that no tile divides

@@ -10,8 +10,8 @@ from nvembed_fast import checkpoint, ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.encoder import NVEmbed
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.model import NVEmbedModel
-from nvembed_fast.pooling_heads import EOSHead, MeanHead, SelfAttentionHead
+from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.network.pooling_heads import EOSHead, MeanHead, SelfAttentionHead
 
 TEXT = BackboneConfig(
     vocab_size=40,

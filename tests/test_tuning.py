@@ -17,8 +17,8 @@ import torch
 from conftest import HAS_GPU
 from gradients import spy_on_launches
 
-from bench import resources, results, tuning
-from bench.timing import Times
+from bench.measure import results
+from bench.measure.timing import Times
 from nvembed_fast.kernels import flash_attention, latent_attention, mean_pool, reference, rms_norm, tuned
 from nvembed_fast.kernels.testing import (
     ATTENTION_CASES,
@@ -31,6 +31,7 @@ from nvembed_fast.kernels.testing import (
     assert_parity,
     attention_gradients,
 )
+from tools import resources, tuning
 
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "flash_attention.fwd.sm_80.width32-group2-bits16-longest64"
@@ -302,7 +303,7 @@ def test_all_longer_texts_share_an_entry():
 @pytest.mark.parametrize("sm", [80, 90])
 @pytest.mark.skipif(HAS_GPU, reason="plays both architectures on a CPU")
 def test_every_candidate_is_what_is_launched(problem, sm, monkeypatch):
-    """The class that a case asks for, the rule's row in bench.resources and the launches belong together."""
+    """The class that a case asks for, the rule's row in tools.resources and the launches belong together."""
     launches = []
 
     class Silent:
@@ -389,7 +390,7 @@ def test_the_offline_compile_finds_the_tile_that_is_too_large():
     # keys and values of 128 tokens: 64 KB a stage
     code = """
 import json
-from bench import tuning
+from tools import tuning
 tile = {"BLOCK_T": 32, "BLOCK_N": 128, "USE_TMA": True, "num_warps": 8}
 rule, large = (tile | {"num_stages": n} for n in (2, 4))
 rows = {n: tuning.compiled("flash_attention: forward bf16", 90, c) for n, c in (("2", rule), ("4", large))}
@@ -521,14 +522,14 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path):
 
 @pytest.mark.skipif(HAS_GPU, reason="what is said without a GPU")
 def test_timing_needs_a_gpu():
-    command = [sys.executable, "-m", "bench.tuning", "--write"]
+    command = [sys.executable, "-m", "tools.tuning", "--write"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 2 and "timing needs a CUDA GPU" in run.stderr
 
 
 @pytest.mark.slow
 def test_list_compiles_for_both_architectures():
-    command = [sys.executable, "-m", "bench.tuning", "--list", "--only", "rms_norm.fwd"]
+    command = [sys.executable, "-m", "tools.tuning", "--list", "--only", "rms_norm.fwd"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     for sm in ("sm_80", "sm_90"):

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.results import LEFT_OUT, Row
-from bench.timing import L2_BYTES, sustained
+from bench.measure.results import LEFT_OUT, Row
+from bench.measure.timing import L2_BYTES, sustained
 from nvembed_fast.encoder import BATCH_TOKENS
 
 SUITE, IMPL = "limits", "torch"

@@ -24,16 +24,20 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import nn
 
-from nvembed_fast import checkpoint
+from nvembed_fast.checkpoint.hub import resolve
+from nvembed_fast.checkpoint.load import empty_parameters, load_weights, stored_tensors
+from nvembed_fast.checkpoint.names import CONFIG_FILE, HARMLESS, Slot, published_tensors, tokenizer_files
+from nvembed_fast.checkpoint.save import save_model
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig, PoolingHeadName
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.placement import check_dtype
 from nvembed_fast.tokenization import TextTokenizer
 
 __all__ = ["Decoder", "init_model", "open_decoder"]
 
 _SMALL_WIDTH, _SMALL_HEAD_WIDTH, _PUBLISHED_HEAD_WIDTH = 2048, 64, 4096
 _BACKBONE = "embedding_model."
-_LEFT_OUT = re.compile(checkpoint.HARMLESS.pattern + r"|lm_head\.weight")
+_LEFT_OUT = re.compile(HARMLESS.pattern + r"|lm_head\.weight")
 
 # GGUF's kinds of tokens
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
@@ -92,7 +96,7 @@ def init_model(
         FileNotFoundError, ValueError, ImportError: the decoder cannot be used, and why.
     """
     output_directory = Path(output_directory)
-    if (output_directory / checkpoint.CONFIG_FILE).exists():
+    if (output_directory / CONFIG_FILE).exists():
         raise FileExistsError(
             f"{output_directory} already holds a model: remove it or choose another directory"
         )
@@ -100,7 +104,7 @@ def init_model(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     decoder = open_decoder(source)
-    stored = decoder.dtype if dtype is None else checkpoint.check_dtype(dtype)
+    stored = decoder.dtype if dtype is None else check_dtype(dtype)
     width = decoder.config.hidden_size
     if head_width is None:
         head_width = _SMALL_HEAD_WIDTH if width < _SMALL_WIDTH else _PUBLISHED_HEAD_WIDTH
@@ -115,7 +119,7 @@ def init_model(
     values |= {f"head.{name}": value.to(stored) for name, value in fresh}
     model.load_state_dict(values, assign=True)
     with tempfile.TemporaryDirectory() as aside:
-        checkpoint.save_model(model, output_directory, tokenizer_files=decoder.write_tokenizer(Path(aside)))
+        save_model(model, output_directory, tokenizer_files=decoder.write_tokenizer(Path(aside)))
 
 
 def _fresh_head(head: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
@@ -137,7 +141,7 @@ def open_decoder(source: str | PathLike) -> Decoder:
     path = Path(source).expanduser()
     if path.suffix == ".gguf" and not path.is_file():
         raise FileNotFoundError(f"no file {path}")
-    decoder = _open_gguf(path) if path.is_file() else _open_hugging_face(checkpoint.resolve(source))
+    decoder = _open_gguf(path) if path.is_file() else _open_hugging_face(resolve(source))
     largest = max(decoder.tokenizer.backend.get_vocab(with_added_tokens=True).values())
     if largest >= decoder.config.vocab_size:
         raise ValueError(
@@ -146,38 +150,36 @@ def open_decoder(source: str | PathLike) -> Decoder:
     return decoder
 
 
-def _backbone_table(config: BackboneConfig) -> dict[str, checkpoint.Slot]:
+def _backbone_table(config: BackboneConfig) -> dict[str, Slot]:
     """The published names of the backbone, without their first segment."""
     head = LatentConfig(1, 1, 1, hidden_dim=config.hidden_size, latent_dim=1)
-    table = checkpoint.published_tensors(NVEmbedConfig(config, head))
+    table = published_tensors(NVEmbedConfig(config, head))
     return {n.removeprefix(_BACKBONE): slot for n, slot in table.items() if n.startswith(_BACKBONE)}
 
 
 def _open_hugging_face(directory: Path) -> Decoder:
-    file = directory / checkpoint.CONFIG_FILE
+    file = directory / CONFIG_FILE
     if not file.is_file():
-        raise FileNotFoundError(f"{directory} has no {checkpoint.CONFIG_FILE}: it is no Hugging Face model")
+        raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}: it is no Hugging Face model")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         if raw.get("model_type") not in ("mistral", "llama"):
             raise ValueError(f"model_type must be 'mistral' or 'llama', got {raw.get('model_type')!r}")
         # whatever a decoder was trained as, here it sees both ways
         config = BackboneConfig.from_dict(raw | {"is_causal": False})
-        dtype = checkpoint.check_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32")
+        dtype = check_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32")
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from error
     tokenizer = TextTokenizer.from_directory(directory)
     # a model without its language-model head is saved without this first segment
-    headers = checkpoint.stored_tensors(directory).values()
+    headers = stored_tensors(directory).values()
     prefix = "model." if any(name.startswith("model.") for header in headers for name in header) else ""
     table = {prefix + name: slot for name, slot in _backbone_table(config).items()}
 
     def load(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        return checkpoint.load_weights(
-            directory, table, device=torch.device("cpu"), dtype=dtype, ignored=_LEFT_OUT
-        )
+        return load_weights(directory, table, device=torch.device("cpu"), dtype=dtype, ignored=_LEFT_OUT)
 
-    return Decoder(config, dtype, load, tokenizer, lambda _: checkpoint.tokenizer_files(directory))
+    return Decoder(config, dtype, load, tokenizer, lambda _: tokenizer_files(directory))
 
 
 def _open_gguf(file: Path) -> Decoder:
@@ -205,7 +207,7 @@ def _open_gguf(file: Path) -> Decoder:
     dtype = torch.float32 if "F32" in kinds else torch.bfloat16 if "BF16" in kinds else torch.float16
 
     def load(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        values = checkpoint.empty_parameters(names, device=torch.device("cpu"), dtype=dtype)
+        values = empty_parameters(names, device=torch.device("cpu"), dtype=dtype)
         stored_as = str(dtype).removeprefix("torch.")
         for name, slot in names.items():
             data = gguf.quants.dequantize(stored[name].data, stored[name].tensor_type)
@@ -230,7 +232,7 @@ def _open_gguf(file: Path) -> Decoder:
         ):
             text = json.dumps(content, indent=2, ensure_ascii=False)
             (directory / name).write_text(text + "\n", encoding="utf-8")
-        return checkpoint.tokenizer_files(directory)
+        return tokenizer_files(directory)
 
     return Decoder(config, dtype, load, tokenizer, write_tokenizer)
 
@@ -276,7 +278,7 @@ def _gguf_config(facts: dict[str, Any], stored: dict[str, Any]) -> BackboneConfi
     )
 
 
-def _gguf_names(config: BackboneConfig) -> dict[str, checkpoint.Slot]:
+def _gguf_names(config: BackboneConfig) -> dict[str, Slot]:
     """The backbone's tensors under their GGUF names."""
     parts = {
         "embed_tokens": "token_embd",
@@ -291,7 +293,7 @@ def _gguf_names(config: BackboneConfig) -> dict[str, checkpoint.Slot]:
         "mlp.up_proj": "ffn_up",
         "mlp.down_proj": "ffn_down",
     }
-    names: dict[str, checkpoint.Slot] = {}
+    names: dict[str, Slot] = {}
     for name, slot in _backbone_table(config).items():
         for ours, theirs in parts.items():
             name = name.replace(ours + ".", theirs + ".")
@@ -299,7 +301,7 @@ def _gguf_names(config: BackboneConfig) -> dict[str, checkpoint.Slot]:
     return names
 
 
-def _check_gguf_tensors(names: dict[str, checkpoint.Slot], stored: dict[str, Any]) -> None:
+def _check_gguf_tensors(names: dict[str, Slot], stored: dict[str, Any]) -> None:
     for name, slot in names.items():
         if name not in stored:
             raise ValueError(f"tensor {name!r} is missing")

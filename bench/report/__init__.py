@@ -26,11 +26,11 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from bench import results
-from bench.limits import IMPL as LIMITS_IMPL
-from bench.results import OURS
+from bench.measure import results
+from bench.measure.limits import IMPL as LIMITS_IMPL
+from bench.measure.results import OURS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
 FOLDER = results.FOLDER / "report"
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
@@ -709,7 +709,3 @@ def _readme(options: argparse.Namespace) -> None:
     else:
         README.write_text(wanted, encoding="utf-8")
         print(f"README.md: tables rewritten from {len(files)} files")
-
-
-if __name__ == "__main__":
-    main()

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(__file__).parents[1] / "results"
 # the impl of this project
 OURS = "nvembed_fast"
 # metrics, with their units
@@ -121,7 +121,7 @@ def _driver() -> str:
 
 @functools.cache
 def _commit() -> str:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
     if not commit:
         sources = sorted(

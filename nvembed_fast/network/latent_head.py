@@ -39,7 +39,7 @@ from torch import nn
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.pooling_heads import AttentionHead
+from nvembed_fast.network.pooling_heads import AttentionHead
 
 __all__ = ["LatentHead", "Latents", "cheaper_form", "check_latents"]
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from nvembed_fast.kernels import reference
-from nvembed_fast.latent_head import LatentHead
+from nvembed_fast.network.latent_head import LatentHead
 
 
 def original(head: LatentHead, h_BSD: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Which launch configuration is the fastest here, kernel by kernel.
 
-    python -m bench.tuning [--only KERNEL] [--seconds S] [--write] [--commit ID]
-    python -m bench.tuning --list
+    python -m tools.tuning [--only KERNEL] [--seconds S] [--write] [--commit ID]
+    python -m tools.tuning --list
 
 1. Every candidate below is compiled for the architecture, which needs no GPU. One
    that does not fit shared memory is dropped; one that spills comes last and says
@@ -34,8 +34,8 @@ from typing import NamedTuple
 
 import torch
 
-from bench import resources, results
-from bench.timing import Times, interleaved
+from bench.measure import results
+from bench.measure.timing import Times, interleaved
 from nvembed_fast.kernels import reference, tuned
 from nvembed_fast.kernels.testing import (
     ATTENTION_CASES,
@@ -53,6 +53,7 @@ from nvembed_fast.kernels.testing import (
     upstream_of,
 )
 from nvembed_fast.kernels.tuned import Config, Key
+from tools import resources
 
 RULE = "rule"
 EPS = 1e-5
@@ -79,7 +80,7 @@ class Problem:
 
     Attributes:
         kernel: of `tuned.KERNELS`.
-        spec: the row of bench.resources that compiles it, with its stem.
+        spec: the row of tools.resources that compiles it, with its stem.
         prepare: (case, device, dtype) -> Launch.
         cases: what is timed.
         part: of the same class, small enough for float64.
@@ -590,13 +591,13 @@ def _selected(only: str | None) -> list[Problem]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m bench.tuning",
+        prog="python -m tools.tuning",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
-        "  python -m bench.tuning --list --only mean_pool    what compiles, without a GPU\n"
-        "  python -m bench.tuning --only flash_attention.fwd  times, nothing written\n"
-        "  python -m bench.tuning --write --commit 45e2969   all kernels, into kernels/tuned.toml",
+        "  python -m tools.tuning --list --only mean_pool    what compiles, without a GPU\n"
+        "  python -m tools.tuning --only flash_attention.fwd  times, nothing written\n"
+        "  python -m tools.tuning --write --commit 45e2969   all kernels, into kernels/tuned.toml",
     )
     parser.add_argument("--only", metavar="KERNEL", help="such as flash_attention or flash_attention.dq")
     parser.add_argument("--list", action="store_true", help="compile for sm_80 and sm_90 and stop there")
@@ -611,7 +612,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET"):
         # read at the first `import triton`: the interpreter has no compiler
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "bench.tuning", *(sys.argv[1:] if argv is None else argv)]
+        command = [sys.executable, "-m", "tools.tuning", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env=env).returncode
     selected = _selected(args.only)
     if not args.list and not torch.cuda.is_available():

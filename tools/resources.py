@@ -1,7 +1,7 @@
 """What the compiler makes of every kernel on sm_80 and sm_90; needs no GPU.
 
-    python -m bench.resources [--only STEM] [--update] [--json FILE]
-    python -m bench.resources --capability 86 120 [--rows NAME ...]
+    python -m tools.resources [--only STEM] [--update] [--json FILE]
+    python -m tools.resources --capability 86 120 [--rows NAME ...]
 
 Every kernel is compiled in its shipped configurations at the shapes of
 NV-Embed-v2. A row shows registers, stack bytes, local loads and stores
@@ -218,7 +218,7 @@ def _write(path: Path, rows: dict[str, Row]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.resources", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--only", metavar="STEM", help="one kernel file, such as flash_attention")
     parser.add_argument("--update", action="store_true", help="rewrite the snapshot of the running Triton")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
@@ -231,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("TRITON_INTERPRET"):
         # read at the first `import triton`, which also decides what @triton.jit returns
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        command = [sys.executable, "-m", "bench.resources", *(sys.argv[1:] if argv is None else argv)]
+        command = [sys.executable, "-m", "tools.resources", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env=env).returncode
     import triton
 

@@ -3,7 +3,7 @@
 1. Parity against float64. Ours has to meet `assert_parity`, or the bench fails. A rival whose error is far
    beyond what its dtype costs computes something else: it is left out, with its error. So is one that cannot
    run here, with the reason.
-2. Time of all that are left, interleaved (`bench.timing`).
+2. Time of all that are left, interleaved (`bench.measure.timing`).
 3. Rows: times, the rate and its share of the limit measured in the same run, peak memory, parity error; of
    "forward+backward" also "backward", what it takes beyond a forward that keeps nothing.
 """
@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bench.limits import Limits
-from bench.results import LEFT_OUT, OURS, TIMES, Row
-from bench.timing import L2_BYTES, Times, interleaved, peak_memory
+from bench.measure.limits import Limits
+from bench.measure.results import LEFT_OUT, OURS, TIMES, Row
+from bench.measure.timing import L2_BYTES, Times, interleaved, peak_memory
 from nvembed_fast.kernels.testing import Tensors, as_tuple, assert_parity, gradients, upstream_of
 
 # a rival's RMS error, in eps of its dtype times the RMS of what is wanted

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from nvembed_fast.config import NVEmbedConfig
-from nvembed_fast.latent_head import LatentHead
-from nvembed_fast.mistral import MistralBackbone
+from nvembed_fast.network.latent_head import LatentHead
+from nvembed_fast.network.mistral import MistralBackbone
+from nvembed_fast.network.pooling_heads import EOSHead, MeanHead, PoolingHead, SelfAttentionHead
 from nvembed_fast.packing import PackedBatch
-from nvembed_fast.pooling_heads import EOSHead, MeanHead, PoolingHead, SelfAttentionHead
 
 __all__ = ["NVEmbedModel"]
 

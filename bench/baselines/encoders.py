@@ -29,16 +29,16 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from bench import latent_blocks
-from bench.results import OURS
-from bench.timing import peak_memory
+from bench.baselines import latent_blocks
+from bench.measure.results import OURS
+from bench.measure.timing import peak_memory
 from nvembed_fast import NVEmbed
 from nvembed_fast.checkpoint import published_tensors
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.kernels.layout import to_device
 from nvembed_fast.kernels.testing import skewed_lengths
-from nvembed_fast.latent_head import LatentHead
-from nvembed_fast.model import NVEmbedModel
+from nvembed_fast.network.latent_head import LatentHead
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.tokenization import TextTokenizer
 
 EOS, EOS_ID = "</s>", 2

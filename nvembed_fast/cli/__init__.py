@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from nvembed_fast import __version__, checkpoint, ops
+from nvembed_fast.checkpoint.save import ordinary_mode
 from nvembed_fast.config import NVEmbedConfig, PoolingHeadName
 from nvembed_fast.encoder import NVEmbed, query_instruction
-from nvembed_fast.latent_head import cheaper_form
+from nvembed_fast.network.latent_head import cheaper_form
 
 __all__ = ["main"]
 
@@ -192,7 +193,7 @@ def _search(arguments: argparse.Namespace) -> None:
 
 
 def _init(arguments: argparse.Namespace) -> None:
-    from nvembed_fast.decoders import init_model
+    from nvembed_fast.checkpoint.decoders import init_model
 
     init_model(
         arguments.decoder,
@@ -334,7 +335,7 @@ def _save_npy(output: Path, vectors: np.ndarray) -> None:
     try:
         with open(handle, "wb") as file:
             np.save(file, vectors)
-        os.chmod(temporary, checkpoint.ordinary_mode())
+        os.chmod(temporary, ordinary_mode())
         os.replace(temporary, output)
     except BaseException as error:
         os.unlink(temporary)

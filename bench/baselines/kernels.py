@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.comparison import Rival
+from bench.measure.comparison import Rival
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.packing import pad_rows
 

@@ -1,0 +1,8 @@
+"""Published checkpoint directories: names, the hub, loading, saving; decoders to start from."""
+
+from nvembed_fast.checkpoint.hub import resolve
+from nvembed_fast.checkpoint.load import load_model
+from nvembed_fast.checkpoint.names import published_tensors, tokenizer_files
+from nvembed_fast.checkpoint.save import save_model
+
+__all__ = ["load_model", "published_tensors", "resolve", "save_model", "tokenizer_files"]

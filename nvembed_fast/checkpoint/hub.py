@@ -1,0 +1,72 @@
+"""The local directory of a model: a path, or the snapshot of a hub id."""
+
+import os
+import re
+from pathlib import Path
+
+from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, TOKENIZER_FILES
+
+__all__ = ["resolve"]
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def resolve(
+    path_or_id: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The local directory of a model: the path itself, or a snapshot of a hub id.
+
+    Only the config, safetensors and tokenizer files of a hub id are fetched, never code or pickles.
+
+    Raises:
+        FileNotFoundError: no such directory and no such hub id, or the hub is out of reach.
+        ValueError: the path is a file.
+    """
+    name, path = str(path_or_id), Path(path_or_id).expanduser()
+    if name and path.is_dir():  # no name is no directory: as a path it would be the working directory
+        return path
+    if path.is_file():
+        raise ValueError(f"{path} is a file: pass the directory that holds {CONFIG_FILE} and the weights")
+    if not _HUB_ID.fullmatch(name):
+        raise FileNotFoundError(f"no directory {name!r}, and no hub id either (those read OWNER/NAME)")
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        snapshot = snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES],
+        )
+    except HFValidationError as error:
+        raise FileNotFoundError(f"no directory {name}, and no hub id either: {error}") from error
+    except OSError as error:  # every error of the hub's client and of the network below it is one
+        raise FileNotFoundError(_why_not_fetched(name, revision, error)) from error
+    return Path(snapshot)
+
+
+def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:
+    from huggingface_hub import errors
+
+    what = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"hub id {what} is gated: accept its terms on its page, then pass token=... (or: hf auth login)"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
+        return f"no directory {name}, and the hub has no {what}, or not without a token (token=...)"
+    return (
+        f"no directory {name}, and hub id {what} is neither cached nor within reach "
+        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
+        f"Where there is a network, run: hf download {name} --local-dir DIRECTORY, and pass that directory "
+        "(NVIDIA's need their terms accepted on the hub, and hf auth login)"
+    )

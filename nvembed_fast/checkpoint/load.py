@@ -1,0 +1,274 @@
+"""The published checkpoint directory -> our modules, tensor by tensor.
+
+1. Everything that can be wrong without reading weights (files, names, shapes,
+   dtypes) is checked from the headers before the first byte is copied.
+2. The model is built on the meta device; each tensor is copied in pieces of at
+   most 64 MiB straight into its rows on its device, in its dtype. A piece maps
+   the file anew, because touched pages of a mapping count as memory in use.
+3. What was copied is checked for NaN and Inf where it lies.
+
+Only safetensors files are read: a pickle can run code.
+"""
+
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from nvembed_fast.checkpoint.names import (
+    CONFIG_FILE,
+    HARMLESS,
+    INDEX_FILE,
+    SINGLE_FILE,
+    Slot,
+    published_tensors,
+)
+from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.placement import DTYPES, check_device, check_dtype, dtype_name
+
+__all__ = ["empty_parameters", "load_model", "load_weights", "stored_tensors"]
+
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_PIECE_BYTES = 64 * 2**20
+_BAR_AFTER_S = 2.0
+
+
+def load_model(
+    directory: str | os.PathLike,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+    progress: bool | None = None,
+) -> NVEmbedModel:
+    """Read a published checkpoint directory.
+
+    Host memory beyond the weights stays within two pieces of 64 MiB, on any device.
+
+    Args:
+        directory: config.json, and model.safetensors or shards with their index.
+        device: where the weights go.
+        dtype: of the weights. None takes float32 on a CPU and the checkpoint's own (torch_dtype) elsewhere.
+        progress: show a bar. None shows one in a terminal, when loading takes more than two seconds.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file or a tensor is not what the config asks for, or holds NaN or Inf.
+    """
+    directory = Path(directory)
+    config = NVEmbedConfig.from_file(directory / CONFIG_FILE)
+    device = check_device(device)
+    stored_dtype = check_dtype(config.torch_dtype)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else stored_dtype
+    dtype = check_dtype(dtype)
+
+    with torch.device("meta"):
+        model = NVEmbedModel(config)
+    values = load_weights(directory, published_tensors(config), device=device, dtype=dtype, progress=progress)
+    # strict: a parameter of ours that the table does not name is an error here, never a tensor left on meta
+    model.load_state_dict(values, assign=True)
+    return model
+
+
+def empty_parameters(
+    table: dict[str, Slot], *, device: torch.device, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Our parameters that the slots of `table` fill, uninitialised: memory is taken as they are filled."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for slot in table.values():
+        height = max(slot.rows.stop, shapes.get(slot.parameter, (0,))[0])
+        shapes[slot.parameter] = (height, *slot.shape[1:])
+    return {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in shapes.items()}
+
+
+def load_weights(
+    directory: Path,
+    table: dict[str, Slot],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    ignored: re.Pattern = HARMLESS,
+    progress: bool | None = None,
+) -> dict[str, torch.Tensor]:
+    """Read the tensors that `table` names from a directory of safetensors: our parameters by name.
+
+    `ignored` matches the names that may lie beside them. Otherwise as `load_model`.
+    """
+    files = stored_tensors(directory)
+    _check_tensors(directory, files, table, ignored)
+    values = empty_parameters(table, device=device, dtype=dtype)
+    total = sum(torch.Size(slot.shape).numel() for slot in table.values()) * dtype.itemsize
+    with _bar(total, progress) as bar:
+        for file, header in files.items():
+            extremes: dict[str, torch.Tensor] = {}
+            for name in filter(table.__contains__, header):
+                slot = table[name]
+                target = values[slot.parameter][slot.rows]
+                for rows, piece in _pieces(file, name, slot.shape):
+                    target[rows].copy_(piece.to(device))
+                    bar.update(target[rows].nbytes)
+                extremes[name] = torch.stack(target.aminmax())
+            # one wait for the device per file
+            _check_finite(file, extremes, dtype)
+    return values
+
+
+def stored_tensors(directory: Path) -> dict[Path, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Per safetensors file of a directory: its tensors' (dtype, shape), from the headers alone.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or damaged, or the index and the files disagree.
+    """
+    single, index = directory / SINGLE_FILE, directory / INDEX_FILE
+    if single.exists() and index.exists():
+        raise ValueError(
+            f"{directory} holds {SINGLE_FILE} and {INDEX_FILE}: remove the one that is out of date"
+        )
+    if single.exists():
+        return {single: _header(single)}
+    if not index.exists():
+        pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
+        if pickles:
+            raise ValueError(
+                f"{directory} holds {', '.join(pickles)} and no safetensors: a pickle can run code, so only "
+                "safetensors are read. Where you trust the file: "
+                "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
+            )
+        raise FileNotFoundError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+
+    promised: dict[str, set[str]] = defaultdict(set)
+    for tensor, file in _read_index(index).items():
+        promised[file].add(tensor)
+    files: dict[Path, dict] = {}
+    owner: dict[str, str] = {}
+    for file, tensors in sorted(promised.items()):
+        if not (directory / file).is_file():
+            raise FileNotFoundError(
+                f"{directory / file} is missing: {INDEX_FILE} places {len(tensors)} tensors in it, "
+                f"{min(tensors)!r} among them. Download it again"
+            )
+        header = _header(directory / file)
+        if absent := sorted(tensors - header.keys()):
+            raise ValueError(f"{INDEX_FILE} places {_some(absent)} in {file}, which does not hold it")
+        for tensor in header:
+            if tensor in owner:
+                raise ValueError(f"tensor {tensor!r} is in {owner[tensor]} and in {file}: remove one")
+            owner[tensor] = file
+        files[directory / file] = header
+    return files
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        names: set[str] = set()
+        for name, _ in pairs:
+            if name in names:
+                raise ValueError(f"{name!r} is listed twice")
+            names.add(name)
+        return dict(pairs)
+
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)["weight_map"]
+        if not isinstance(weight_map, dict):
+            raise ValueError("weight_map is not an object")
+        for tensor, file in weight_map.items():
+            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+                raise ValueError(f"{tensor!r} is placed in {file!r}, which is no safetensors file beside it")
+    except (ValueError, KeyError, TypeError) as error:
+        what = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{index}: {what}") from error
+    return weight_map
+
+
+def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            # reads the header only, until a slice is indexed
+            views = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
+            return {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} is cut short or no safetensors file ({error}; {file.stat().st_size} bytes are there): "
+            "download it again"
+        ) from error
+
+
+def _check_tensors(
+    directory: Path, files: dict[Path, dict], table: dict[str, Slot], ignored: re.Pattern
+) -> None:
+    found = {name: (file, *facts) for file, header in files.items() for name, facts in header.items()}
+    missing = [name for name in table if name not in found]
+    extra = [name for name in found if name not in table and not ignored.fullmatch(name)]
+    if missing:
+        renamed = next((e for e in extra if e.endswith("." + missing[0])), None)
+        hint = f". It holds {renamed!r}: rename its tensors" if renamed else ""
+        raise ValueError(f"{directory}: the weights lack {_some(missing)}{hint}")
+    if extra:
+        raise ValueError(
+            f"{directory}: the weights hold {_some(extra)}, which no model of this {CONFIG_FILE} has. "
+            "The config and the weights are of different models"
+        )
+    for name, slot in table.items():
+        file, dtype, shape = found[name]
+        if shape != slot.shape:
+            raise ValueError(
+                f"{file}: tensor {name!r} must be {list(slot.shape)} by {CONFIG_FILE}, found {list(shape)}"
+            )
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"{file}: tensor {name!r} has dtype {dtype}, only {', '.join(DTYPES)} can be read: "
+                "quantised weights must be expanded first"
+            )
+
+
+def _pieces(file: Path, name: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
+    row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())
+    step = max(1, _PIECE_BYTES // row_bytes)
+    for first in range(0, shape[0], step):
+        rows = slice(first, min(first + step, shape[0]))
+        with safe_open(file, framework="pt") as stored:
+            yield rows, stored.get_slice(name)[rows]
+
+
+def _check_finite(file: Path, extremes: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
+    """`extremes`: per tensor its smallest and largest value as copied; NaN in it makes both NaN."""
+    if not extremes:
+        return
+    bad = ~torch.stack(list(extremes.values())).isfinite().all(1).cpu()
+    for name, is_bad in zip(extremes, bad.tolist(), strict=True):
+        if not is_bad:
+            continue
+        with safe_open(file, framework="pt") as stored:
+            low, high = (v.item() for v in stored.get_tensor(name).double().aminmax())
+        largest = max(abs(low), abs(high))
+        if largest < float("inf"):
+            raise ValueError(
+                f"{file}: tensor {name!r} reaches {largest:.4g}, more than {dtype_name(dtype)} holds: "
+                "load with dtype='bfloat16' or 'float32'"
+            )
+        raise ValueError(
+            f"{file}: tensor {name!r} holds NaN or Inf: the file is damaged, or training diverged"
+        )
+
+
+def _bar(total: int, progress: bool | None) -> tqdm:
+    return tqdm(
+        total=total,
+        desc="loading",
+        unit="B",
+        unit_scale=True,
+        delay=0 if progress else _BAR_AFTER_S,
+        disable=None if progress is None else not progress,  # None: only in a terminal
+    )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"tensor {names[0]!r}{more}"

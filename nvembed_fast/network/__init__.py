@@ -1,0 +1,1 @@
+"""The network on packed tokens: backbone, pooling heads, and both together."""
