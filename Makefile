@@ -22,7 +22,7 @@ help:
 venv: $(STAMP)
 
 # touched last: an interrupted install is done again
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -c constraints.txt -e '.[bench,demo,test,dev]'
 	touch $@

@@ -6,4 +6,4 @@ from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.ops import use_impl
 
 __all__ = ["NVEmbed", "NVEmbedConfig", "NVEmbedModel", "query_instruction", "use_impl"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

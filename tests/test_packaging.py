@@ -18,7 +18,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "nvembed_fast", "kernels")
-KERNEL_FILES = {p.name for p in ROOT.glob("kernels/*.py")} | {"tuned.toml"}
 IMPORT = "import nvembed_fast.cli, nvembed_fast.kernels.reference as r; print(r.__file__)"
 
 
@@ -70,15 +69,23 @@ def wheel(checkout, tmp_path_factory) -> Path:
     return path
 
 
-def _kernel_files(names: list[str]) -> set[str]:
-    return {Path(n).name for n in names if n.startswith("nvembed_fast/kernels/")}
+def _files() -> set[str]:
+    """Every file of the project, by its path in a wheel. The link nvembed_fast/kernels is not followed."""
+    files = {p.relative_to(ROOT) for p in ROOT.glob("nvembed_fast/**/*") if p.is_file()}
+    files = {p for p in files if "kernels" not in p.parts}
+    files |= {"nvembed_fast" / p.relative_to(ROOT) for p in ROOT.glob("kernels/**/*") if p.is_file()}
+    return {str(p) for p in files if "__pycache__" not in p.parts}
 
 
-def test_the_wheel_holds_the_kernels_below_the_package(wheel):
-    names = zipfile.ZipFile(wheel).namelist()
-    assert _kernel_files(names) == KERNEL_FILES
-    assert {n.split("/")[0] for n in names if not n.split("/")[0].endswith(".dist-info")} == {"nvembed_fast"}
-    assert any(n.endswith("licenses/LICENSE") for n in names)
+def test_the_wheel_holds_every_file_and_nothing_else(wheel):
+    files = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
+    assert {"nvembed_fast/encoder.py", "nvembed_fast/network/model.py"} < files
+    assert {"nvembed_fast/kernels/reference.py", "nvembed_fast/kernels/tuned.toml"} < files
+    assert files == _files()
+
+
+def test_the_wheel_holds_the_licence(wheel):
+    assert any(n.endswith("licenses/LICENSE") for n in zipfile.ZipFile(wheel).namelist())
 
 
 def test_the_wheel_imports(wheel, tmp_path):
