@@ -5,7 +5,7 @@ JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune
+.PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench-report                        one HTML page of bench/results/"
 	@echo "make bench-compare A=old.csv B=new.csv   what became slower; FILE.csv@COMMIT for one commit"
 	@echo "make tune      measure launch configurations on a GPU, keep the fastest in kernels/tuned.toml; ARGS=--list: which"
+	@echo "make mutate    break the code in every way of tests/mutations/ and see tests fail; STEM=gated, N=3 at random"
 
 venv: $(STAMP)
 
@@ -57,3 +58,6 @@ profile: $(STAMP)
 
 tune: $(STAMP)
 	$(PY) -m tools.tuning $(or $(ARGS),--write)
+
+mutate: $(STAMP)
+	$(PY) -m tools.mutate $(STEM) $(if $(N),--number $(N)) --jobs $(JOBS) $(ARGS)

@@ -1,0 +1,340 @@
+"""Break the code on purpose, one small change at a time, and see a named test go red.
+
+    python -m tools.mutate                  all of tests/mutations/
+    python -m tools.mutate gated rotary     these files
+    python -m tools.mutate --number 3       three at random; --seed N repeats a draw
+    python -m tools.mutate --check          run nothing: does every mutation still fit the code?
+
+A mutation is an entry of tests/mutations/<stem>.toml:
+
+    file = "kernels/gated.py"               # the default of the entries below, as is `tests`
+    tests = "tests/test_gated.py"
+
+    [[mutation]]
+    breaks = "halves swapped"
+    inside = "_gated_fwd_kernel"            # optional: the function or class that holds the text
+    search = "_silu(b_left) * b_right"
+    replace = "_silu(b_right) * b_left"
+    red = "test_matches_reference[one-token-swiglu]"
+
+1. `search` must occur exactly once, and the file must still parse with `replace` in its place.
+   An entry without `search` makes a new file.
+2. The tests named by `red` run once on an unchanged copy of the tree, and must pass.
+3. Each mutation is applied to a copy of its own, and its test must fail there. A kernel that reads a wild
+   address kills the process in Triton's interpreter, which counts as red. A test that is not found, an import
+   error, an unknown name or a run beyond the time limit proves nothing, so it counts as an error.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+MUTATIONS = Path("tests", "mutations")
+COPIED = ("bench", "docs", "examples", "kernels", "nvembed_fast", "tests", "tools")
+COPIED_FILES = ("*.py", "*.toml", "*.md", "*.txt", "*.cff", "LICENSE", "Makefile")
+KEYS = {"breaks", "file", "tests", "inside", "search", "replace", "red"}
+WILD_ADDRESS = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT}
+# a mutation with a typing error fails every test
+TYPING_ERROR = re.compile(r"^E +(?:[\w.]+: )?(NameError|UnboundLocalError|SyntaxError)\b", re.M)
+LIMIT = 300.0  # seconds
+
+
+class Stale(ValueError):
+    """A mutation that does not fit the code any more."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """One change of one file.
+
+    Attributes:
+        stem: the file of tests/mutations/ that holds it.
+        breaks: the fault it plants.
+        file: relative to the root.
+        inside: the function or class that holds `search`; empty: the whole file.
+        search: the text to replace; None: the file is new.
+        red: pytest's id of the test that must fail, or of several.
+    """
+
+    stem: str
+    breaks: str
+    file: str
+    inside: str
+    search: str | None
+    replace: str
+    red: str
+
+    def __str__(self) -> str:
+        return f"{self.stem}: {self.breaks}"
+
+    def apply(self, root: Path) -> str:
+        """The text of `file` with the change in it.
+
+        Raises:
+            Stale: the text to replace is missing or not unique, or the result does not parse.
+        """
+        path = root / self.file
+        if self.search is None:
+            if path.exists():
+                raise Stale(f"{self.file} exists already")
+            return self.replace
+        if not path.exists():
+            raise Stale(f"there is no {self.file}")
+        text = path.read_text(encoding="utf-8")
+        start, stop = _span(text, self.inside) if self.inside else (0, len(text))
+        if (count := text.count(self.search, start, stop)) != 1:
+            place = f"{self.inside} of {self.file}" if self.inside else self.file
+            raise Stale(f"the text to replace occurs {count} times in {place}: {self.search!r}")
+        at = text.index(self.search, start, stop)
+        mutated = text[:at] + self.replace + text[at + len(self.search) :]
+        if mutated == text:
+            raise Stale("it changes nothing")
+        if path.suffix == ".py":
+            try:
+                ast.parse(mutated)
+            except SyntaxError as error:
+                raise Stale(f"{self.file} does not parse with it: {error}") from None
+        return mutated
+
+
+def _span(text: str, name: str) -> tuple[int, int]:
+    """Where the function or class `name` begins and ends; a method is `Class.method`."""
+    body = ast.parse(text).body
+    for part in name.split("."):
+        kinds = ast.FunctionDef | ast.ClassDef
+        found = [node for node in body if isinstance(node, kinds) and node.name == part]
+        if len(found) != 1:
+            raise Stale(f"{len(found)} functions or classes are called {part}")
+        body = found[0].body
+    lines = text.splitlines(keepends=True)
+    return len("".join(lines[: found[0].lineno - 1])), len("".join(lines[: found[0].end_lineno]))
+
+
+def read(root: Path, stems: Sequence[str] = ()) -> list[Mutation]:
+    """The mutations of these stems, or all.
+
+    Raises:
+        ValueError: there is no such stem, or an entry lacks a key or has an unknown one.
+    """
+    paths = {path.stem: path for path in sorted((root / MUTATIONS).glob("*.toml"))}
+    if unknown := sorted(set(stems) - set(paths)):
+        raise ValueError(f"no mutations of {', '.join(unknown)}; there are {', '.join(paths)}")
+    mutations = []
+    for stem in stems or paths:
+        with paths[stem].open("rb") as file:
+            data = tomllib.load(file)
+        entries = data.pop("mutation", [])
+        for number, entry in enumerate(entries, 1):
+            entry = data | entry
+            name = f"{paths[stem].name}, mutation {number}"
+            if unknown := sorted(set(entry) - KEYS):
+                raise ValueError(f"{name}: unknown: {', '.join(unknown)}")
+            if missing := sorted(KEYS - {"inside", "search", "tests"} - set(entry)):
+                raise ValueError(f"{name}: missing: {', '.join(missing)}")
+            tests = entry.pop("tests", None)
+            if "::" not in entry["red"] and tests:
+                entry["red"] = f"{tests}::{entry['red']}"
+            mutations.append(Mutation(**{"stem": stem, "inside": "", "search": None} | entry))
+    return mutations
+
+
+def copy_tree(root: Path, target: Path) -> Path:
+    """What the tests need, without caches; links stay links."""
+    target.mkdir(parents=True)
+    ignore = shutil.ignore_patterns("__pycache__", ".*", "profile", "report.html")
+    for name in COPIED:
+        if (root / name).is_dir():
+            shutil.copytree(root / name, target / name, symlinks=True, ignore=ignore)
+    for path in (path for pattern in COPIED_FILES for path in root.glob(pattern)):
+        shutil.copy(path, target)
+    return target
+
+
+@dataclass(frozen=True)
+class Run:
+    """How pytest ended: its exit status, or None beyond the time limit; what it printed."""
+
+    status: int | None
+    output: str
+
+    def last_lines(self, count: int = 15) -> str:
+        return "\n".join(f"    {line}" for line in self.output.rstrip().splitlines()[-count:])
+
+
+def run_pytest(root: Path, options: Sequence[str], limit: float) -> Run:
+    """pytest in a child of its own session, so that nothing it started outlives the limit."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    env |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as out:
+        child = subprocess.Popen(
+            command, cwd=root, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = child.wait(limit)
+        except subprocess.TimeoutExpired:
+            status = None
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+        out.seek(0)
+        return Run(status, out.read().decode(errors="replace"))
+
+
+def not_green(root: Path, tests: Iterable[str], limit: float) -> dict[str, str]:
+    """The tests that do not pass on an unchanged copy -> why; one process per test file."""
+    per_file = defaultdict(list)
+    for test in dict.fromkeys(tests):
+        per_file[test.partition("::")[0]].append(test)
+    reasons = {}
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_tree(root, Path(folder) / "tree")
+        for names in per_file.values():
+            run = run_pytest(copy, ["-rpfEsx", "--tb=no", *names], limit * len(names))
+            for test in names:
+                outcomes = {
+                    line.split(maxsplit=1)[0]
+                    for line in run.output.splitlines()
+                    if re.match(rf"(PASSED|FAILED|ERROR|XFAIL) {re.escape(test)}($|\[| - )", line)
+                }
+                if outcomes != {"PASSED"}:
+                    seen = ", ".join(sorted(outcomes)).lower() or "no result"
+                    reasons[test] = f"{test} is not green without it: {seen}\n{run.last_lines()}"
+    return reasons
+
+
+def verdict(run: Run) -> tuple[str, str]:
+    """("red", how), ("survived", "") or ("error", why)."""
+    if run.status in WILD_ADDRESS:
+        return "red", f"killed by {signal.Signals(-run.status).name}"
+    if run.status == 0:
+        return "survived", ""
+    if run.status is None:
+        return "error", "beyond the time limit"
+    if run.status != 1:
+        return "error", f"pytest ended with status {run.status}\n{run.last_lines()}"
+    if found := TYPING_ERROR.search(run.output):
+        return "error", f"{found[1]}: a typing error fails every test\n{run.last_lines()}"
+    if not re.search(r"\b\d+ failed\b", run.output):
+        return "error", f"no test failed\n{run.last_lines()}"
+    return "red", ""
+
+
+def try_out(root: Path, mutation: Mutation, limit: float) -> tuple[str, str]:
+    """The verdict on one mutation, in a copy of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_tree(root, Path(folder) / "tree")
+        path = copy / mutation.file
+        path.write_text(mutation.apply(copy), encoding="utf-8")
+        return verdict(run_pytest(copy, ["-x", "--tb=short", mutation.red], limit))
+
+
+def check(root: Path, mutations: Sequence[Mutation]) -> list[str]:
+    """One line for every mutation that does not fit the code, and for every test that is not there."""
+    problems = []
+    for mutation in mutations:
+        try:
+            mutation.apply(root)
+        except Stale as error:
+            problems.append(f"{mutation}: {error}")
+    tests = list(dict.fromkeys(mutation.red for mutation in mutations))
+    run = run_pytest(root, ["--collect-only", "-qq", *tests], LIMIT)
+    if run.status != 0:
+        missing = re.findall(r"^ERROR: not found: (.*)$", run.output, re.M)
+        missing = [line.replace(f"{root.resolve()}/", "") for line in missing]
+        problems += [f"no such test: {line}" for line in missing] or [run.output[-2000:]]
+    return problems
+
+
+def run_all(root: Path, mutations: Sequence[Mutation], jobs: int, limit: float) -> int:
+    """Try every mutation and print a line for each; the number of those that are not red."""
+    started = time.monotonic()
+    if problems := [problem for m in mutations if (problem := _staleness(root, m))]:
+        print("\n".join(problems))
+        return len(problems)
+    faulty = not_green(root, (m.red for m in mutations), limit)
+    if faulty:
+        print("\n".join(faulty.values()), flush=True)
+    counts = defaultdict(int)
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(try_out, root, m, limit): m for m in mutations if m.red not in faulty}
+        counts["error"] = len(mutations) - len(futures)
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                word, note = future.result()
+                counts[word] += 1
+                place = f"[{sum(counts.values())}/{len(mutations)}]"
+                print(f"{place} {word:8} {futures[future]}{f' ({note})' if note else ''}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    print(
+        f"{counts['red']} red, {counts['survived']} survived, {counts['error']} errors "
+        f"in {time.monotonic() - started:.0f} s"
+    )
+    return counts["survived"] + counts["error"]
+
+
+def _staleness(root: Path, mutation: Mutation) -> str | None:
+    try:
+        mutation.apply(root)
+    except Stale as error:
+        return f"{mutation}: stale: {error}"
+    return None
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.mutate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("stems", nargs="*", metavar="STEM", help="file of tests/mutations/; default: all")
+    parser.add_argument("--number", type=int, metavar="N", help="so many of them, at random")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the draw [the time]")
+    parser.add_argument("--check", action="store_true", help="run no test; do all mutations fit the code?")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="at a time [%(default)s]")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT, metavar="S", help="seconds for one mutation [%(default)s]"
+    )
+    parser.add_argument("--only", metavar="TEXT", help="those whose description contains this text")
+    args = parser.parse_args(argv)
+    try:
+        mutations = read(root, args.stems)
+    except (ValueError, tomllib.TOMLDecodeError) as error:
+        parser.error(str(error))
+    if args.only:
+        mutations = [m for m in mutations if args.only in m.breaks]
+    if args.check:
+        problems = check(root, mutations)
+        print("\n".join([*problems, f"{len(mutations)} mutations, {len(problems)} problems"]))
+        return 1 if problems else 0
+    if args.number is not None:
+        seed = int(time.time()) if args.seed is None else args.seed
+        print(f"--number {args.number} --seed {seed}")
+        mutations = random.Random(seed).sample(mutations, min(args.number, len(mutations)))
+    try:
+        return 1 if run_all(root, mutations, args.jobs, args.limit) else 0
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
