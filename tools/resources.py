@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nvembed_fast import files
+
 SNAPSHOTS = Path(__file__).parent / "resource_snapshots"
 # bytes that one program may take
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
@@ -212,9 +214,8 @@ def _table(rows: dict[str, Row]) -> str:
 def _write(path: Path, rows: dict[str, Row]) -> None:
     ordered = {name: {c: rows[name][c] for c in COLUMNS} for name in sorted(rows)}
     body = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in ordered.items())
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(f"{{\n{body}\n}}\n")
-    scratch.replace(path)
+    with files.replacing(path) as scratch:
+        scratch.write_text(f"{{\n{body}\n}}\n")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,6 +36,7 @@ import torch
 
 from bench.measure import results
 from bench.measure.timing import Times, interleaved
+from nvembed_fast import files
 from nvembed_fast.kernels import reference, tuned
 from nvembed_fast.kernels.testing import (
     ATTENTION_CASES,
@@ -523,10 +524,9 @@ def record(path: Path, key: Key, entry: Mapping[str, object] | None) -> None:
         "\n".join([f"[{name}]", *(f"{k} = {_toml(v)}" for k, v in tables[name].items())])
         for name in sorted(tables)
     ]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("\n\n".join([header, *blocks]) + "\n", encoding="utf-8")
-    tuned.read(scratch)
-    scratch.replace(path)
+    with files.replacing(path) as scratch:
+        scratch.write_text("\n\n".join([header, *blocks]) + "\n", encoding="utf-8")
+        tuned.read(scratch)
 
 
 def _toml(value: object) -> str:

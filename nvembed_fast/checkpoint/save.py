@@ -4,9 +4,7 @@ import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +12,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from nvembed_fast import files
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Slot, published_tensors
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_dtype, dtype_name
 
-__all__ = ["ordinary_mode", "save_model"]
+__all__ = ["save_model"]
 
 _WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
@@ -57,16 +56,14 @@ def save_model(
     config = replace(model.config, torch_dtype=dtype_name(dtype))
     copies = [Path(p) for p in tokenizer_files]
 
-    with _created(directory):
-        aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-        retired = aside.with_name(aside.name.replace(".saving-", ".old-"))
-        try:
+    try:
+        with files.replacing_together(
+            directory, key=CONFIG_FILE, is_outdated=_WEIGHT_FILES.fullmatch
+        ) as aside:
             shards = _shards(table, dtype, max_shard_bytes)
             for file, names in shards.items():
                 tensors = {name: _published_value(name, table[name], parameters, dtype) for name in names}
                 save_file(tensors, aside / file, metadata={"format": "pt"})
-                # safetensors writes for the owner alone; the directory says who may read
-                (aside / file).chmod(ordinary_mode())
             if len(shards) > 1:
                 weight_map = {name: file for file, names in shards.items() for name in names}
                 total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
@@ -74,34 +71,8 @@ def save_model(
             for path in copies:
                 shutil.copyfile(path, aside / path.name)
             _write_json(aside / CONFIG_FILE, config.to_dict())
-            _exchange(directory, aside, retired)
-        except BaseException as error:
-            if not retired.exists():  # else both folders still hold files
-                shutil.rmtree(aside, ignore_errors=True)
-            if isinstance(error, SafetensorError):
-                raise OSError(f"cannot write the weights to {directory}: {error}") from error
-            raise
-
-
-@contextmanager
-def _created(directory: Path) -> Iterator[None]:
-    """The directory, made with its parents; on an error those made here are removed again, if empty."""
-    made = [path for path in (directory, *directory.parents) if not path.exists()]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        yield
-    except BaseException:
-        for path in made:
-            with suppress(OSError):
-                path.rmdir()
-        raise
-
-
-def ordinary_mode() -> int:
-    """The mode of an ordinary new file."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return 0o666 & ~mask
+    except SafetensorError as error:
+        raise OSError(f"cannot write the weights to {directory}: {error}") from error
 
 
 def _shards(table: dict[str, Slot], dtype: torch.dtype, max_bytes: int) -> dict[str, list[str]]:
@@ -132,42 +103,3 @@ def _published_value(
 
 def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _exchange(directory: Path, aside: Path, retired: Path) -> None:
-    """Move the old model's files to `retired`, those of `aside` into their place, and delete the old.
-
-    On an error before the last rename the old files are put back. A directory without config.json is no
-    model: it leaves first and comes last, both ways, so that no moment shows a mix that loads.
-    """
-    new = sorted(os.listdir(aside), key=lambda name: name == CONFIG_FILE)
-    old = [name for name in os.listdir(directory) if name in new or _WEIGHT_FILES.fullmatch(name)]
-    old.sort(key=lambda name: name != CONFIG_FILE)
-    try:
-        retired.mkdir()
-        _move(old, directory, retired)
-        _move(new, aside, directory)
-        shutil.rmtree(retired)
-        aside.rmdir()
-    except BaseException:
-        # what was moved is read from the disk: an interruption may come right after a rename
-        if not (aside / CONFIG_FILE).exists():
-            shutil.rmtree(retired, ignore_errors=True)
-            raise
-        try:
-            _move([name for name in new if not (aside / name).exists()], directory, aside)
-            # lexists: a hub snapshot's files are relative links, which point nowhere from `retired`
-            _move([name for name in reversed(old) if os.path.lexists(retired / name)], retired, directory)
-            with suppress(FileNotFoundError):
-                retired.rmdir()
-        except BaseException as error:
-            raise OSError(
-                f"saving to {directory} failed, and so did putting the old model back ({error!r}): files of "
-                f"the old one are in {retired}, of the new one in {aside}, the rest of both in {directory}"
-            ) from error
-        raise
-
-
-def _move(names: Iterable[str], source: Path, target: Path) -> None:
-    for name in names:
-        os.replace(source / name, target / name)

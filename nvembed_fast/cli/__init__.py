@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +15,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from nvembed_fast import __version__, checkpoint, ops
-from nvembed_fast.checkpoint.save import ordinary_mode
+from nvembed_fast import __version__, checkpoint, files, ops
 from nvembed_fast.config import NVEmbedConfig, PoolingHeadName
 from nvembed_fast.encoder import NVEmbed, query_instruction
 from nvembed_fast.network.latent_head import cheaper_form
@@ -330,18 +328,12 @@ def _check_space(output: Path, num_bytes: int) -> None:
 
 
 def _save_npy(output: Path, vectors: np.ndarray) -> None:
-    """Write under a temporary name, then rename: the file is whole or absent."""
-    handle, temporary = tempfile.mkstemp(dir=output.parent, prefix=f".{output.name}-")
+    """The file is whole or absent."""
     try:
-        with open(handle, "wb") as file:
+        with files.replacing(output) as aside, open(aside, "wb") as file:
             np.save(file, vectors)
-        os.chmod(temporary, ordinary_mode())
-        os.replace(temporary, output)
-    except BaseException as error:
-        os.unlink(temporary)
-        if isinstance(error, OSError):
-            raise OSError(f"cannot write {output}: {error.strerror or error}") from error
-        raise
+    except OSError as error:
+        raise OSError(f"cannot write {output}: {error.strerror or error}") from error
 
 
 def _load_npy(path: Path) -> np.ndarray:
