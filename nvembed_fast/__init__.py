@@ -1,9 +1,32 @@
 """NV-Embed, fast: a drop-in encoder for the published checkpoints on packed Triton kernels."""
 
-from nvembed_fast.config import NVEmbedConfig
-from nvembed_fast.encoder import NVEmbed, query_instruction
-from nvembed_fast.network.model import NVEmbedModel
-from nvembed_fast.ops import use_impl
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nvembed_fast.config import NVEmbedConfig
+    from nvembed_fast.encoder import NVEmbed, query_instruction
+    from nvembed_fast.network.model import NVEmbedModel
+    from nvembed_fast.ops import use_impl
 
 __all__ = ["NVEmbed", "NVEmbedConfig", "NVEmbedModel", "query_instruction", "use_impl"]
-__version__ = "0.2.0"
+__version__ = "0.1.0"
+
+# modules are imported at the first use of their names: `nvembed-fast --help` does not wait for torch
+_MODULES = {
+    "NVEmbed": "encoder",
+    "NVEmbedConfig": "config",
+    "NVEmbedModel": "network.model",
+    "query_instruction": "encoder",
+    "use_impl": "ops",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,7 +1,11 @@
+"""The command line: its commands, their errors in one line, and files whole or absent."""
+
 import io
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 
 from nvembed_fast import NVEmbed, cli, query_instruction
 
+ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["a judo throw", "", "parse a date \u2028 in Python", "tabs\tand caf\u00e9"]
 
 
@@ -94,6 +99,21 @@ def test_info_says_which_implementation_and_why(tiny_directory, capsys):
         assert part in printed
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["encode", "--help"]])
+def test_help_and_version_answer_without_torch(arguments):
+    code = f"""
+import sys
+from nvembed_fast.cli import main
+try:
+    main({arguments})
+finally:
+    print(*(name for name in ("torch", "transformers", "numpy") if name in sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and "nvembed-fast" in done.stdout
+    assert done.stderr.split() == []
+
+
 @pytest.mark.parametrize("command", ["encode", "search", "init", "info"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -149,7 +169,7 @@ def test_embeddings_that_are_no_array_are_refused_without_advice_to_unpickle(
 
 
 def test_a_disk_too_small_is_told_before_the_work(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     monkeypatch.setattr(NVEmbed, "encode", None)  # never called
     status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
     assert status == 1 and "o.npy needs" in error and "are free there" in error

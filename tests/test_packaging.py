@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "nvembed_fast", "kernels")
-IMPORT = "import nvembed_fast.cli, nvembed_fast.kernels.reference as r; print(r.__file__)"
+IMPORT = "from nvembed_fast import *; import nvembed_fast.cli; print(nvembed_fast.kernels.reference.__file__)"
 
 
 def _run(*command: str | Path, cwd: Path, **env: str) -> str:

@@ -1,0 +1,77 @@
+"""nvembed-fast encode."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nvembed_fast import files
+from nvembed_fast.cli import options
+from nvembed_fast.texts import read_texts
+
+if TYPE_CHECKING:
+    import numpy as np
+
+SUMMARY = "Embed the texts of a file into a .npy array, one row a text."
+EXAMPLES = """\
+examples:
+  nvembed-fast encode passages.txt -o passages.npy
+  nvembed-fast encode questions.txt -o questions.npy --task "Given a question, retrieve passages"
+  nvembed-fast encode corpus.jsonl --field text -o corpus.npy --model ./my-model --dtype bfloat16
+  cat passages.txt | nvembed-fast encode - -o passages.npy"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="one text a line, or JSON lines; - reads standard input")
+    parser.add_argument(
+        "-o", "--output", required=True, type=Path, metavar="OUT.npy", help="fp32 [texts, width]"
+    )
+    prefix = parser.add_mutually_exclusive_group()
+    prefix.add_argument(
+        "--instruction", default="", help="put in front of every text and left out of the pooling"
+    )
+    prefix.add_argument("--task", help='the same as --instruction "Instruct: TASK\\nQuery: "')
+    options.add_text_options(parser)
+    options.add_model_options(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    _check_output(arguments.output)
+    texts = read_texts(arguments.file, arguments.field)
+    # importing torch takes seconds: first what fails at once
+    from nvembed_fast.encoder import query_instruction
+
+    instruction = query_instruction(arguments.task) if arguments.task else arguments.instruction
+    model = options.load(arguments)
+    options.note_empty(texts)
+    _check_space(arguments.output, 4 * len(texts) * model.config.hidden_size)
+    vectors = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
+    _save(arguments.output, vectors)
+    print(f"{arguments.output}: float32 [{vectors.shape[0]}, {vectors.shape[1]}]")
+
+
+def _check_output(output: Path) -> None:
+    """Fail before the hours of encoding, not after."""
+    if output.suffix != ".npy":
+        raise ValueError(f"--output must end in .npy, got {output}")
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"the directory of --output does not exist: {output.parent}")
+    if not os.access(output.parent, os.W_OK):
+        raise PermissionError(f"the directory of --output cannot be written: {output.parent}")
+
+
+def _check_space(output: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(output.parent).free
+    if num_bytes > free:
+        raise OSError(f"{output} needs {num_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
+
+
+def _save(output: Path, vectors: "np.ndarray") -> None:
+    import numpy as np
+
+    try:
+        with files.replacing(output) as aside, open(aside, "wb") as file:
+            np.save(file, vectors)
+    except OSError as error:
+        raise OSError(f"cannot write {output}: {error.strerror or error}") from error

@@ -1,0 +1,79 @@
+"""nvembed-fast info."""
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import math
+import sys
+import textwrap
+
+from nvembed_fast import __version__
+from nvembed_fast.config import NVEmbedConfig
+
+SUMMARY = "Versions, devices, and which implementation each operation takes and why."
+EXAMPLES = """\
+examples:
+  nvembed-fast info
+  nvembed-fast info --model ./my-model"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="also describe this model directory or hub id")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nvembed_fast import checkpoint
+
+    # first, so that an error stands alone
+    config = None
+    if arguments.model:
+        config = NVEmbedConfig.from_file(checkpoint.resolve(arguments.model) / "config.json")
+    print(f"nvembed-fast {__version__}, Python {sys.version.split()[0]}")
+    for package in ("torch", "triton", "transformers", "tokenizers", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            print(f"  {package} {importlib.metadata.version(package)}")
+    for device, facts in _devices():
+        print(f"\n{device}: {facts}")
+        _print_implementations(device)
+    print("\nMatrix products are the library's. A shape beyond a kernel's limits takes torch.")
+    if config:
+        _print_model(arguments.model, config)
+
+
+def _devices() -> list[tuple[str, str]]:
+    """(name, facts) of the CPU and of every GPU."""
+    import torch
+
+    devices = [("cpu", f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")]
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        name = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, sm_{facts.major}{facts.minor}"
+        devices.append((f"cuda:{index}", name))
+    return devices
+
+
+def _print_implementations(device: str) -> None:
+    import torch
+
+    from nvembed_fast import ops
+
+    verdicts: dict[tuple[str, str], list[str]] = {}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        verdict = ops.choose(torch.device(device), dtype)
+        verdicts.setdefault(verdict, []).append(str(dtype).removeprefix("torch."))
+    for (impl, reason), dtypes in verdicts.items():
+        print(f"  in {', '.join(dtypes)} these take {impl}, because {reason}:")
+        print(textwrap.fill(", ".join(ops.OPERATIONS), 100, initial_indent="    ", subsequent_indent="    "))
+
+
+def _print_model(name: str, config: NVEmbedConfig) -> None:
+    from nvembed_fast.checkpoint import published_tensors
+    from nvembed_fast.network.latent_head import cheaper_form
+
+    shapes = [slot.shape for slot in published_tensors(config).values()]
+    print(f"\n{name}: {sum(map(math.prod, shapes)):,} parameters in {len(shapes)} tensors")
+    if config.pooling_head == "latent":
+        form = cheaper_form(config.latent_attention_config)
+        print(f"latents='auto' takes the {form} form: the cheaper one for these shapes")
+    print(json.dumps(config.to_dict(), indent=2))

@@ -1,0 +1,46 @@
+"""nvembed-fast init."""
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from nvembed_fast.config import PoolingHeadName
+
+SUMMARY = "Start a model from a Mistral or Llama decoder, with a fresh pooling head."
+EXAMPLES = """\
+examples:
+  nvembed-fast init ./Mistral-7B-v0.1 -o ./my-model
+  nvembed-fast init SmolLM2-135M-Instruct.Q4_1.gguf -o ./small-model --num-latents 256"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("decoder", type=Path, help="a Hugging Face directory, or a .gguf file")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIRECTORY")
+    parser.add_argument("--num-latents", type=int, default=512, help="latents of the head (default: 512)")
+    parser.add_argument("--num-heads", type=int, default=8, help="heads of the latent attention (default: 8)")
+    parser.add_argument(
+        "--head-width", type=int, help="their width (default: 64 under 2048 hidden, else 4096)"
+    )
+    parser.add_argument(
+        "--pooling-head",
+        default="latent",
+        choices=get_args(PoolingHeadName),
+        help="the published models' latent head, or one to compare it with (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the fresh head (default: 0)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    from nvembed_fast.checkpoint.decoders import init_model
+
+    init_model(
+        arguments.decoder,
+        arguments.output,
+        num_latents=arguments.num_latents,
+        num_heads=arguments.num_heads,
+        head_width=arguments.head_width,
+        seed=arguments.seed,
+        pooling_head=arguments.pooling_head,
+    )
+    head = arguments.pooling_head
+    print(f"{arguments.output}: {arguments.decoder} with a fresh {head} head; train the model before use")

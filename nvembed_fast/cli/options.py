@@ -1,0 +1,63 @@
+"""The options that encode and search share, and their way into the encoder."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nvembed_fast.encoder import NVEmbed
+
+__all__ = ["add_model_options", "add_text_options", "encode_options", "load", "note_empty"]
+
+DEFAULT_MODEL = "nvidia/NV-Embed-v2"
+
+
+def add_text_options(parser: argparse.ArgumentParser) -> None:
+    """How texts are read and cut."""
+    parser.add_argument("--field", help="read JSON lines, this key of each (default in .jsonl files: text)")
+    parser.add_argument("--max-length", type=int, default=4096, help="tokens a text (default: 4096)")
+    parser.add_argument("--max-batch-tokens", type=int, help="tokens a batch (default: by the device)")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model is loaded, where and how."""
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="directory or hub id (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--dtype", help="float16, bfloat16, float32, float64 (default: the checkpoint's; float32 on a CPU)"
+    )
+    parser.add_argument("--impl", default="auto", help="auto, triton or torch (default: auto)")
+    parser.add_argument("--latents", default="auto", help="auto, direct or absorbed (default: auto)")
+    hub = parser.add_argument_group("when MODEL is a hub id")
+    hub.add_argument("--revision", help="branch, tag or commit")
+    hub.add_argument("--token", help="for gated models (default: the one of `hf auth login`)")
+    hub.add_argument("--cache-dir", help="where downloads are kept")
+    hub.add_argument("--local-files-only", action="store_true", help="download nothing")
+
+
+def load(arguments: argparse.Namespace) -> "NVEmbed":
+    """The encoder that the model options ask for."""
+    from nvembed_fast.encoder import NVEmbed
+
+    return NVEmbed.from_pretrained(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        impl=arguments.impl,
+        latents=arguments.latents,
+        revision=arguments.revision,
+        token=arguments.token,
+        cache_dir=arguments.cache_dir,
+        local_files_only=arguments.local_files_only,
+    )
+
+
+def encode_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `NVEmbed.encode` that the text options ask for."""
+    return {"max_length": arguments.max_length, "max_batch_tokens": arguments.max_batch_tokens}
+
+
+def note_empty(texts: list[str]) -> None:
+    """Tell on standard error how many texts are empty."""
+    if empty := sum(not text.strip() for text in texts):
+        print(f"note: {empty} of the {len(texts)} texts are empty and are embedded as such", file=sys.stderr)
