@@ -26,7 +26,7 @@ from torch import nn
 
 from examples import fetch_decoder, wheel_file
 from nvembed_fast import NVEmbed
-from nvembed_fast.checkpoint.decoders import init_model
+from nvembed_fast.new_model import init_model
 
 TASK = "Given a question about programming, retrieve the documentation that answers it"
 QUESTIONS = (

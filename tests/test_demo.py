@@ -9,7 +9,7 @@ import pytest
 
 from examples import demo, fetch_decoder
 from nvembed_fast import NVEmbed, query_instruction
-from nvembed_fast.checkpoint.decoders import init_model
+from nvembed_fast.new_model import init_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY_TEXTS = ["a", "I", "of the", "one two three", "", "\n", "42"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 
 __all__ = [
     "CONFIG_FILE",
@@ -20,6 +20,7 @@ __all__ = [
     "SINGLE_FILE",
     "TOKENIZER_FILES",
     "Slot",
+    "backbone_tensors",
     "published_tensors",
     "tokenizer_files",
 ]
@@ -30,6 +31,8 @@ INDEX_FILE = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # buffers that older versions of transformers stored along with the weights
 HARMLESS = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+
+_BACKBONE = "embedding_model."
 
 
 @dataclass(frozen=True)
@@ -93,13 +96,10 @@ def published_tensors(config: NVEmbedConfig) -> dict[str, Slot]:
         *feed_forward,
     )
     # prefix of the published names, prefix of ours, lines
-    backbone, layers = (
-        "embedding_model.",
-        [f"embedding_model.layers.{i}." for i in range(text.num_hidden_layers)],
-    )
-    groups = [(backbone, backbone, (("embed_tokens.weight", "embed_tokens.weight", (text.vocab_size, d)),))]
+    groups = [(_BACKBONE, _BACKBONE, (("embed_tokens.weight", "embed_tokens.weight", (text.vocab_size, d)),))]
+    layers = [f"{_BACKBONE}layers.{i}." for i in range(text.num_hidden_layers)]
     groups += [(prefix, prefix, layer) for prefix in layers]
-    groups += [(backbone, backbone, (("norm.weight", "norm.weight", (d,)),))]
+    groups += [(_BACKBONE, _BACKBONE, (("norm.weight", "norm.weight", (d,)),))]
     if config.pooling_head == "latent":
         groups += [("latent_attention_model.", "head.", latent)]
     elif config.pooling_head == "self_attention":
@@ -113,6 +113,13 @@ def published_tensors(config: NVEmbedConfig) -> dict[str, Slot]:
             filled[prefix + ours] += shape[0]
             table[published_prefix + published] = Slot(prefix + ours, slice(first, first + shape[0]), shape)
     return table
+
+
+def backbone_tensors(config: BackboneConfig) -> dict[str, Slot]:
+    """The backbone's tensors, named as in a decoder: the published names without their first segment."""
+    head = LatentConfig(1, 1, 1, hidden_dim=config.hidden_size, latent_dim=1)
+    table = published_tensors(NVEmbedConfig(config, head))
+    return {n.removeprefix(_BACKBONE): slot for n, slot in table.items() if n.startswith(_BACKBONE)}
 
 
 def tokenizer_files(directory: str | PathLike) -> list[Path]:

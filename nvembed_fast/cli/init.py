@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    from nvembed_fast.checkpoint.decoders import init_model
+    from nvembed_fast.new_model import init_model
 
     init_model(
         arguments.decoder,

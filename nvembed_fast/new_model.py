@@ -1,0 +1,90 @@
+"""Start an NV-Embed model on a decoder: its weights, its tokenizer, and a fresh pooling head."""
+
+import tempfile
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nvembed_fast.checkpoint.decoders import open_decoder
+from nvembed_fast.checkpoint.names import CONFIG_FILE
+from nvembed_fast.checkpoint.save import save_model
+from nvembed_fast.config import LatentConfig, NVEmbedConfig, PoolingHeadName
+from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.placement import check_dtype
+
+__all__ = ["init_model"]
+
+_SMALL_WIDTH, _SMALL_HEAD_WIDTH, _PUBLISHED_HEAD_WIDTH = 2048, 64, 4096
+
+
+def init_model(
+    source: str | PathLike,
+    output_directory: str | PathLike,
+    *,
+    num_latents: int = 512,
+    num_heads: int = 8,
+    head_width: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    seed: int = 0,
+    pooling_head: PoolingHeadName = "latent",
+) -> None:
+    """Write an untrained NV-Embed model on a decoder, in the published layout.
+
+    Args:
+        source: a Hugging Face directory or hub id, or a GGUF file.
+        output_directory: created; must not hold a model yet.
+        num_latents: latents of the head.
+        num_heads: heads of its attention.
+        head_width: the width of one; None takes 64 for decoders narrower than 2048, else the published 4096.
+        dtype: of the stored weights; None takes the decoder's own, and float16 for quantised ones: its
+            rounding (2**-11) lies far below a quantisation step.
+        seed: of the fresh head; the same seed gives the same head in every dtype.
+        pooling_head: "latent", or for comparison "mean", "eos" or "self_attention"; the three arguments about
+            latents then mean nothing.
+
+    Raises:
+        FileExistsError: the output directory holds a model.
+        FileNotFoundError, ValueError, ImportError: the decoder cannot be used, and why.
+    """
+    output_directory = Path(output_directory)
+    if (output_directory / CONFIG_FILE).exists():
+        raise FileExistsError(
+            f"{output_directory} already holds a model: remove it or choose another directory"
+        )
+    for name, value in (("num_latents", num_latents), ("num_heads", num_heads), ("head_width", head_width)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    decoder = open_decoder(source)
+    stored = decoder.dtype if dtype is None else check_dtype(dtype)
+    width = decoder.config.hidden_size
+    if head_width is None:
+        head_width = _SMALL_HEAD_WIDTH if width < _SMALL_WIDTH else _PUBLISHED_HEAD_WIDTH
+    head = LatentConfig(num_latents, num_heads, head_width, hidden_dim=width, latent_dim=width)
+    # another tokenizer may merge across the border between instruction and text, so the published rule
+    # (drop as many tokens as the instruction has alone) would drop the text's first word with it
+    config = NVEmbedConfig(decoder.config, head, pooling_start="text_offset", pooling_head=pooling_head)
+    with torch.device("meta"):
+        model = NVEmbedModel(config)
+    fresh = _fresh_head(model.head, torch.Generator().manual_seed(seed))
+    values = decoder.load(stored)
+    values |= {f"head.{name}": value.to(stored) for name, value in fresh}
+    model.load_state_dict(values, assign=True)
+    with tempfile.TemporaryDirectory() as aside:
+        save_model(model, output_directory, tokenizer_files=decoder.write_tokenizer(Path(aside)))
+
+
+def _fresh_head(head: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
+    """What PyTorch's own modules start with, drawn from one generator in fp32, parameter by parameter."""
+    for name, parameter in head.named_parameters(recurse=False):  # the latents
+        yield name, torch.randn(parameter.shape, generator=generator)
+    for name, module in head.named_children():
+        for part, parameter in module.named_parameters():
+            if isinstance(module, nn.LayerNorm):
+                yield f"{name}.{part}", torch.full(parameter.shape, float(part == "weight"))
+            else:
+                bound = module.in_features**-0.5
+                drawn = torch.rand(parameter.shape, generator=generator)
+                yield f"{name}.{part}", drawn.mul_(2 * bound).sub_(bound)

@@ -1,0 +1,84 @@
+"""A new model: the fresh head, the stored dtype, and a directory that holds a model already."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_decoders import WIDTH, transformers_model, write_mistral, write_tokenizer
+
+from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.new_model import init_model
+
+
+@pytest.fixture
+def mistral(tmp_path) -> Path:
+    return write_mistral(tmp_path / "mistral")
+
+
+def test_the_dtype_is_the_decoders_own_unless_asked(tmp_path):
+    transformers_model("Llama").bfloat16().save_pretrained(tmp_path / "d")
+    write_tokenizer(tmp_path / "d")
+    for name, dtype in (("a", None), ("b", "float32")):
+        init_model(tmp_path / "d", tmp_path / name, dtype=dtype)
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("a", "b")]
+    assert {t.dtype for t in stored[0].values()} == {torch.bfloat16}
+    assert {t.dtype for t in stored[1].values()} == {torch.float32}
+    # one seed, one head: only rounded
+    for name in stored[0]:
+        assert torch.equal(stored[0][name], stored[1][name].bfloat16()), name
+
+
+def test_the_fresh_head(mistral, tmp_path):
+    before = torch.get_rng_state()
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        init_model(mistral, tmp_path / name, num_latents=24, num_heads=2, head_width=32, seed=seed)
+    assert torch.equal(torch.get_rng_state(), before), "the caller's generator was used"
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
+    assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
+    head = {n.removeprefix("latent_attention_model."): v for n, v in weights[0].items() if "latent" in n}
+    other = {n.removeprefix("latent_attention_model."): v for n, v in weights[2].items() if "latent" in n}
+    block = "cross_attend_blocks."
+    assert head["latents"].shape == (24, WIDTH)
+    assert abs(head["latents"].std() - 1) < 0.1
+    fan_in = {
+        "0.fn.to_q.weight": (64, WIDTH),
+        "0.fn.to_kv.weight": (128, WIDTH),
+        "0.fn.to_out.weight": (WIDTH, 64),
+        "1.fn.net.0.weight": (8 * WIDTH, WIDTH),
+        "1.fn.net.2.weight": (WIDTH, 4 * WIDTH),
+    }
+    for name, shape in fan_in.items():
+        value, bound = head[block + name], shape[1] ** -0.5
+        assert value.shape == shape
+        assert 0.98 * bound < value.abs().max() <= bound
+        assert abs(value.std() / (bound / 3**0.5) - 1) < 0.05
+        assert not torch.equal(value, other[block + name])
+    assert head[block + "1.fn.net.2.bias"].abs().max() <= (4 * WIDTH) ** -0.5
+    for norm in ("0.norm", "0.norm_context", "1.norm"):
+        assert (head[f"{block}{norm}.weight"] == 1).all() and (head[f"{block}{norm}.bias"] == 0).all()
+
+
+def test_wide_decoders_get_the_published_head_width(tmp_path):
+    changes = {"hidden_size": 2048, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 99}
+    transformers_model("Llama", **changes).half().save_pretrained(tmp_path / "d")
+    write_tokenizer(tmp_path / "d")
+    init_model(tmp_path / "d", tmp_path / "out", num_heads=1, num_latents=2)
+    assert (
+        NVEmbedConfig.from_file(tmp_path / "out" / "config.json").latent_attention_config.cross_dim_head
+        == 4096
+    )
+
+
+def test_an_existing_model_is_not_overwritten(mistral, tmp_path):
+    init_model(mistral, tmp_path / "out", num_latents=2)
+    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="out already holds a model: remove it or choose another"):
+        init_model(mistral, tmp_path / "out", num_latents=3)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["num_latents", "num_heads", "head_width"])
+def test_sizes_below_one(mistral, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        init_model(mistral, tmp_path / "out", **{name: 0})
