@@ -1,10 +1,36 @@
-"""The errors of every kernel; apart from `_common.py` because who catches them may have no Triton."""
+"""What every operation refuses.
+
+`check_<operation>` stands in front of the reference and in front of the kernel,
+so both refuse the same input with the same words. The limits of one kernel stay
+in its own file, because `impl="auto"` takes the reference there.
+
+This file needs no Triton. No check waits for a device.
+"""
 
 import torch
 
+from nvembed_fast.kernels.layout import SeqLayout
+
+__all__ = [
+    "Unsupported",
+    "check_absorbed_latent_attention",
+    "check_add_rms_norm",
+    "check_flash_attention",
+    "check_gated",
+    "check_latent_attention",
+    "check_mean_pool",
+    "check_mean_pool_geglu",
+    "check_rms_norm",
+    "check_rotary",
+    "mismatch",
+]
+
+# float64 is the oracle's. No kernel takes it
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class Unsupported(ValueError):
-    """A well-posed problem that a kernel is not written for: impl="auto" takes the reference instead."""
+    """A well-posed problem that a kernel is not written for: `impl="auto"` takes the reference instead."""
 
 
 def mismatch(name: str, wanted: str, got: torch.Tensor) -> ValueError:
@@ -13,3 +39,169 @@ def mismatch(name: str, wanted: str, got: torch.Tensor) -> ValueError:
         f"{name} must be {wanted}, got {tuple(got.shape)} {got.dtype} "
         f"with strides {got.stride()} on {got.device}"
     )
+
+
+def check_flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SeqLayout,
+    scale: float | None,
+    causal: bool,
+) -> None:
+    if q.ndim != 3 or q.shape[0] != layout.num_tokens or q.shape[2] == 0:
+        raise mismatch("q", f"[{layout.num_tokens}, N, H]", q)
+    num_heads, width = q.shape[1:]
+    if k.ndim != 3 or k.shape[0] != q.shape[0] or k.shape[2] != width:
+        raise mismatch("k", f"[{layout.num_tokens}, G, {width}]", k)
+    if v.shape != k.shape:
+        raise mismatch("v", f"{list(k.shape)} like k", v)
+    num_kv_heads = k.shape[1]
+    if not num_kv_heads or not num_heads or num_heads % num_kv_heads:
+        raise mismatch("q", f"[T, N, H] with N a multiple of the {num_kv_heads} heads of k", q)
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        _check_dtype(name, t)
+        if t.dtype != q.dtype:
+            raise mismatch(name, f"{q.dtype} like q", t)
+        if t.device != layout.cu_seqlens.device:
+            raise mismatch(name, f"on {layout.cu_seqlens.device} like the layout", t)
+        if t.stride(2) != 1:
+            raise mismatch(name, "strided with contiguous heads (last stride 1)", t)
+    _check_scale(scale)
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal must be True or False, got {causal!r}")
+
+
+def check_latent_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> None:
+    if q.ndim != 3 or 0 in q.shape[1:] or q.stride(2) != 1:
+        raise mismatch("q", "[T, N, H] with a last stride of 1", q)
+    _check_dtype("q", q)
+    num_heads, head_width = q.shape[1:]
+    for name, t in (("k", k), ("v", v)):
+        fits = t.ndim == 3 and t.shape[0] > 0 and t.shape[1:] == q.shape[1:] and t.shape[0] == k.shape[0]
+        if not fits or t.dtype != q.dtype or t.device != q.device or t.stride(2) != 1:
+            wanted = f"[L, {num_heads}, {head_width}] {q.dtype} on {q.device} with a last stride of 1"
+            raise mismatch(name, wanted, t)
+    _check_scale(scale)
+
+
+def check_absorbed_latent_attention(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
+) -> None:
+    if x.ndim != 2 or x.shape[1] == 0 or x.stride(1) != 1:
+        raise mismatch("x", "[T, D] with contiguous rows", x)
+    _check_dtype("x", x)
+    fits = a.ndim == 2 and a.shape[1] == x.shape[1] and a.dtype == x.dtype and a.device == x.device
+    if not fits or a.stride(1) != 1:
+        raise mismatch("a", f"[N * L, {x.shape[1]}] {x.dtype} on {x.device} with contiguous rows", a)
+    if num_heads <= 0 or a.shape[0] == 0 or a.shape[0] % num_heads:
+        raise mismatch("a", f"[N * L, D] with N = {num_heads} and L >= 1", a)
+    for name, t, shape in (("b", b, (a.shape[0], x.shape[1])), ("residual", residual, x.shape)):
+        if t.shape != shape or t.dtype != x.dtype or t.device != x.device:
+            raise mismatch(name, f"{tuple(shape)} {x.dtype} on {x.device}", t)
+
+
+def check_mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> None:
+    _check_pooled("x", "D", x, layout, pool_mask)
+
+
+def check_mean_pool_geglu(
+    value_gate: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None
+) -> None:
+    _check_pooled("value_gate", "2F", value_gate, layout, pool_mask)
+    if value_gate.shape[1] % 2:
+        raise mismatch("value_gate", "[T, 2F] with an even number of columns", value_gate)
+
+
+def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    if x.ndim != 2 or x.stride(1) != 1 or x.shape[1] == 0:
+        raise mismatch("x", "[T, D] with contiguous rows and D > 0", x)
+    _check_dtype("x", x)
+    width = x.shape[1]
+    fits = weight.shape == (width,) and weight.dtype == x.dtype and weight.device == x.device
+    if not fits or weight.stride(0) != 1:
+        raise mismatch("weight", f"[{width}] {x.dtype} on {x.device}, contiguous", weight)
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be finite and not negative, got {eps}")
+
+
+def check_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    check_rms_norm(x, weight, eps)
+    fits = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
+    if not fits or residual.stride(1) != 1:
+        wanted = f"{tuple(x.shape)} {x.dtype} on {x.device} as x, with contiguous rows"
+        raise mismatch("residual", wanted, residual)
+
+
+def check_rotary(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_rotated: int,
+    inplace: bool,
+) -> None:
+    if inplace and qkv.requires_grad:
+        raise ValueError("rotary(inplace=True) would overwrite a tensor that needs a gradient")
+    if qkv.ndim != 3 or qkv.stride(2) != 1:
+        raise mismatch("qkv", "[T, heads, H] with contiguous heads", qkv)
+    _check_dtype("qkv", qkv)
+    num_tokens, num_heads, head_width = qkv.shape
+    if head_width < 2 or head_width % 2:
+        raise mismatch("qkv", "[T, heads, H] with an even H", qkv)
+    # float64 tables are the oracle's
+    dtype = cos.dtype if qkv.dtype == cos.dtype == torch.float64 else torch.float32
+    for name, table in (("cos", cos), ("sin", sin)):
+        fits = table.ndim == 2 and table.shape == (cos.shape[0], head_width // 2)
+        fits = fits and table.dtype == dtype and table.device == qkv.device
+        if not fits or table.stride(1) != 1:
+            raise mismatch(
+                name, f"[P, {head_width // 2}] {dtype} on {qkv.device} with contiguous rows", table
+            )
+    fits = positions.shape == (num_tokens,) and positions.dtype == torch.int32
+    fits = fits and positions.device == qkv.device and positions.is_contiguous()
+    if not fits:
+        raise mismatch("positions", f"[{num_tokens}] torch.int32 on {qkv.device}, contiguous", positions)
+    # a GPU would have to be waited for
+    if num_tokens and positions.is_cpu and not torch.compiler.is_compiling():
+        first, last = (int(p) for p in positions.aminmax())
+        if first < 0 or last >= cos.shape[0]:
+            raise ValueError(
+                f"positions must be from 0 to {cos.shape[0] - 1}, the rows of cos, got {first} to {last}"
+            )
+    if not 0 <= num_rotated <= num_heads:
+        raise ValueError(f"num_rotated must be between 0 and the {num_heads} heads of qkv, got {num_rotated}")
+
+
+def check_gated(name: str, x: torch.Tensor) -> None:
+    if x.ndim != 2 or x.stride(1) != 1:
+        raise mismatch(name, "[T, 2F] with contiguous rows", x)
+    if x.shape[1] < 2 or x.shape[1] % 2:
+        raise mismatch(name, "[T, 2F] with an even, positive number of columns", x)
+    _check_dtype(name, x)
+
+
+def _check_pooled(
+    name: str, columns: str, x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None
+) -> None:
+    num_tokens, device = layout.num_tokens, layout.cu_seqlens.device
+    fits = x.ndim == 2 and x.shape[0] == num_tokens and x.device == device
+    if not fits or x.shape[1] == 0 or x.stride(1) != 1:
+        wanted = f"[{num_tokens}, {columns}] on {device} as the layout says, contiguous rows"
+        raise mismatch(name, wanted, x)
+    _check_dtype(name, x)
+    if pool_mask is not None:
+        fits = pool_mask.shape == (num_tokens,) and pool_mask.dtype == torch.bool
+        if not fits or pool_mask.device != x.device or not pool_mask.is_contiguous():
+            raise mismatch("pool_mask", f"[{num_tokens}] torch.bool on {x.device}, contiguous", pool_mask)
+
+
+def _check_dtype(name: str, t: torch.Tensor) -> None:
+    if t.dtype not in _DTYPES:
+        raise mismatch(name, "fp16, bf16 or fp32", t)
+
+
+def _check_scale(scale: float | None) -> None:
+    # True is a `causal` that came one place too early
+    if scale is not None and (isinstance(scale, bool) or not 0 < scale < float("inf")):
+        raise ValueError(f"scale must be positive and finite, got {scale}")

@@ -59,7 +59,7 @@ from nvembed_fast.kernels._common import (
     use_descriptors,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import Unsupported, mismatch
+from nvembed_fast.kernels.errors import Unsupported, check_flash_attention, mismatch
 from nvembed_fast.kernels.layout import SeqLayout, layout_of
 
 __all__ = ["flash_attention"]
@@ -537,37 +537,19 @@ def _delta_launch_config(num_heads: int, head_width: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": min(max(block_n * block_h // 512, 1), 8)}
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SeqLayout, scale: float) -> None:
-    if q.ndim != 3 or q.shape[0] != layout.num_tokens:
-        raise mismatch("q", f"[{layout.num_tokens}, N, H]", q)
+def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
+    if q.dtype == torch.float64:
+        raise mismatch("q", "fp16, bf16 or fp32", q)
     num_heads, width = q.shape[1:]
-    if k.ndim != 3 or k.shape[0] != q.shape[0] or k.shape[2] != width:
-        raise mismatch("k", f"[{layout.num_tokens}, G, {width}]", k)
-    if v.shape != k.shape:
-        raise mismatch("v", f"{list(k.shape)} like k", v)
-    num_kv_heads = k.shape[1]
-    if not num_kv_heads or not num_heads or num_heads % num_kv_heads:
-        raise mismatch("q", f"[T, N, H] with N a multiple of the {num_kv_heads} heads of k", q)
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise mismatch(name, "fp16, bf16 or fp32", t)
-        if t.dtype != q.dtype:
-            raise mismatch(name, f"{q.dtype} like q", t)
-        if t.device != layout.cu_seqlens.device:
-            raise mismatch(name, f"on {layout.cu_seqlens.device} like the layout", t)
-        if t.stride(2) != 1:
-            raise mismatch(name, "strided with contiguous heads (last stride 1)", t)
     if not MIN_HEAD_WIDTH <= width <= MAX_HEAD_WIDTH:
         limits = f"from {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}"
         raise Unsupported(f"q must have heads {limits} wide for this kernel, got {width}")
-    group = num_heads // num_kv_heads
+    group = num_heads // k.shape[1]
     most = min(MAX_GROUP, MAX_GROUP_COLUMNS // triton.next_power_of_2(width))
     if group > most:
         raise Unsupported(
             f"q must have at most {most} heads of width {width} per head of k for this kernel, got {group}"
         )
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
 
 
 def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -795,8 +777,9 @@ def flash_attention(
     Raises:
         ValueError: a shape, dtype, stride or device the kernel cannot take, or a scale that is not positive.
     """
+    check_flash_attention(q, k, v, layout, scale, causal)
+    _check_limits(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k, v, layout, scale)
     if is_dispatched(q, k, v):
         out, lse2 = _flash_attention(q, k, v, layout.host_lengths, scale, causal)
     else:

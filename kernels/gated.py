@@ -23,7 +23,7 @@ from nvembed_fast.kernels._common import (
     is_dispatched,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import mismatch
+from nvembed_fast.kernels.errors import check_gated
 
 __all__ = ["geglu", "swiglu"]
 
@@ -99,13 +99,6 @@ def _launch_config(width: int) -> dict[str, int]:
     """Tile and warps: 16 elements of each half per thread (two 16-byte loads in 16 bits)."""
     block_f = min(2048, triton.next_power_of_2(width))
     return {"BLOCK_T": max(1, 1024 // block_f), "BLOCK_F": block_f, "num_warps": 4 if block_f == 2048 else 2}
-
-
-def _check(name: str, x: torch.Tensor) -> None:
-    if x.ndim != 2 or x.stride(1) != 1:
-        raise mismatch(name, "[T, 2F] with contiguous rows", x)
-    if x.shape[1] < 2 or x.shape[1] % 2:
-        raise mismatch(name, "[T, 2F] with an even, positive number of columns", x)
 
 
 def _gated_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
@@ -192,11 +185,11 @@ def _run(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """Triton version of `reference.swiglu`: same arguments, same result."""
-    _check("gate_up", gate_up)
+    check_gated("gate_up", gate_up)
     return _run(gate_up, gate_first=True)
 
 
 def geglu(value_gate: torch.Tensor) -> torch.Tensor:
     """Triton version of `reference.geglu`: same arguments, same result."""
-    _check("value_gate", value_gate)
+    check_gated("value_gate", value_gate)
     return _run(value_gate, gate_first=False)

@@ -75,7 +75,11 @@ from nvembed_fast.kernels._common import (
     use_descriptors,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import Unsupported, mismatch
+from nvembed_fast.kernels.errors import (
+    Unsupported,
+    check_absorbed_latent_attention,
+    check_latent_attention,
+)
 
 __all__ = ["absorbed_latent_attention", "latent_attention"]
 
@@ -541,32 +545,6 @@ def _weights_bwd_launch_config(num_latents: int, itemsize: int, sm: int) -> dict
     return config | {"BLOCK_ROW": min(rows, config["BLOCK_T"]), "BLOCK_HEAD": block_head}
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
-    if q.ndim != 3 or q.stride(2) != 1:
-        raise mismatch("q", "[T, N, H] with a last stride of 1", q)
-    num_heads, head_width = q.shape[1:]
-    for name, t in (("k", k), ("v", v)):
-        fits = t.ndim == 3 and t.shape[0] > 0 and t.shape[1:] == q.shape[1:] and t.shape[0] == k.shape[0]
-        if not fits or t.dtype != q.dtype or t.device != q.device or t.stride(2) != 1:
-            wanted = f"[L, {num_heads}, {head_width}] {q.dtype} on {q.device} with a last stride of 1"
-            raise mismatch(name, wanted, t)
-    if not 0 < scale < float("inf"):
-        raise ValueError(f"scale must be positive and finite, got {scale}")
-
-
-def _check_absorbed(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> None:
-    if x.ndim != 2 or x.shape[1] == 0 or x.stride(1) != 1:
-        raise mismatch("x", "[T, D] with contiguous rows", x)
-    fits = a.ndim == 2 and a.shape[1] == x.shape[1] and a.dtype == x.dtype and a.device == x.device
-    if not fits or a.stride(1) != 1:
-        raise mismatch("a", f"[N * L, {x.shape[1]}] {x.dtype} on {x.device} with contiguous rows", a)
-    if num_heads <= 0 or a.shape[0] == 0 or a.shape[0] % num_heads:
-        raise mismatch("a", f"[N * L, D] with N = {num_heads} and L >= 1", a)
-    if a.shape[0] > num_heads * MAX_LATENTS:
-        num_latents = a.shape[0] // num_heads
-        raise Unsupported(f"a must have at most {MAX_LATENTS} latents for this kernel, got {num_latents}")
-
-
 def _latent_attention_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, with_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -1017,8 +995,8 @@ def latent_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
 ) -> torch.Tensor:
     """Triton version of `reference.latent_attention`: same arguments, same result."""
+    check_latent_attention(q, k, v, scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    _check(q, k, v, scale)
     if is_dispatched(q, k, v):
         with_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         return _latent_attention(q, k, v, scale, with_lse)[0]
@@ -1031,9 +1009,9 @@ def absorbed_latent_attention(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
 ) -> torch.Tensor:
     """Triton version of `reference.absorbed_latent_attention`: same arguments, same result."""
-    _check_absorbed(x, a, num_heads)
-    for name, t, shape in (("b", b, (a.shape[0], x.shape[1])), ("residual", residual, x.shape)):
-        if t.shape != shape or t.dtype != x.dtype or t.device != x.device:
-            raise mismatch(name, f"{tuple(shape)} {x.dtype} on {x.device}", t)
+    check_absorbed_latent_attention(x, a, b, residual, num_heads)
+    if a.shape[0] > num_heads * MAX_LATENTS:
+        num_latents = a.shape[0] // num_heads
+        raise Unsupported(f"a must have at most {MAX_LATENTS} latents for this kernel, got {num_latents}")
     run = _absorbed if is_dispatched(x, a, b, residual) else _absorbed_fwd
     return run(x, a, b, residual, num_heads)[0]

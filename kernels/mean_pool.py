@@ -33,7 +33,7 @@ from nvembed_fast.kernels._common import (
     is_dispatched,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import mismatch
+from nvembed_fast.kernels.errors import check_mean_pool, check_mean_pool_geglu
 from nvembed_fast.kernels.layout import SeqLayout, layout_of
 
 __all__ = ["mean_pool", "mean_pool_geglu"]
@@ -205,23 +205,6 @@ def _bwd_launch_config(width: int, geglu: bool, sm: int, itemsize: int) -> dict[
     return _configured("bwd", width, geglu, 64, sm, itemsize)
 
 
-def _check(
-    name: str, x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool
-) -> None:
-    num_tokens = layout.num_tokens
-    fits = x.ndim == 2 and x.shape[0] == num_tokens and x.device == layout.cu_seqlens.device
-    if not fits or x.shape[1] == 0 or x.stride(1) != 1:
-        columns = "2F" if geglu else "D"
-        wanted = f"[{num_tokens}, {columns}] on {layout.device} as the layout says, contiguous rows"
-        raise mismatch(name, wanted, x)
-    if geglu and x.shape[1] % 2:
-        raise mismatch(name, "[T, 2F] with an even number of columns", x)
-    if pool_mask is not None:
-        fits = pool_mask.shape == (num_tokens,) and pool_mask.dtype == torch.bool
-        if not fits or pool_mask.device != x.device or not pool_mask.is_contiguous():
-            raise mismatch("pool_mask", f"[{num_tokens}] torch.bool on {x.device}, contiguous", pool_mask)
-
-
 def _mean_pool_fwd(
     x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool
 ) -> torch.Tensor:
@@ -372,7 +355,7 @@ def _run(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geg
 
 def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None) -> torch.Tensor:
     """Triton version of `reference.mean_pool`: same arguments, same result."""
-    _check("x", x, layout, pool_mask, geglu=False)
+    check_mean_pool(x, layout, pool_mask)
     return _run(x, layout, pool_mask, geglu=False)
 
 
@@ -380,5 +363,5 @@ def mean_pool_geglu(
     value_gate: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Triton version of `reference.mean_pool_geglu`: same arguments, same result."""
-    _check("value_gate", value_gate, layout, pool_mask, geglu=True)
+    check_mean_pool_geglu(value_gate, layout, pool_mask)
     return _run(value_gate, layout, pool_mask, geglu=True)

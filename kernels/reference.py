@@ -14,6 +14,17 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+from nvembed_fast.kernels.errors import (
+    check_absorbed_latent_attention,
+    check_add_rms_norm,
+    check_flash_attention,
+    check_gated,
+    check_latent_attention,
+    check_mean_pool,
+    check_mean_pool_geglu,
+    check_rms_norm,
+    check_rotary,
+)
 from nvembed_fast.kernels.layout import SeqLayout
 
 # CPU libraries sum a product of very few rows per thread in another order than one of many. Beyond MOST the
@@ -72,6 +83,7 @@ def flash_attention(
         [T, N, H] in the dtype of q; with return_lse also [N, T] fp32 (float64 for float64), natural logarithm
         of sum exp(scale * q k).
     """
+    check_flash_attention(q, k, v, layout, scale, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     outs, lses = [], []
     for run in layout.runs():
@@ -107,6 +119,7 @@ def latent_attention(
     Returns:
         [T, N, H] in the dtype of q. Source: arXiv 2405.17428, section 3.1 (Perceiver-style cross-attention).
     """
+    check_latent_attention(q, k, v, scale)
     padded = _enough_rows(q, multiple=_ATTENTION_ROWS)
     q_1NTH, k_1NLH, v_1NLH = (rearrange(t, "s n h -> 1 n s h") for t in (padded, k, v))
     out = F.scaled_dot_product_attention(q_1NTH, k_1NLH, v_1NLH, scale=scale)
@@ -149,6 +162,7 @@ def absorbed_latent_attention(
     Returns:
         [T, D] in the dtype of x.
     """
+    check_absorbed_latent_attention(x, a, b, residual, num_heads)
     weights = _enough_rows(latent_weights(x, a, num_heads))
     return torch.addmm(_enough_rows(residual), weights, b)[: len(x)]
 
@@ -164,6 +178,7 @@ def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None
     Returns:
         [B, D] fp32 (float64 for float64). A sequence that keeps no token gives zeros, never NaN.
     """
+    check_mean_pool(x, layout, pool_mask)
     return _pool(x, layout, pool_mask, width=x.shape[1])
 
 
@@ -181,7 +196,8 @@ def mean_pool_geglu(
     Returns:
         [B, F] fp32 (float64 for float64); the product is formed in that type and rounded nowhere.
     """
-    return _pool(value_gate, layout, pool_mask, width=value_gate.shape[1] // 2, transform=geglu)
+    check_mean_pool_geglu(value_gate, layout, pool_mask)
+    return _pool(value_gate, layout, pool_mask, width=value_gate.shape[1] // 2, transform=_geglu)
 
 
 def _pool(
@@ -218,6 +234,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         [T, D] in the dtype of x: normalised in fp32, rounded, then multiplied by weight.
     """
+    check_rms_norm(x, weight, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
@@ -234,6 +251,7 @@ def add_rms_norm(
     Returns:
         (rms_norm(h), h) with h = x + residual rounded to their dtype, both [T, D].
     """
+    check_add_rms_norm(x, residual, weight, eps)
     h = x + residual
     return rms_norm(h, weight, eps), h
 
@@ -260,8 +278,7 @@ def rotary(
     Returns:
         [T, N + 2G, H] in the dtype of qkv, computed in the dtype of the tables.
     """
-    if inplace and qkv.requires_grad:
-        raise ValueError("rotary(inplace=True) would overwrite a tensor that needs a gradient")
+    check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
     cos_T1h, sin_T1h = (table[positions.long()][:, None] for table in (cos, sin))
     first, second = qkv[:, :num_rotated].to(cos.dtype).chunk(2, dim=-1)
     turned = torch.cat([first * cos_T1h - second * sin_T1h, second * cos_T1h + first * sin_T1h], dim=-1)
@@ -280,6 +297,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     Returns:
         [T, F] in the dtype of gate_up.
     """
+    check_gated("gate_up", gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
 
@@ -293,5 +311,10 @@ def geglu(value_gate: torch.Tensor) -> torch.Tensor:
     Returns:
         [T, F] in the dtype of value_gate.
     """
+    check_gated("value_gate", value_gate)
+    return _geglu(value_gate)
+
+
+def _geglu(value_gate: torch.Tensor) -> torch.Tensor:
     value, gate = value_gate.chunk(2, dim=-1)
     return value * F.gelu(gate)

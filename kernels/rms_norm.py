@@ -29,7 +29,7 @@ import triton.language as tl
 
 from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import COMPILE_OPTIONS, capability, is_dispatched, with_contiguous_rows
-from nvembed_fast.kernels.errors import Unsupported, mismatch
+from nvembed_fast.kernels.errors import Unsupported, check_add_rms_norm, check_rms_norm
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -161,23 +161,12 @@ def _dweight_launch_config(width: int) -> dict[str, int]:
     return {"BLOCK_P": 64, "BLOCK_D": min(32, triton.next_power_of_2(width)), "num_warps": 4}
 
 
-def _check(x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor | None, eps: float) -> None:
-    if x.ndim != 2 or x.stride(1) != 1 or x.shape[1] == 0:
-        raise mismatch("x", "[T, D] with contiguous rows and D > 0", x)
-    width = x.shape[1]
-    if width > MAX_WIDTH:
-        raise Unsupported(f"x must have at most {MAX_WIDTH} columns for this kernel, got {width}")
+def _check_limits(x: torch.Tensor, eps: float) -> None:
+    if x.shape[1] > MAX_WIDTH:
+        raise Unsupported(f"x must have at most {MAX_WIDTH} columns for this kernel, got {x.shape[1]}")
     if not eps > 0:
         # rows of zeros are read beyond the last token
         raise Unsupported(f"eps must be positive for this kernel, got {eps}")
-    fits = weight.shape == (width,) and weight.dtype == x.dtype and weight.device == x.device
-    if not fits or weight.stride(0) != 1:
-        raise mismatch("weight", f"[{width}] {x.dtype} on {x.device}, contiguous", weight)
-    if residual is not None:
-        fits = residual.shape == x.shape and residual.dtype == x.dtype and residual.device == x.device
-        if not fits or residual.stride(1) != 1:
-            wanted = f"{tuple(x.shape)} {x.dtype} on {x.device} as x, with contiguous rows"
-            raise mismatch("residual", wanted, residual)
 
 
 def _rms_norm_fwd(
@@ -342,7 +331,8 @@ _add_rms_norm.register_autograd(_differentiate_add, setup_context=_save_add)
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Triton version of `reference.rms_norm`: same arguments, same result."""
-    _check(x, weight, None, eps)
+    check_rms_norm(x, weight, eps)
+    _check_limits(x, eps)
     if is_dispatched(x, weight):
         return _rms_norm(x, weight, eps)
     return _rms_norm_fwd(x, None, weight, eps)[0]
@@ -352,7 +342,8 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Triton version of `reference.add_rms_norm`: same arguments, same result."""
-    _check(x, weight, residual, eps)
+    check_add_rms_norm(x, residual, weight, eps)
+    _check_limits(x, eps)
     if is_dispatched(x, residual, weight):
         return _add_rms_norm(x, residual, weight, eps)
     return _rms_norm_fwd(x, residual, weight, eps)

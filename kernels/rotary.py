@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from nvembed_fast.kernels._common import COMPILE_OPTIONS, is_dispatched, with_contiguous_rows
-from nvembed_fast.kernels.errors import mismatch
+from nvembed_fast.kernels.errors import check_rotary
 
 __all__ = ["rotary"]
 
@@ -70,35 +70,6 @@ def _launch_config(num_heads: int, head_width: int) -> dict[str, int]:
     # the tables and back, through shared memory (seen in the code of Triton 3.7.1)
     num_warps = min(max(block_n * block_h // 512, block_h // 16, 1), 16)
     return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": num_warps}
-
-
-def _check(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    positions: torch.Tensor,
-    num_rotated: int,
-    inplace: bool,
-) -> None:
-    if inplace and qkv.requires_grad:
-        raise ValueError("rotary(inplace=True) would overwrite a tensor that needs a gradient")
-    if qkv.ndim != 3 or qkv.stride(2) != 1:
-        raise mismatch("qkv", "[T, heads, H] with contiguous heads", qkv)
-    num_tokens, num_heads, head_width = qkv.shape
-    if head_width < 2 or head_width % 2:
-        raise mismatch("qkv", "[T, heads, H] with an even H", qkv)
-    for name, table in (("cos", cos), ("sin", sin)):
-        fits = table.ndim == 2 and table.shape == (cos.shape[0], head_width // 2)
-        fits = fits and table.dtype == torch.float32 and table.device == qkv.device
-        if not fits or table.stride(1) != 1:
-            wanted = f"[P, {head_width // 2}] torch.float32 on {qkv.device} with contiguous rows"
-            raise mismatch(name, wanted, table)
-    fits = positions.shape == (num_tokens,) and positions.dtype == torch.int32
-    fits = fits and positions.device == qkv.device and positions.is_contiguous()
-    if not fits:
-        raise mismatch("positions", f"[{num_tokens}] torch.int32 on {qkv.device}, contiguous", positions)
-    if not 0 <= num_rotated <= num_heads:
-        raise ValueError(f"num_rotated must be between 0 and the {num_heads} heads of qkv, got {num_rotated}")
 
 
 def _rotate(
@@ -189,7 +160,7 @@ def rotary(
     inplace: bool = False,
 ) -> torch.Tensor:
     """Triton version of `reference.rotary`: same arguments, same result."""
-    _check(qkv, cos, sin, positions, num_rotated, inplace)
+    check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
     if not is_dispatched(qkv):
         return _rotate(qkv, cos, sin, positions, num_rotated, inplace)
     if inplace:

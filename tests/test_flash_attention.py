@@ -272,7 +272,10 @@ def _valid(device="cpu"):
         (lambda a: a.__setitem__(1, a[1][:, :0]), "v must be .* like k"),
         (lambda a: a.__setitem__(2, a[2][:, :1]), r"v must be \[5, 2, 32\] like k, got \(5, 1, 32\)"),
         (lambda a: a.__setitem__(1, a[1].half()), "k must be torch.float32 like q, got .* torch.float16"),
-        (lambda a: a.__setitem__(0, a[0].double()), "q must be fp16, bf16 or fp32, got .* torch.float64"),
+        (
+            lambda a: a.__setitem__(slice(0, 3), [t.double() for t in a[:3]]),
+            "q must be fp16, bf16 or fp32, got .* torch.float64",
+        ),
         (lambda a: a.__setitem__(2, a[2].mT.contiguous().mT), "v must be strided with contiguous heads"),
         (lambda a: a.__setitem__(1, a[1].to("meta")), "k must be on .* like the layout, got .* on meta"),
         (lambda a: a.append(-1.0), "scale must be positive and finite, got -1.0"),

@@ -303,7 +303,7 @@ def test_direct_rejects(change, message, device):
         (lambda x, a, b, r, n: (x, a, b, r, 7), r"^a must be \[N \* L, D\] with N = 7 and L >= 1"),
         (lambda x, a, b, r, n: (x, a, b, r, 0), r"^a must be \[N \* L, D\] with N = 0"),
         (
-            lambda x, a, b, r, n: (x, torch.cat([a, a]), b, r, 1),
+            lambda x, a, b, r, n: (x, torch.cat([a, a]), torch.cat([b, b]), r, 1),
             "a must have at most 1024 latents for this kernel, got 1200",
         ),
         (lambda x, a, b, r, n: (x, a, b[:-1], r, n), r"^b must be \(600, 72\) torch.float16 on"),

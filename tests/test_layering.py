@@ -21,9 +21,9 @@ KERNELS = sorted(p.stem for p in ROOT.glob("kernels/*.py") if p.stem not in KERN
 
 # kernels/: what a file may import from the project, and what it does import from outside the standard library
 KERNEL_FILES = {
-    "errors": (set(), {"torch"}),
+    "errors": ({"layout"}, {"torch"}),
     "layout": (set(), {"numpy", "torch"}),
-    "reference": ({"layout"}, {"einops", "torch"}),
+    "reference": ({"errors", "layout"}, {"einops", "torch"}),
     "_common": (set(), {"torch", "triton"}),
     "tuned": (set(), set()),
     "testing": ({"layout", "reference"}, {"numpy", "torch"}),

@@ -134,7 +134,7 @@ def test_signature_is_the_reference_signature(name):
         ),
         (lambda x, r, w: (x[0], r, w), r"x must be \[T, D\] with contiguous rows and D > 0, got \(80,\)"),
         (
-            lambda x, r, w: (x.new_zeros(2, 16385), r, w),
+            lambda x, r, w: (x.new_zeros(2, 16385), x.new_zeros(2, 16385), x.new_zeros(16385)),
             "x must have at most 16384 columns for this kernel, got 16385",
         ),
         (lambda x, r, w: (x, r, w[:-1]), r"weight must be \[80\] torch.float32 on .*, got \(79,\)"),
@@ -152,8 +152,10 @@ def test_rejects(change, message, device):
 
 def test_rejects_an_eps_that_is_not_positive(device):
     x, _, weight = CASE.norm_inputs(device, torch.float32)
-    for eps in (0.0, -1e-5, float("nan")):
-        with pytest.raises(ValueError, match=f"eps must be positive for this kernel, got {eps}"):
+    with pytest.raises(ValueError, match=r"eps must be positive for this kernel, got 0\.0"):
+        rms_norm(x, weight, 0.0)
+    for eps in (-1e-5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"eps must be finite and not negative, got {eps}"):
             rms_norm(x, weight, eps)
 
 
