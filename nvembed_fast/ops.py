@@ -17,15 +17,17 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import nn
 
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.errors import Unsupported
+from nvembed_fast.kernels.layout import SeqLayout
 
 Impl = Literal["auto", "triton", "torch"]
+Result = TypeVar("Result")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -107,9 +109,16 @@ def _kernel(name: str) -> Callable:
         # here, because they import triton; as statements, which torch.compile follows, unlike importlib
         from nvembed_fast.kernels import flash_attention, gated, latent_attention, mean_pool, rms_norm, rotary
 
-        for module in (flash_attention, gated, latent_attention, mean_pool, rms_norm, rotary):
-            for kernel in module.__all__:
-                _kernels[kernel] = getattr(module, kernel)
+        _kernels["flash_attention"] = flash_attention.flash_attention
+        _kernels["latent_attention"] = latent_attention.latent_attention
+        _kernels["absorbed_latent_attention"] = latent_attention.absorbed_latent_attention
+        _kernels["mean_pool"] = mean_pool.mean_pool
+        _kernels["mean_pool_geglu"] = mean_pool.mean_pool_geglu
+        _kernels["rms_norm"] = rms_norm.rms_norm
+        _kernels["add_rms_norm"] = rms_norm.add_rms_norm
+        _kernels["rotary"] = rotary.rotary
+        _kernels["swiglu"] = gated.swiglu
+        _kernels["geglu"] = gated.geglu
     return _kernels[name]
 
 
@@ -124,61 +133,137 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-OPERATIONS: list[str] = []
+def _run(reference_fn: Callable[..., Result], x: torch.Tensor, *args) -> Result:
+    """`reference_fn`, or the kernel of the same name, for a first tensor like x."""
+    if choose(x.device, x.dtype)[0] == "torch":
+        return reference_fn(x, *args)
+    kernel = _kernel(reference_fn.__name__)
+    try:
+        if not x.is_cuda or torch.compiler.is_compiling():
+            return kernel(x, *args)
+        # Triton launches on the current device, whatever device the tensors are on
+        with torch.cuda.device(x.device):
+            return kernel(x, *args)
+    except Unsupported:
+        if _state.impl == "triton":
+            raise
+        return reference_fn(x, *args)
 
 
-def _op(reference_fn: Callable, autocast: Literal["lower", "widest"] | None = None) -> Callable:
-    """The public operation: `reference_fn`, or the kernel of the same name.
-
-    Args:
-        autocast: the dtype that all floating tensors take under autocast: autocast's own, or the widest among
-            them. None leaves them as they are.
-    """
-    name = reference_fn.__name__
-    OPERATIONS.append(name)
-
-    @functools.wraps(reference_fn)
-    def op(x, *args, **kwargs):
-        if autocast is not None and torch.is_autocast_enabled(x.device.type):
-            x, *args = _autocast((x, *args), autocast)
-        chosen, _ = choose(x.device, x.dtype)
-        if chosen == "torch":
-            return reference_fn(x, *args, **kwargs)
-        kernel = _kernel(name)
-        try:
-            if not x.is_cuda or torch.compiler.is_compiling():
-                return kernel(x, *args, **kwargs)
-            # Triton launches on the current device, whatever device the tensors are on
-            with torch.cuda.device(x.device):
-                return kernel(x, *args, **kwargs)
-        except Unsupported:
-            if _state.impl == "triton":
-                raise
-            return reference_fn(x, *args, **kwargs)
-
-    return op
+def _in_lower_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast all tensors in its dtype."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return _cast(tensors, torch.get_autocast_dtype(device))
 
 
-def _autocast(args: tuple, policy: Literal["lower", "widest"]) -> list:
-    """The arguments with all floating tensors in one dtype. float64 is left alone, as PyTorch does."""
-    dtypes = [a.dtype for a in args if isinstance(a, torch.Tensor) and a.is_floating_point()]
-    if torch.float64 in dtypes:
-        return list(args)
-    lower = torch.get_autocast_dtype(args[0].device.type)
-    dtype = lower if policy == "lower" else functools.reduce(torch.promote_types, dtypes)
-    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+def _in_widest_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Under autocast all tensors in the widest dtype among them."""
+    if not torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    return _cast(tensors, functools.reduce(torch.promote_types, [t.dtype for t in tensors]))
 
 
-flash_attention = _op(reference.flash_attention, autocast="lower")
-latent_attention = _op(reference.latent_attention, autocast="lower")
-absorbed_latent_attention = _op(reference.absorbed_latent_attention, autocast="lower")
-mean_pool = _op(reference.mean_pool)
-mean_pool_geglu = _op(reference.mean_pool_geglu)
-rms_norm = _op(reference.rms_norm, autocast="widest")
-add_rms_norm = _op(reference.add_rms_norm, autocast="widest")
-rotary = _op(reference.rotary)
-swiglu = _op(reference.swiglu)
-geglu = _op(reference.geglu)
+def _cast(tensors: tuple[torch.Tensor, ...], dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+    # beside float64 all stay as they are, as in PyTorch
+    if any(t.dtype == torch.float64 or not t.is_floating_point() for t in tensors):
+        return tensors
+    return tuple(t.to(dtype) for t in tensors)
+
+
+# in the order of the reference
+OPERATIONS = (
+    "flash_attention",
+    "latent_attention",
+    "absorbed_latent_attention",
+    "mean_pool",
+    "mean_pool_geglu",
+    "rms_norm",
+    "add_rms_norm",
+    "rotary",
+    "swiglu",
+    "geglu",
+)
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layout: SeqLayout,
+    scale: float | None = None,
+    causal: bool = False,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention inside each packed sequence. Contract: `reference.flash_attention`."""
+    q, k, v = _in_lower_dtype(q, k, v)
+    return _run(reference.flash_attention, q, k, v, layout, scale, causal, return_lse)
+
+
+def latent_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None = None
+) -> torch.Tensor:
+    """Every token attends to all latents of its head. Contract: `reference.latent_attention`."""
+    q, k, v = _in_lower_dtype(q, k, v)
+    return _run(reference.latent_attention, q, k, v, scale)
+
+
+def absorbed_latent_attention(
+    x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
+) -> torch.Tensor:
+    """Latent attention with its weights multiplied out. Contract: `reference.absorbed_latent_attention`."""
+    x, a, b, residual = _in_lower_dtype(x, a, b, residual)
+    return _run(reference.absorbed_latent_attention, x, a, b, residual, num_heads)
+
+
+def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Masked mean of each packed sequence. Contract: `reference.mean_pool`."""
+    return _run(reference.mean_pool, x, layout, pool_mask)
+
+
+def mean_pool_geglu(
+    value_gate: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`mean_pool(geglu(value_gate))` in one pass. Contract: `reference.mean_pool_geglu`."""
+    return _run(reference.mean_pool_geglu, value_gate, layout, pool_mask)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm. Contract: `reference.rms_norm`."""
+    x, weight = _in_widest_dtype(x, weight)
+    return _run(reference.rms_norm, x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the norm of h, h) of h = x + residual. Contract: `reference.add_rms_norm`."""
+    x, residual, weight = _in_widest_dtype(x, residual, weight)
+    return _run(reference.add_rms_norm, x, residual, weight, eps)
+
+
+def rotary(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    positions: torch.Tensor,
+    num_rotated: int,
+    inplace: bool = False,
+) -> torch.Tensor:
+    """Rotary embedding of the leading heads of a packed QKV product. Contract: `reference.rotary`."""
+    return _run(reference.rotary, qkv, cos, sin, positions, num_rotated, inplace)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up. Contract: `reference.swiglu`."""
+    return _run(reference.swiglu, gate_up)
+
+
+def geglu(value_gate: torch.Tensor) -> torch.Tensor:
+    """value * gelu(gate). Contract: `reference.geglu`."""
+    return _run(reference.geglu, value_gate)
+
 
 # a matrix product is a library's on every device
 linear = reference.linear

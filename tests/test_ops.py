@@ -1,3 +1,5 @@
+import functools
+import inspect
 import threading
 
 import pytest
@@ -5,6 +7,7 @@ import torch
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
+from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RowCase
 
 GPU = torch.cuda.is_available()
@@ -101,6 +104,178 @@ def test_a_shape_beyond_a_kernels_limits_takes_the_reference_under_auto_alone(
         op(*args)
     monkeypatch.setattr(ops, "choose", lambda *_: ("triton", "as on a GPU"))
     torch.testing.assert_close(op(*args), getattr(reference, name)(*args))
+
+
+def _valid(name, device) -> dict[str, object]:
+    """Arguments by keyword, of small tensors."""
+    layout = SeqLayout((3, 0, 4), device)
+    t = functools.partial(torch.ones, device=device)
+    attention = {"q": t(7, 4, 16), "k": t(7, 2, 16), "v": t(7, 2, 16), "layout": layout}
+    norm = {"x": t(7, 32), "weight": t(32), "eps": 1e-5}
+    return {
+        "flash_attention": attention,
+        "latent_attention": {"q": t(7, 2, 16), "k": t(5, 2, 16), "v": t(5, 2, 16)},
+        "absorbed_latent_attention": {
+            "x": t(7, 32),
+            "a": t(10, 32),
+            "b": t(10, 32),
+            "residual": t(7, 32),
+            "num_heads": 2,
+        },
+        "mean_pool": {"x": t(7, 32), "layout": layout, "pool_mask": t(7, dtype=torch.bool)},
+        "mean_pool_geglu": {"value_gate": t(7, 32), "layout": layout, "pool_mask": t(7, dtype=torch.bool)},
+        "rms_norm": norm,
+        "add_rms_norm": {**norm, "residual": t(7, 32)},
+        "rotary": {
+            "qkv": t(7, 3, 16),
+            "cos": t(4, 8),
+            "sin": t(4, 8),
+            "positions": layout.positions,
+            "num_rotated": 2,
+        },
+        "swiglu": {"gate_up": t(7, 32)},
+        "geglu": {"value_gate": t(7, 32)},
+    }[name]
+
+
+def _columns_first(t):
+    return t.mT.contiguous().mT
+
+
+# operation, its argument, what is wrong with it, the message
+WRONG = [
+    ("flash_attention", "q", lambda q: q[:6], r"q must be \[7, N, H\], got \(6, 4, 16\)"),
+    ("flash_attention", "q", lambda q: q[:, :3], "q must be .* N a multiple of the 2 heads of k"),
+    ("flash_attention", "q", lambda q: q[..., :0], r"q must be \[7, N, H\], got \(7, 4, 0\)"),
+    ("flash_attention", "q", lambda q: q.int(), "q must be fp16, bf16 or fp32, got .* torch.int32"),
+    ("flash_attention", "k", lambda k: k[:6], r"k must be \[7, G, 16\], got \(6, 2, 16\)"),
+    ("flash_attention", "k", lambda k: k.half(), "k must be torch.float32 like q, got .* torch.float16"),
+    ("flash_attention", "k", lambda k: k.to("meta"), "k must be on .* like the layout, got .* on meta"),
+    ("flash_attention", "v", lambda v: v[:, :1], r"v must be \[7, 2, 16\] like k, got \(7, 1, 16\)"),
+    ("flash_attention", "v", _columns_first, "v must be strided with contiguous heads"),
+    ("flash_attention", "layout", lambda _: SeqLayout((3, 3)), r"q must be \[6, N, H\]"),
+    ("flash_attention", "scale", lambda _: -1.0, "scale must be positive and finite, got -1.0"),
+    ("flash_attention", "scale", lambda _: float("nan"), "scale must be positive and finite, got nan"),
+    ("flash_attention", "scale", lambda _: True, "scale must be positive and finite, got True"),
+    ("flash_attention", "causal", lambda _: 0.25, "causal must be True or False, got 0.25"),
+    ("latent_attention", "q", lambda q: q[0], r"q must be \[T, N, H\] with a last stride of 1"),
+    ("latent_attention", "q", lambda q: q[..., :0], r"q must be \[T, N, H\]"),
+    ("latent_attention", "q", _columns_first, r"q must be \[T, N, H\] with a last stride of 1"),
+    ("latent_attention", "k", lambda k: k[:, :1], r"k must be \[L, 2, 16\] torch.float32 on"),
+    ("latent_attention", "k", lambda k: k[:0], r"k must be \[L, 2, 16\]"),
+    ("latent_attention", "v", lambda v: v[:4], r"v must be \[L, 2, 16\]"),
+    ("latent_attention", "v", lambda v: v.half(), r"v must be \[L, 2, 16\] .* got .* torch.float16"),
+    ("latent_attention", "v", lambda v: v.to("meta"), r"v must be \[L, 2, 16\] .* got .* on meta"),
+    ("latent_attention", "scale", lambda _: 0.0, "scale must be positive and finite, got 0.0"),
+    ("absorbed_latent_attention", "x", lambda x: x[0], r"x must be \[T, D\] with contiguous rows"),
+    ("absorbed_latent_attention", "x", _columns_first, r"x must be \[T, D\] with contiguous rows"),
+    ("absorbed_latent_attention", "x", lambda x: x.int(), "x must be fp16, bf16 or fp32"),
+    ("absorbed_latent_attention", "a", lambda a: a[:, :16], r"a must be \[N \* L, 32\]"),
+    ("absorbed_latent_attention", "a", lambda a: a.half(), r"a must be \[N \* L, 32\] torch.float32"),
+    ("absorbed_latent_attention", "a", lambda a: a[:0], r"a must be .* with N = 2 and L >= 1"),
+    ("absorbed_latent_attention", "b", lambda b: b[:1], r"b must be \(10, 32\) torch.float32 on"),
+    ("absorbed_latent_attention", "residual", lambda r: r[:1], r"residual must be \(7, 32\)"),
+    ("absorbed_latent_attention", "num_heads", lambda _: 3, r"a must be .* with N = 3 and L >= 1"),
+    ("absorbed_latent_attention", "num_heads", lambda _: 0, r"a must be .* with N = 0 and L >= 1"),
+    ("mean_pool", "x", lambda x: x[:3], r"x must be \[7, D\] on .* got \(3, 32\)"),
+    ("mean_pool", "x", lambda x: torch.cat([x, x]), r"x must be \[7, D\] on .* got \(14, 32\)"),
+    ("mean_pool", "x", _columns_first, r"x must be \[7, D\] on .* contiguous rows"),
+    ("mean_pool", "x", lambda x: x.int(), "x must be fp16, bf16 or fp32"),
+    ("mean_pool", "pool_mask", lambda m: m[:3], r"pool_mask must be \[7\] torch.bool .* got \(3,\)"),
+    ("mean_pool", "pool_mask", lambda m: m.int(), r"pool_mask must be \[7\] torch.bool .* torch.int32"),
+    ("mean_pool", "pool_mask", lambda m: torch.cat([m, m]), r"pool_mask must be \[7\] torch.bool"),
+    ("mean_pool_geglu", "value_gate", lambda x: x[:, :31], "value_gate must be .* an even number of columns"),
+    ("mean_pool_geglu", "value_gate", lambda x: x[:3], r"value_gate must be \[7, 2F\] on .* got \(3, 32\)"),
+    ("mean_pool_geglu", "pool_mask", lambda m: m.to("meta"), r"pool_mask must be \[7\] .* on meta"),
+    ("rms_norm", "x", lambda x: x[0], r"x must be \[T, D\] with contiguous rows and D > 0, got \(32,\)"),
+    ("rms_norm", "x", _columns_first, r"x must be \[T, D\] with contiguous rows"),
+    ("rms_norm", "x", lambda x: x.int(), "x must be fp16, bf16 or fp32"),
+    ("rms_norm", "weight", lambda w: w[:1], r"weight must be \[32\] torch.float32 on .* got \(1,\)"),
+    ("rms_norm", "weight", lambda w: w.half(), r"weight must be \[32\] torch.float32 on .* torch.float16"),
+    ("rms_norm", "weight", lambda w: w.repeat(2)[::2], r"weight must be .* contiguous"),
+    ("rms_norm", "eps", lambda _: -1e-5, "eps must be finite and not negative, got -1e-05"),
+    ("rms_norm", "eps", lambda _: float("nan"), "eps must be finite and not negative, got nan"),
+    ("add_rms_norm", "residual", lambda r: r[:1], r"residual must be \(7, 32\) .* got \(1, 32\)"),
+    ("add_rms_norm", "residual", lambda r: r.half(), r"residual must be .* torch.float16"),
+    ("add_rms_norm", "residual", _columns_first, "residual must be .* contiguous rows"),
+    ("rotary", "qkv", lambda q: q[..., :15], "qkv must be .* an even H"),
+    ("rotary", "qkv", lambda q: q.mT, "qkv must be .* with contiguous heads"),
+    ("rotary", "cos", lambda c: c[:, :1], r"cos must be \[P, 8\] torch.float32 on"),
+    ("rotary", "cos", lambda c: c.half(), "cos must be .* torch.float32 on .* torch.float16"),
+    ("rotary", "cos", lambda c: c[:3], r"sin must be \[P, 8\] .*, got \(4, 8\)"),
+    ("rotary", "sin", _columns_first, "sin must be .* contiguous rows"),
+    ("rotary", "positions", lambda p: p[:1], r"positions must be \[7\] torch.int32 on"),
+    ("rotary", "positions", lambda p: p.long(), r"positions must be \[7\] torch.int32 .* torch.int64"),
+    ("rotary", "num_rotated", lambda _: 4, "num_rotated must be between 0 and the 3 heads of qkv, got 4"),
+    ("rotary", "num_rotated", lambda _: -1, "num_rotated must be between 0 and the 3 heads of qkv, got -1"),
+    ("swiglu", "gate_up", lambda x: x[:, :31], r"gate_up must be \[T, 2F\] with an even, positive number"),
+    ("swiglu", "gate_up", lambda x: x[0], r"gate_up must be \[T, 2F\] with contiguous rows"),
+    ("geglu", "value_gate", _columns_first, r"value_gate must be \[T, 2F\] with contiguous rows"),
+    (
+        "geglu",
+        "value_gate",
+        lambda x: x[:, :0],
+        r"value_gate must be .* an even, positive number",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "name, argument, spoil, message", WRONG, ids=[f"{name}-{argument}" for name, argument, *_ in WRONG]
+)
+def test_both_implementations_refuse_a_wrong_input_with_the_same_words(
+    name, argument, spoil, message, device
+):
+    arguments = _valid(name, device)
+    arguments[argument] = spoil(arguments.get(argument))
+    errors = []
+    # the function of either path itself: `ops` might choose the same one twice
+    for operation in (getattr(reference, name), ops._kernel(name)):
+        with pytest.raises(ValueError, match=f"^{message}") as error:
+            operation(**arguments)
+        errors.append(str(error.value))
+    assert errors[0] == errors[1]
+
+
+@pytest.mark.parametrize("name", ops.OPERATIONS)
+def test_every_operation_takes_keywords_and_has_a_wrong_input(name, device):
+    assert name in {wrong for wrong, *_ in WRONG}
+    results = []
+    for impl in ("torch", "triton"):
+        with ops.use_impl(impl):
+            results.append(getattr(ops, name)(**_valid(name, device)))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.skipif(GPU, reason="the values are known on a CPU alone")
+@pytest.mark.parametrize("position", [-1, 4])
+def test_a_position_beyond_the_tables_is_refused_on_a_cpu(position, device):
+    arguments = _valid("rotary", device)
+    arguments["positions"] = arguments["positions"].clone().fill_(position)
+    for operation in (reference.rotary, ops._kernel("rotary")):
+        with pytest.raises(
+            ValueError, match=f"positions must be from 0 to 3, .* got {position} to {position}"
+        ):
+            operation(**arguments)
+
+
+@pytest.mark.parametrize("name", ["flash_attention", "latent_attention", "rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_every_tensor_follows_the_autocast_rule(name, by_keyword, device):
+    """One tensor comes in fp32 and the others in 16 bits, by keyword too."""
+    kind, low = ("cuda", torch.bfloat16) if device == "cuda" else ("cpu", torch.float16)
+    arguments = _valid(name, device)
+    last = {"flash_attention": "v", "latent_attention": "v"}.get(name, "weight")
+    for key, t in arguments.items():
+        if isinstance(t, torch.Tensor) and key != last:
+            arguments[key] = t.to(low)
+    parameters = [p for p in inspect.signature(getattr(ops, name)).parameters if p in arguments]
+    for impl in ("torch", "triton"):
+        with ops.use_impl(impl), torch.autocast(kind, low):
+            op = getattr(ops, name)
+            out = op(**arguments) if by_keyword else op(*(arguments[p] for p in parameters))
+        out = out[0] if isinstance(out, tuple) else out
+        assert out.dtype == (low if "attention" in name else torch.float32)
 
 
 def test_every_operation_reaches_its_kernel():
