@@ -1,0 +1,90 @@
+"""Finding a model: a directory, or a hub id of which only safe files are fetched."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_checkpoint import copy_tiny
+
+from nvembed_fast.checkpoint import resolve
+from nvembed_fast.checkpoint.names import TOKENIZER_FILES
+
+
+@pytest.fixture
+def tiny(tmp_path) -> Path:
+    return copy_tiny(tmp_path / "tiny")
+
+
+def test_a_directory_is_itself(tiny):
+    assert resolve(tiny) == tiny and resolve(str(tiny)) == tiny
+
+
+def test_a_file_is_no_directory(tiny):
+    with pytest.raises(ValueError, match=r"model\.safetensors is a file: pass the directory"):
+        resolve(tiny / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "~/no", "a/b/c", "", "a b/c", "../x"])
+def test_neither_directory_nor_hub_id(name):
+    with pytest.raises(FileNotFoundError, match="no directory .*, and no hub id either"):
+        resolve(name)
+
+
+def test_only_weights_config_and_tokenizer_are_fetched(monkeypatch, tmp_path):
+    import fnmatch
+
+    import huggingface_hub
+
+    asked = {}
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k, name=name) or tmp_path
+    )
+    options = {"revision": "v1", "token": "t", "cache_dir": tmp_path / "cache", "local_files_only": True}
+    assert resolve("nvidia/NV-Embed-v2", **options) == tmp_path
+    patterns = asked.pop("allow_patterns")
+    assert asked == options | {"name": "nvidia/NV-Embed-v2"}
+
+    def fetched(name: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+    index = json.loads('["model-00001-of-00004.safetensors", "model.safetensors.index.json"]')
+    wanted = ["config.json", "model.safetensors", *index, *TOKENIZER_FILES]
+    assert all(map(fetched, wanted))
+    refused = ["modeling_nvembed.py", "pytorch_model.bin", "onnx/model.onnx", "x.pt", "adapter.safetensors"]
+    assert not any(map(fetched, refused))
+
+
+def test_a_hub_out_of_reach(tmp_path):
+    # HF_HUB_OFFLINE is set for all tests: nothing is asked
+    for options in ({}, {"local_files_only": True}):
+        with pytest.raises(
+            FileNotFoundError, match=r"'nobody/nothing' is neither cached .*hf download nobody"
+        ):
+            resolve("nobody/nothing", cache_dir=tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("GatedRepoError", r"'a/b' at revision 'r' is gated: accept its terms"),
+        ("RepositoryNotFoundError", r"no directory a/b, and the hub has no 'a/b'"),
+        ("RevisionNotFoundError", r"the hub has no 'a/b' at revision 'r'"),
+        ("ConnectionError", r"neither cached nor within reach \(ConnectionError: cable\)"),
+    ],
+)
+def test_errors_of_the_hub(monkeypatch, kind, message):
+    import builtins
+
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    cls = getattr(errors, kind, None) or getattr(builtins, kind)
+    error = cls.__new__(cls)  # the hub's errors want a response object
+    error.args = ("cable",)
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match=message):
+        resolve("a/b", revision="r")
