@@ -5,7 +5,7 @@ JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate
+.PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench-compare A=old.csv B=new.csv   what became slower; FILE.csv@COMMIT for one commit"
 	@echo "make tune      measure launch configurations on a GPU, keep the fastest in kernels/tuned.toml; ARGS=--list: which"
 	@echo "make mutate    break the code in every way of tests/mutations/ and see tests fail; STEM=gated, N=3 at random"
+	@echo "make gpu-run OUT=DIR  all that a GPU has to decide, in slices below 9 minutes; goes on where it stopped"
 
 venv: $(STAMP)
 
@@ -61,3 +62,7 @@ tune: $(STAMP)
 
 mutate: $(STAMP)
 	$(PY) -m tools.mutate $(STEM) $(if $(N),--number $(N)) --jobs $(JOBS) $(ARGS)
+
+# no virtual environment: a machine with a GPU brings its own torch and triton
+gpu-run:
+	$(PYTHON) -m tools.gpu_run $(OUT) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)

@@ -1,6 +1,6 @@
 """Which launch configuration is the fastest here, kernel by kernel.
 
-    python -m tools.tuning [--only KERNEL] [--seconds S] [--write] [--commit ID]
+    python -m tools.tuning [--only KERNEL] [--seconds S] [--write [FILE]] [--commit ID]
     python -m tools.tuning --list
 
 1. Every candidate below is compiled for the architecture, which needs no GPU. One
@@ -540,8 +540,14 @@ def search(
     dtype: torch.dtype,
     seconds: float,
     machine: results.Machine | None,
+    path: Path | None = None,
 ) -> None:
-    """Compile, check, time and print problem by problem; with a `machine` also write each as it is done."""
+    """Compile, check, time and print problem by problem; with a `machine` also write each as it is done.
+
+    Args:
+        path: the file to write; None is the one that launches read.
+    """
+    path = path or tuned.FILE
     from nvembed_fast.kernels._common import capability
 
     sm = capability(torch.device(device))
@@ -569,8 +575,8 @@ def search(
                     "time_ms": round(_total_ms(times[winner]), 6),
                     "rule_ms": round(_total_ms(times[RULE]), 6),
                 }
-            record(tuned.FILE, key, entry)
-            verdict += f"; {tuned.FILE.name} is up to date"
+            record(path, key, entry)
+            verdict += f"; {path.name} is up to date"
         print(f"  {verdict}\n", flush=True)
 
 
@@ -604,7 +610,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", metavar="S", type=float, default=0.5, help="per candidate and case (0.5)"
     )
-    parser.add_argument("--write", action="store_true", help="put what wins into kernels/tuned.toml")
+    parser.add_argument(
+        "--write",
+        nargs="?",
+        type=Path,
+        const=tuned.FILE,
+        metavar="FILE",
+        help="put what wins into FILE [kernels/tuned.toml]",
+    )
     parser.add_argument("--commit", metavar="ID", help="of the code, where there is no git to ask")
     args = parser.parse_args(argv)
     if args.list and args.write:
@@ -626,7 +639,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 compile_all = functools.partial(_compile_all, pool=pool)
                 machine = results.machine(args.commit) if args.write else None
-                search(selected, compile_all, "cuda", torch.bfloat16, args.seconds, machine)
+                search(selected, compile_all, "cuda", torch.bfloat16, args.seconds, machine, args.write)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             print("\ninterrupted; what was written stays", file=sys.stderr)

@@ -1,0 +1,205 @@
+"""tools/gpu_run.py with slices that are no GPU's, and the checks of tools/gpu_checks.py on small cases."""
+
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tools import gpu_checks, gpu_run
+from tools.gpu_run import Slice
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def python(name, code, minutes=0.01, **more):
+    return Slice(name, ("{python}", "-c", code), minutes, **more)
+
+
+def run(out, todo, *options):
+    return gpu_run.main([str(out), "--commit", "abc", *options], todo)
+
+
+def statuses(out):
+    state = json.loads((out / "state.json").read_text())
+    return {name: end["status"] for name, end in state["slices"].items()}
+
+
+def test_every_slice_has_its_line_and_the_next_one_runs_after_a_failure(tmp_path, capsys):
+    todo = [
+        python("good", "print('all is well')"),
+        python("bad", "raise SystemExit('no kernel')"),
+        python("last", "print('still here')"),
+        python("tool", "print('never')", needs="no-such-program"),
+    ]
+    assert run(tmp_path, todo) == 1
+    assert statuses(tmp_path) == {"good": "passed", "bad": "failed", "last": "passed", "tool": "skipped"}
+    out, log = capsys.readouterr().out, (tmp_path / "log.txt").read_text()
+    for text in ("all is well", "no kernel", "still here"):
+        assert text in out and text in log
+    assert "never" not in log.replace("print('never')", "")
+    assert "failed: bad" in out and "nothing is left" in out
+
+
+def test_a_second_call_goes_on_where_the_first_one_stopped(tmp_path, capsys):
+    todo = [python(name, f"open({str(tmp_path / 'count')!r}, 'a').write({name!r})") for name in "abc"]
+    assert run(tmp_path, todo, "--only", "b") == 0
+    assert run(tmp_path, todo) == 0 == run(tmp_path, todo)
+    assert (tmp_path / "count").read_text() == "bac"
+    assert run(tmp_path, todo, "--only", "c", "--again") == 0
+    assert (tmp_path / "count").read_text() == "bacc"
+
+
+def test_a_call_starts_no_slice_that_would_end_too_late(tmp_path, capsys):
+    todo = [python("a", "pass", minutes=5), python("b", "pass", minutes=5), python("c", "pass", minutes=1)]
+    assert run(tmp_path, todo, "--minutes", "4") == 0
+    assert statuses(tmp_path) == {"a": "passed"}, "the first slice of a call always starts"
+    assert "left: 2 slices, about 6 minutes" in capsys.readouterr().out
+
+
+def test_a_slice_ends_at_its_time_limit_with_all_that_it_started(tmp_path, monkeypatch):
+    pid_file = tmp_path / "pid"
+    code = (
+        "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        f"open({str(pid_file)!r}, 'w').write(str(p.pid)); print('begun', flush=True); time.sleep(600)"
+    )
+    monkeypatch.setattr(gpu_run, "TIMEOUT", 2.0)
+    monkeypatch.setattr(gpu_run, "GRACE", 0.5)
+    assert run(tmp_path / "out", [python("endless", code), python("next", "pass")]) == 1
+    assert statuses(tmp_path / "out") == {"endless": "timed out", "next": "passed"}
+    assert "begun" in (tmp_path / "out" / "log.txt").read_text()
+    state = Path(f"/proc/{pid_file.read_text()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_slice_cut_off_by_the_end_of_a_call_runs_again(tmp_path, capsys):
+    todo = [python("a", "pass"), python("slow", "import time; time.sleep(60)")]
+    assert run(tmp_path, todo, "--minutes", "0.03") == 0
+    assert statuses(tmp_path) == {"a": "passed"}
+    assert "left: 1 slices" in capsys.readouterr().out
+
+
+def test_ctrl_c_loses_the_slice_that_runs_and_no_other(tmp_path):
+    code = (
+        "from tools import gpu_run as g; import sys; "
+        "mk = lambda n, c: g.Slice(n, ('{python}', '-c', c), 0.01); "
+        "todo = [mk('a', 'pass'), mk('b', 'import time; print(\"begun\", flush=True); time.sleep(60)')]; "
+        f"sys.exit(g.main([{str(tmp_path)!r}, '--commit', 'abc'], todo))"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in child.stdout:
+        if line == "begun\n":
+            break
+    os.kill(child.pid, signal.SIGINT)
+    assert child.wait(30) == 130
+    assert statuses(tmp_path) == {"a": "passed"}
+
+
+def test_files_of_the_slices_go_into_one_archive(tmp_path):
+    code = "import pathlib, sys; pathlib.Path(sys.argv[1], 'trace.json').write_text('{}')"
+    todo = [Slice(name, ("{python}", "-c", code, "{scratch}"), 0.01) for name in ("a", "b")]
+    assert run(tmp_path, todo) == 0
+    with zipfile.ZipFile(tmp_path / "artifacts.zip") as archive:
+        assert archive.namelist() == ["a/trace.json", "b/trace.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("artifacts.zip", "log.txt", "state.json", "tuned.toml")
+    ]
+
+
+def test_results_of_another_commit_are_not_mixed(tmp_path, capsys):
+    assert run(tmp_path, [python("a", "pass")]) == 0
+    with pytest.raises(SystemExit):
+        gpu_run.main([str(tmp_path), "--commit", "other"], [python("a", "pass")])
+    assert "holds results of commit abc, and this is other" in capsys.readouterr().err
+
+
+def test_an_unknown_slice_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run(tmp_path, [python("a", "pass")], "--only", "z")
+    assert "no slice begins with z; there are a" in capsys.readouterr().err
+
+
+def test_the_dry_run_lists_every_slice_with_its_minutes(capsys):
+    assert gpu_run.main(["--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    todo = gpu_run.slices()
+    assert len(lines) == len(todo) + 1 and "these are estimates" in lines[-1]
+    for line, one in zip(lines, todo, strict=False):
+        assert re.match(rf" *{one.minutes:.1f} min +{one.name} ", line)
+    assert len({one.name for one in todo}) == len(todo)
+
+
+def test_every_slice_fits_below_its_time_limit():
+    assert gpu_run.TIMEOUT < 9 * 60
+    for one in gpu_run.slices():
+        assert 60 * one.minutes < gpu_run.TIMEOUT, one.name
+
+
+def commands():
+    """(module, options) of the slices that run a module of this project."""
+    for one in gpu_run.slices():
+        words = one.command[one.command.index("{python}") + 1 :]
+        if words[1] != "pytest":
+            yield words[1], tuple(word for word in words if re.match("--?[a-z]", word))
+
+
+@pytest.mark.parametrize("module", sorted({module for module, _ in commands()}))
+def test_the_modules_know_the_options_that_slices_give_them(module):
+    shown = subprocess.run([sys.executable, "-m", module, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    for option in set(itertools.chain(*(options for name, options in commands() if name == module))) - {"-m"}:
+        if option != "--streams":  # an option of a subcommand
+            assert re.search(rf"{option}\b", shown.stdout), f"{module} has no {option}"
+
+
+def test_slices_name_suites_workloads_and_test_files_that_exist():
+    from bench import profiling
+    from bench.__main__ import SUITES
+
+    assert set(gpu_run.SUITES) == set(SUITES)
+    for one in gpu_run.slices():
+        for option, value in itertools.pairwise(one.command):
+            if option == "--mix":
+                assert value in profiling.MIXES, one.name
+            if (path := value.removeprefix("--ignore=")).startswith("tests/"):
+                assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("stem", gpu_checks.STEMS)
+def test_repeats_of_a_kernel_are_equal_bit_for_bit(stem, device, capsys):
+    assert gpu_checks.repeats(stem, 3, device, torch.float32, smallest=True) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) >= 2 and all("0 of 3 runs differ" in line for line in lines)
+
+
+def test_a_run_that_differs_is_counted():
+    calls = itertools.count()
+    x = torch.ones(3)
+
+    def wavering(x):
+        return x * (2.0 if next(calls) == 3 else 1.0)
+
+    assert gpu_checks.unequal_runs(wavering, [x], 5) == 1
+
+
+def test_vectors_of_two_threads_are_counted_when_they_are_mixed_up():
+    texts = [np.full(4, 1), np.full(4, 2)]
+    shared = torch.zeros(4)
+
+    def through_a_shared_buffer(ids):
+        shared.copy_(torch.as_tensor(ids))
+        time.sleep(0.001)
+        return shared.clone()
+
+    assert gpu_checks.wrong_vectors(through_a_shared_buffer, texts, 20) > 0
+    assert gpu_checks.wrong_vectors(lambda ids: torch.as_tensor(ids).float(), texts, 20) == 0

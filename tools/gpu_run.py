@@ -1,0 +1,335 @@
+"""Everything that a GPU has to decide, as one command that goes on where it stopped.
+
+    python3 -m tools.gpu_run OUT --commit ID      again and again, until it says that nothing is left
+    python3 -m tools.gpu_run OUT --only bench-encode --again
+    python3 -m tools.gpu_run --dry-run            the slices and their expected minutes
+
+It needs a CUDA GPU and a Python with torch, triton, pytest and the packages of `bench`. Run it in the root of
+a checkout. The project need not be installed.
+
+1. The work is cut into slices. Each is a process of its own that ends within TIMEOUT, whatever it does.
+2. A slice that passed, failed or timed out has an entry in OUT/state.json before the next one starts. Another
+   call skips it. A slice that was interrupted has no entry and runs again.
+3. A call starts no slice that is expected to end after `--minutes`. The first slice of a call always starts.
+
+OUT holds a few files: state.json, log.txt with the output of all slices, results.csv with the rows of the
+benches and their report/, tuned.toml with the launch configurations that won, artifacts.zip with pictures and
+traces.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 530.0  # seconds: a machine that ends every command after ten minutes shall not end ours
+GRACE = 10.0  # seconds between Ctrl-C and the end of a slice that does not stop
+KERNELS = ("flash_attention", "latent_attention", "mean_pool", "rms_norm", "rotary", "gated")
+SUITES = (
+    "encode",
+    "flash_attention",
+    "latent_block",
+    "latent_attention",
+    "mean_pool",
+    "rms_norm",
+    "gated",
+    "rotary",
+)
+
+
+@dataclass(frozen=True)
+class Slice:
+    """One step of the list.
+
+    Attributes:
+        name: its key in state.json, and what `--only` takes.
+        command: {python}, {out}, {scratch} and {commit} are filled in. artifacts.zip keeps what is in {scratch}.
+        minutes: expected, not measured.
+        needs: a program without which the slice is skipped.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    minutes: float
+    needs: str | None = None
+
+
+def slices() -> list[Slice]:
+    """The list, most valuable first."""
+    python, pytest = ("{python}",), ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    check, tuning = (
+        (*python, "-m", "tools.gpu_checks"),
+        (*python, "-m", "tools.tuning", "--commit", "{commit}"),
+    )
+    rest = [f"--ignore=tests/test_{stem}.py" for stem in (*KERNELS, "gpu")]
+    bench = (
+        *python,
+        "-m",
+        "bench",
+        "--commit",
+        "{commit}",
+        "--results",
+        "{out}/results.csv",
+        "--minutes",
+        "7.5",
+    )
+    profile = (*python, "-m", "bench.profiling", "--commit", "{commit}", "--results", "{out}/results.csv")
+
+    def tuned(kernel: str) -> tuple[str, ...]:
+        return (*tuning, "--only", kernel, "--write", "{out}/tuned.toml")
+
+    return [
+        Slice("environment", (*check, "environment"), 0.5),
+        *(Slice(f"parity-{stem}", (*pytest, "-m", "gpu", f"tests/test_{stem}.py"), 3) for stem in KERNELS),
+        Slice("parity-model", (*pytest, "-m", "gpu", "tests/test_gpu.py"), 2),
+        Slice("parity-rest", (*pytest, "-m", "gpu", "tests", *rest), 4),
+        *(Slice(f"repeats-{stem}", (*check, "repeats", stem), 2) for stem in KERNELS),
+        *(Slice(f"variants-{k}", tuned(f"flash_attention.{k}"), 4) for k in ("fwd", "dq", "dkv")),
+        Slice("one-query", (*profile, "--mix", "one query", "-o", "{scratch}"), 3),
+        Slice("graphs", (*pytest, "-m", "gpu", "tests/test_gpu.py", "-k", "graphs"), 1),
+        Slice("threads", (*check, "threads"), 1),
+        Slice("streams", (*check, "threads", "--streams"), 1),
+        *(Slice(f"bench-{suite}", (*bench, "--suites", suite), 8) for suite in SUITES),
+        *(
+            Slice(f"profile-{mix.replace(' ', '-')}", (*profile, "--mix", mix, "-o", "{scratch}"), 4)
+            for mix in ("all 512", "skewed", "all 4096")
+        ),
+        *(Slice(f"tune-{stem}", tuned(stem), 5) for stem in ("latent_attention", "mean_pool", "rms_norm")),
+        *(
+            Slice(
+                f"memcheck-{stem}",
+                (
+                    "compute-sanitizer",
+                    "--tool",
+                    "memcheck",
+                    *pytest,
+                    f"tests/test_{stem}.py",
+                    "-k",
+                    "not full_size",
+                ),
+                8,
+                needs="compute-sanitizer",
+            )
+            for stem in KERNELS
+        ),
+    ]
+
+
+def table(todo: Sequence[Slice], state: dict) -> str:
+    """A line for each slice, and the sum of the expected minutes."""
+    lines = []
+    for one in todo:
+        status = state.get(one.name, {}).get("status", "")
+        lines.append(f"{one.minutes:5.1f} min  {one.name:26}{status:10}{' '.join(one.command)}")
+    total = sum(one.minutes for one in todo)
+    return "\n".join([*lines, f"{total:5.1f} min  expected for {len(todo)} slices; these are estimates"])
+
+
+def read_state(out: Path, commit: str) -> dict:
+    """Slice -> how it ended.
+
+    Raises:
+        ValueError: the folder holds the results of another commit.
+    """
+    path = out / "state.json"
+    if not path.exists():
+        return {}
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if state["commit"] != commit:
+        raise ValueError(
+            f"{out} holds results of commit {state['commit']}, and this is {commit}: take another folder"
+        )
+    return state["slices"]
+
+
+def write_state(out: Path, commit: str, state: dict) -> None:
+    """Whole or not at all."""
+    scratch = out / "state.tmp"
+    scratch.write_text(json.dumps({"commit": commit, "slices": state}, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, out / "state.json")
+
+
+def run_slice(one: Slice, out: Path, commit: str, timeout: float) -> dict:
+    """Run one slice to its end or to its time limit; what goes into state.json."""
+    started = time.monotonic()
+    if one.needs is not None and shutil.which(one.needs) is None:
+        return {"status": "skipped", "why": f"there is no {one.needs}"}
+    with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("ab") as log:
+        values = {"python": sys.executable, "out": str(out), "scratch": scratch, "commit": commit}
+        command = [_fill(part, values) for part in one.command]
+        _tee(log, f"\n=== {one.name}: {' '.join(command)}\n".encode())
+        # a session of its own: nothing that a slice started outlives it
+        child = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        reader = threading.Thread(target=_copy, args=(child.stdout, log), daemon=True)
+        reader.start()
+        try:
+            code = child.wait(timeout)
+            status = "passed" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            code, status = None, "timed out"
+        finally:
+            _end(child)
+            reader.join(GRACE)
+            _keep(Path(scratch), one.name, out / "artifacts.zip")
+        seconds = round(time.monotonic() - started, 1)
+        _tee(log, f"=== {one.name}: {status} after {seconds} s\n".encode())
+    return {"status": status, "exit": code, "seconds": seconds}
+
+
+def _fill(part: str, values: dict[str, str]) -> str:
+    for name, value in values.items():
+        part = part.replace(f"{{{name}}}", value)
+    return part
+
+
+def _copy(source, log) -> None:
+    with contextlib.suppress(ValueError):  # a process that left the session may still hold the pipe
+        while data := source.read1(1 << 16):
+            _tee(log, data)
+
+
+def _tee(log, data: bytes) -> None:
+    log.write(data)
+    log.flush()
+    sys.stdout.write(data.decode(errors="replace"))
+    sys.stdout.flush()
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ctrl-C, which lets a bench keep its rows, then the end of all its processes."""
+    for kind in (signal.SIGINT, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, kind)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(GRACE)
+
+
+def _keep(scratch: Path, name: str, archive: Path) -> None:
+    files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+    if files:
+        with zipfile.ZipFile(archive, "a", zipfile.ZIP_DEFLATED) as file:
+            for path in files:
+                file.write(path, f"{name}/{path.relative_to(scratch)}")
+
+
+def run_all(todo: Sequence[Slice], out: Path, commit: str, minutes: float, again: bool) -> int:
+    """Run what has no line in state.json yet, in its order; the number of slices that failed in this call."""
+    out.mkdir(parents=True, exist_ok=True)
+    tuned = out / "tuned.toml"
+    if not tuned.exists():
+        shutil.copyfile(ROOT / "kernels" / "tuned.toml", tuned)
+    state, started = read_state(out, commit), time.monotonic()
+    waiting = [one for one in todo if again or one.name not in state]
+    failed, left = 0, list(waiting)
+    for one in waiting:
+        rest = 60 * minutes - (time.monotonic() - started)
+        is_first = len(left) == len(waiting)
+        if not is_first and 60 * one.minutes > rest:
+            break
+        ended = run_slice(one, out, commit, TIMEOUT if is_first else min(TIMEOUT, rest))
+        left.remove(one)
+        if ended["status"] == "timed out" and not is_first and rest < TIMEOUT:
+            # it had less time than a call of its own would give it
+            left.append(one)
+            break
+        failed += ended["status"] in ("failed", "timed out")
+        state[one.name] = ended
+        write_state(out, commit, state)
+    print(_summary(todo, state, left))
+    return failed
+
+
+def _summary(todo: Sequence[Slice], state: dict, left: Sequence[Slice]) -> str:
+    ends: dict[str, list[str]] = {}
+    for one in todo:
+        if one.name in state and one not in left:
+            ends.setdefault(state[one.name]["status"], []).append(one.name)
+    lines = [f"{status}: {', '.join(names)}" for status, names in ends.items()]
+    if left:
+        lines.append(
+            f"left: {len(left)} slices, about {sum(one.minutes for one in left):.0f} minutes; run again"
+        )
+    else:
+        lines.append("nothing is left")
+    return "\n".join(lines)
+
+
+def _commit() -> str | None:
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Two runs into one folder would write over each other's lines."""
+    import fcntl
+
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.txt").open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"another run is writing to {out}") from None
+        yield
+
+
+def main(argv: Sequence[str] | None = None, todo: Sequence[Slice] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python3 -m tools.gpu_run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="folder of the results")
+    parser.add_argument("--commit", metavar="ID", help="of the code, where there is no git to ask")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for this call [%(default)s]")
+    parser.add_argument("--only", nargs="+", metavar="SLICE", help="these slices, or all that begin so")
+    parser.add_argument("--again", action="store_true", help="run what has a result already, too")
+    parser.add_argument("--dry-run", action="store_true", help="list the slices and stop there")
+    args = parser.parse_args(argv)
+    todo = slices() if todo is None else todo
+    if args.only:
+        if unknown := [name for name in args.only if not any(one.name.startswith(name) for one in todo)]:
+            parser.error(
+                f"no slice begins with {', '.join(unknown)}; there are {', '.join(s.name for s in todo)}"
+            )
+        todo = [one for one in todo if one.name.startswith(tuple(args.only))]
+    commit = args.commit or _commit()
+    if args.out is None and not args.dry_run:
+        parser.error("OUT, the folder of the results, is missing")
+    if commit is None and not args.dry_run:
+        parser.error("there is no git to ask for the commit: name it with --commit ID")
+    try:
+        if args.dry_run:
+            print(table(todo, read_state(args.out, commit) if args.out and commit else {}))
+            return 0
+        out = args.out.resolve()
+        with _locked(out):
+            return 1 if run_all(todo, out, commit, args.minutes, args.again) else 0
+    except ValueError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print(
+            f"\ninterrupted; the same command goes on from there. State: {args.out / 'state.json'}",
+            file=sys.stderr,
+        )
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
