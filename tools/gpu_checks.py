@@ -4,8 +4,8 @@
     python3 -m tools.gpu_checks repeats STEM         200 runs of each operation and its backward, bit for bit
     python3 -m tools.gpu_checks threads [--streams]  CUDA graphs called by two threads at once
 
-A kernel that reads shared memory before it is written gives other bits now and then. One green parity run does
-not show that. Many equal runs do.
+A kernel that reads shared memory before it is written gives other bits now and then. One green parity run
+does not show that. Many equal runs do.
 """
 
 import argparse

@@ -55,7 +55,7 @@ class Slice:
 
     Attributes:
         name: its key in state.json, and what `--only` takes.
-        command: {python}, {out}, {scratch} and {commit} are filled in. artifacts.zip keeps what is in {scratch}.
+        command: {python}, {out}, {scratch} and {commit} are filled in. What is in {scratch} is kept.
         minutes: expected, not measured.
         needs: a program without which the slice is skipped.
     """
