@@ -39,7 +39,7 @@ from bench.measure.limits import Limits
 from bench.measure.results import LEFT_OUT, OURS, TIMES, Row
 from bench.measure.timing import Times
 from nvembed_fast import NVEmbed
-from nvembed_fast.encoder import BATCH_TOKENS
+from nvembed_fast.stream import BATCH_TOKENS
 
 SUITE = "encode"
 # ours cuts batches by tokens

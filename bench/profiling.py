@@ -44,10 +44,10 @@ from bench.measure.results import FOLDER, OURS, Results, Row, default_path, mach
 from bench.measure.timing import Times
 from bench.report import Comparison, Figure, draw_waterfall
 from nvembed_fast import ops
-from nvembed_fast.encoder import BATCH_TOKENS
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RotaryCase, RowCase
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch, token_budget_batches
+from nvembed_fast.stream import BATCH_TOKENS
 
 SUITE = "profile"
 PRODUCTS, ATTENTION, ELEMENTWISE, HEAD = "products", "attention", "element-wise", "latent head"

@@ -11,13 +11,32 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-__all__ = ["BackboneConfig", "LatentConfig", "NVEmbedConfig", "PoolingHeadName", "PoolingStart"]
+__all__ = [
+    "BackboneConfig",
+    "LatentConfig",
+    "LatentForm",
+    "Latents",
+    "NVEmbedConfig",
+    "PoolingHeadName",
+    "PoolingStart",
+    "check_latents",
+]
 
 PoolingStart = Literal["token_count", "text_offset"]
 PoolingHeadName = Literal["latent", "mean", "eos", "self_attention"]
+# how the latent head computes: see `network.latent_head`
+LatentForm = Literal["direct", "absorbed"]
+Latents = Literal["auto", "direct", "absorbed"]
 
 # tie_word_embeddings, use_cache and the like change nothing in an encoder without a language-model head
 _MUST_BE_ABSENT = ("attention_bias", "mlp_bias", "rope_scaling", "quantization_config")
+
+
+def check_latents(latents: str) -> Latents:
+    """`latents` itself, or a ValueError that names the choices."""
+    if latents not in get_args(Latents):
+        raise ValueError(f"latents must be one of {', '.join(map(repr, get_args(Latents)))}, got {latents!r}")
+    return latents
 
 
 @dataclass(frozen=True)
@@ -92,6 +111,12 @@ class LatentConfig:
     hidden_dim: int = 4096
     latent_dim: int = 4096
     output_normalize: bool = True
+
+    @property
+    def cheaper_form(self) -> LatentForm:
+        """The form with fewer operations per token and head (L D against H (D + L))."""
+        latents, width = self.num_latents_value, self.hidden_dim
+        return "absorbed" if latents * width < self.cross_dim_head * (width + latents) else "direct"
 
 
 @dataclass(frozen=True)

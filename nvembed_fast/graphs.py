@@ -24,13 +24,13 @@ from nvembed_fast.kernels.layout import SeqLayout, to_device
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
-__all__ = ["LEAST_BUCKET", "MOST_TOKENS", "BucketLayout", "SingleTextGraphs", "captured"]
+__all__ = ["MIN_BUCKET", "MAX_TOKENS", "BucketLayout", "SingleTextGraphs", "captured"]
 
 T = TypeVar("T")
 
 # a text fits one tile of mean_pool, whose second kernel would go by the host's lists
-MOST_TOKENS = 256
-LEAST_BUCKET = 16
+MAX_TOKENS = 256
+MIN_BUCKET = 16
 
 
 class BucketLayout(SeqLayout):
@@ -76,7 +76,7 @@ class BucketLayout(SeqLayout):
         self._buffer.copy_(to_device(host, self.device))
 
     def split_seqs(self, block: int) -> torch.Tensor:
-        raise AssertionError(f"a bucket of {self.num_tokens} tokens is cut into {block}: lower MOST_TOKENS")
+        raise AssertionError(f"a bucket of {self.num_tokens} tokens is cut into {block}: lower MAX_TOKENS")
 
     def _num_tiles(self, block: int) -> int:
         """The most that a text and the rest of the bucket can have together."""
@@ -104,10 +104,10 @@ class SingleTextGraphs:
         """[1, D] fp32 vector of a text.
 
         Args:
-            ids: [S] int, S at most MOST_TOKENS.
+            ids: [S] int, S at most MAX_TOKENS.
             first_pooled: how many leading tokens stay out of the pooling.
         """
-        bucket = max(LEAST_BUCKET, 1 << (len(ids) - 1).bit_length())
+        bucket = max(MIN_BUCKET, 1 << (len(ids) - 1).bit_length())
         state = self._state()
         graph = self._graphs.get(bucket)
         if graph is None or graph.state != state:
@@ -139,7 +139,7 @@ class SingleTextGraphs:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         replay = captured(run, self._pool)
-        held = self.model.embedding_model.rotary_tables(bucket), getattr(self.model.head, "_cache", {}).copy()
+        held = self.model.embedding_model.rotary_tables(bucket), self.model.head.cached()
         return _Graph(layout, replay, state, held)
 
     def __getstate__(self) -> dict:

@@ -1,16 +1,102 @@
-"""Where a model runs and in which dtype: devices and dtypes, checked."""
+"""Where a model runs and how it computes: decided once, checked once, before any weight is read."""
+
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-__all__ = ["DTYPES", "check_device", "check_dtype", "dtype_name"]
+from nvembed_fast import ops
+from nvembed_fast.config import LatentForm, Latents, NVEmbedConfig, check_latents
+
+__all__ = ["DTYPES", "Placement", "check_device", "check_dtype", "dtype_name"]
 
 # by their names in safetensors files
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 _SHORT_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
-def check_device(device: str | torch.device) -> torch.device:
-    """The device, or a ValueError when it is not there."""
+@dataclass(frozen=True)
+class Placement:
+    """Where a model runs and how it computes.
+
+    Attributes:
+        device: of the weights and the computation.
+        dtype: of the weights and the computation. Pooling and the vectors are fp32.
+        impl: see `nvembed_fast.ops`. "auto" stays "auto": it decides for each operation.
+        latents: the form that the latent head takes. None for a model with another head.
+        cuda_graphs: a short text that comes alone replays a CUDA graph.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    impl: ops.Impl
+    latents: LatentForm | None
+    cuda_graphs: bool
+
+    @classmethod
+    def decide(
+        cls,
+        config: NVEmbedConfig,
+        *,
+        device: str | int | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        impl: ops.Impl = "auto",
+        latents: Latents = "auto",
+        cuda_graphs: bool = False,
+    ) -> "Placement":
+        """The placement of a model with this config.
+
+        Args:
+            config: the parsed config.json.
+            device: None takes the GPU if there is one, else the CPU. A number is that of a GPU.
+            dtype: None takes float32 on a CPU and the dtype of the stored weights elsewhere.
+            impl: "auto", "triton" or "torch".
+            latents: "absorbed", "direct", or "auto" for the cheaper one of the two.
+            cuda_graphs: needs Triton kernels on a GPU.
+
+        Raises:
+            ValueError: an argument is wrong, or cannot be had here.
+        """
+        ops.check_impl(impl)
+        form = _latent_form(latents, config)
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = check_device(device)
+        stored_dtype = check_dtype(config.torch_dtype)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else stored_dtype
+        placement = cls(device, check_dtype(dtype), impl, form, cuda_graphs)
+        implementation, reason = placement.implementation()
+        if cuda_graphs and (device.type != "cuda" or implementation != "triton"):
+            obstacle = reason if implementation != "triton" else "tensors are on the CPU"
+            raise ValueError(f"cuda_graphs=True needs Triton kernels on a GPU: {obstacle}")
+        return placement
+
+    def implementation(self) -> tuple[Literal["triton", "torch"], str]:
+        """The implementation that the operations take here, and the reason.
+
+        Raises:
+            ValueError: `impl` is "triton" and Triton cannot run here.
+        """
+        with ops.use_impl(self.impl):
+            return ops.choose(self.device, self.dtype)
+
+
+def _latent_form(latents: str, config: NVEmbedConfig) -> LatentForm | None:
+    check_latents(latents)
+    if config.pooling_head == "latent":
+        return config.latent_attention_config.cheaper_form if latents == "auto" else latents
+    if latents != "auto":
+        raise ValueError(
+            f"latents={latents!r} is about the latent head, but this model pools by {config.pooling_head!r}"
+        )
+    return None
+
+
+def check_device(device: str | int | torch.device) -> torch.device:
+    """The device, or a ValueError when it is not there. A number is that of a GPU."""
+    if isinstance(device, int):
+        device = f"cuda:{device}"
     try:
         found = torch.device(device)
     except (RuntimeError, TypeError) as error:

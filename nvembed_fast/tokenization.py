@@ -1,12 +1,12 @@
 """Texts to token ids and the first token that is pooled.
 
-The published checkpoints tokenise the one string instruction + text + "</s>",
-let the tokenizer's own template add what it adds (BOS), and cut at the right,
-end mark included. What the instruction covers is left out of the pooling; how
-its end is found is a rule of the model (`NVEmbedConfig.pooling_start`).
+The published checkpoints tokenize the one string instruction + text + "</s>".
+The tokenizer's own template adds BOS. The ids are cut at the right, end mark
+included. The instruction's tokens are not pooled. How their end is found is a
+rule of the model (`NVEmbedConfig.pooling_start`).
 
-The checkpoint's tokenizer.json is the truth and is read by `tokenizers`: the
-LlamaTokenizer of transformers 5 gives other ids for leading or repeated spaces.
+The checkpoint's tokenizer.json is the truth and is read by `tokenizers`, because
+the LlamaTokenizer of transformers 5 gives other ids for leading or repeated spaces.
 """
 
 import functools
@@ -18,13 +18,13 @@ from typing import NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from nvembed_fast.config import PoolingStart
+from nvembed_fast.config import NVEmbedConfig, PoolingStart
 
 __all__ = ["TextTokenizer", "TokenizedTexts", "check_texts"]
 
 
 class TokenizedTexts(NamedTuple):
-    """Per text: int32 token ids, and how many leading tokens stay out of the pooling."""
+    """Per text: int32 token ids, and the number of leading tokens that are not pooled."""
 
     ids: list[np.ndarray]
     first_pooled: list[int]
@@ -34,13 +34,14 @@ class TokenizedTexts(NamedTuple):
 
 
 class TextTokenizer:
-    """Tokenises texts as the model was trained to read them.
+    """Tokenizes texts as the model was trained to read them.
 
     Args:
-        tokenizer: the checkpoint's tokenizer; its own truncation and padding are switched off.
+        tokenizer: the checkpoint's tokenizer. Its own truncation and padding are switched off.
         eos_token: appended to every text, as a string.
         pooling_start: see `NVEmbedConfig`.
-        directory: where it came from; saving a model copies the files from there.
+        directory: where it came from. Saving a model copies the files from there.
+        is_mask_instruction: see `NVEmbedConfig`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class TextTokenizer:
         eos_token: str,
         pooling_start: PoolingStart = "token_count",
         directory: Path | None = None,
+        is_mask_instruction: bool = True,
     ):
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -58,17 +60,23 @@ class TextTokenizer:
         self.eos_token = eos_token
         self.pooling_start = pooling_start
         self.directory = directory
+        self.is_mask_instruction = is_mask_instruction
 
     @classmethod
-    def from_directory(cls, directory: Path, pooling_start: PoolingStart = "token_count") -> "TextTokenizer":
-        """Read tokenizer.json, and the end mark from tokenizer_config.json."""
+    def from_directory(cls, directory: Path, config: NVEmbedConfig | None = None) -> "TextTokenizer":
+        """Read tokenizer.json, and the end mark from tokenizer_config.json.
+
+        Args:
+            directory: of a model.
+            config: its parsed config.json. None for a decoder that is no NV-Embed model yet.
+        """
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (directory / name).is_file():
                 raise FileNotFoundError(
                     f"{directory / name} is missing: a model directory needs its tokenizer"
                 )
-        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
-        eos_token = config.get("eos_token") or "</s>"
+        raw = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        eos_token = raw.get("eos_token") or "</s>"
         if isinstance(eos_token, dict):  # an AddedToken
             eos_token = eos_token["content"]
         try:
@@ -77,35 +85,35 @@ class TextTokenizer:
             raise ValueError(
                 f"{directory / 'tokenizer.json'} is not a readable tokenizer: {error}"
             ) from error
-        return cls(tokenizer, eos_token, pooling_start, directory)
+        config = config or NVEmbedConfig()
+        return cls(tokenizer, eos_token, config.pooling_start, directory, config.is_mask_instruction)
 
     def __call__(self, texts: list[str], instruction: str, max_length: int) -> TokenizedTexts:
-        """Tokenise checked texts (`check_texts`).
+        """Tokenize checked texts (`check_texts`).
 
         Args:
             texts: any number of texts.
-            instruction: put in front of every text; "" for none.
-            max_length: tokens per text, instruction and marks included; what is over is cut at the right.
+            instruction: put in front of every text. "" for none.
+            max_length: tokens per text, instruction and marks included. A longer text is cut at the right.
         """
-        most = self.most_characters(max_length)
-        full = [(instruction + text[:most] + self.eos_token)[:most] for text in texts]
-        by_offset = bool(instruction) and self.pooling_start == "text_offset"
-        # the fast form leaves the offsets out
+        limit = self.max_characters(max_length)
+        full = [(instruction + text[:limit] + self.eos_token)[:limit] for text in texts]
+        skips = bool(instruction) and self.is_mask_instruction
+        by_offset = skips and self.pooling_start == "text_offset"
+        # the fast form gives no offsets
         encodings = (self.backend.encode_batch if by_offset else self.backend.encode_batch_fast)(full)
         ids = [np.asarray(e.ids[:max_length], dtype=np.int32) for e in encodings]
-        if not instruction:
-            return TokenizedTexts(ids, [0] * len(ids))
         if by_offset:
             border = len(instruction.rstrip())
             return TokenizedTexts(ids, [_first_from(e.offsets[:max_length], border) for e in encodings])
-        return TokenizedTexts(ids, [self.instruction_length(instruction)] * len(ids))
+        return TokenizedTexts(ids, [self.instruction_length(instruction) if skips else 0] * len(ids))
 
     def instruction_length(self, instruction: str) -> int:
-        """Tokens of the instruction on its own, without marks: what "token_count" drops."""
+        """Tokens of the instruction on its own, without marks: the number that "token_count" drops."""
         return len(self.backend.encode(instruction, add_special_tokens=False).ids)
 
-    def most_characters(self, max_length: int) -> int:
-        """How much of a text is tokenised: megabytes behind the last token that is kept cannot matter.
+    def max_characters(self, max_length: int) -> int:
+        """The number of characters of a text that are tokenized. Those far behind the cut cannot matter.
 
         A token covers at most `longest` characters, so the kept tokens lie in the first half of this, and the
         cut is thousands of characters behind them.
@@ -118,30 +126,30 @@ class TextTokenizer:
 
 
 def _first_from(offsets: list[tuple[int, int]], border: int) -> int:
-    """Index of the first token that starts at or after the character `border`; marks have empty offsets."""
+    """Index of the first token that starts at or after the character `border`. Marks have empty offsets."""
     for index, (start, stop) in enumerate(offsets):
         if start >= border and stop > start:
             return index
     return len(offsets)
 
 
-def check_texts(texts: Iterable[str], what: str = "prompts") -> list[str]:
+def check_texts(texts: Iterable[str], name: str = "prompts") -> list[str]:
     """The texts as a list.
 
     Raises:
-        TypeError: one is not a string; names its index.
-        ValueError: one cannot be written as UTF-8 (a lone surrogate); names its index.
+        TypeError: one is not a string. The message names its index.
+        ValueError: one has a lone surrogate and cannot be written as UTF-8. The message names its index.
     """
     texts = list(texts)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"{what}[{index}] must be a string, got {type(text).__name__}: {text!r:.80}")
+            raise TypeError(f"{name}[{index}] must be a string, got {type(text).__name__}: {text!r:.80}")
         if not text.isascii():
             try:
                 text.encode("utf-8")
             except UnicodeEncodeError as error:
                 raise ValueError(
-                    f"{what}[{index}] has a lone surrogate at character {error.start}, which no tokenizer "
+                    f"{name}[{index}] has a lone surrogate at character {error.start}, which no tokenizer "
                     "can read. Clean it with text.encode('utf-8', 'replace').decode('utf-8')."
                 ) from error
     return texts

@@ -24,7 +24,7 @@ from bench.baselines.encoders import (
     fitting_batch_sizes,
 )
 from bench.measure.results import read
-from nvembed_fast import encoder
+from nvembed_fast import stream
 from nvembed_fast.tokenization import TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,8 +87,7 @@ def test_every_encoder_agrees_with_fp32(fp32, bf16, name):
 
 @pytest.mark.parametrize("rival", [encoders.Original, encoders.Sorted])
 def test_windows_keep_the_callers_order(fp32, rival, monkeypatch):
-    monkeypatch.setattr(encoder, "_FIRST_WINDOW", 2)
-    monkeypatch.setattr(encoder, "_WINDOW", 4)
+    monkeypatch.setattr(stream, "WINDOW", stream.Window(2, 4))
     assert fp32.of(rival).obstacle is None
 
 
@@ -222,8 +221,7 @@ def test_a_search_pads_as_much_as_the_whole_mix():
 
 
 def test_texts_are_sorted_over_all_windows(fp32, monkeypatch):
-    monkeypatch.setattr(encoder, "_FIRST_WINDOW", 3)
-    monkeypatch.setattr(encoder, "_WINDOW", 3)
+    monkeypatch.setattr(stream, "WINDOW", stream.Window(3, 3))
     rival = encoders.Sorted(fp32._wide)
     seen = []
     monkeypatch.setattr(rival, "embed", lambda ids, first: (seen.append(len(ids[0])), torch.zeros(1, 64))[1])

@@ -113,7 +113,7 @@ def test_the_real_decoder_becomes_a_model(real_file, real, tmp_path):
     full = real.load(torch.float32)
     for name, parameter in model.embedding_model.named_parameters():
         assert relative(parameter, full[f"embedding_model.{name}"]) < 2**-11, name
-    tokenizer = TextTokenizer.from_directory(tmp_path / "model", config.pooling_start)
+    tokenizer = TextTokenizer.from_directory(tmp_path / "model", config)
     assert tokenizer.eos_token == "<|im_end|>"
     assert tokenizer(["a  5"], "", 10).ids[0].tolist() == [81, 256, 37, 2]
 

@@ -12,6 +12,7 @@ from nvembed_fast.encoder import NVEmbed
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.network.pooling_heads import EOSHead, MeanHead, SelfAttentionHead
+from nvembed_fast.placement import Placement
 
 TEXT = BackboneConfig(
     vocab_size=40,
@@ -123,5 +124,5 @@ def test_an_unknown_head_names_the_choices():
 def test_latents_of_another_head_are_refused():
     model = NVEmbedModel(NVEmbedConfig(TEXT, LATENT, pooling_head="mean"))
     with pytest.raises(ValueError, match="latents='direct' is about the latent head, .* pools by 'mean'"):
-        NVEmbed(model, text_tokenizer=None, latents="direct")
+        Placement.decide(model.config, latents="direct")
     assert NVEmbed(model, text_tokenizer=None).config.pooling_head == "mean"

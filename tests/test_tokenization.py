@@ -33,7 +33,7 @@ def test_texts_together_equal_texts_alone(published):
 def test_megabytes_without_a_space_are_clipped_without_a_trace(published, unit):
     """The kept ids equal those of a text four times as long as what the clip leaves."""
     max_length = 16
-    bound = published.most_characters(max_length)
+    bound = published.max_characters(max_length)
     whole = published.backend.encode(unit * (4 * bound // len(unit))).ids[:max_length]
     start = time.perf_counter()
     got = published([unit * (10_000_000 // len(unit))], "", max_length)
@@ -53,6 +53,14 @@ def test_text_offset_of_a_text_cut_inside_its_instruction_is_its_length(mistral_
     tokenizer = TextTokenizer(mistral_tokenizer, "</s>", "text_offset")
     got = tokenizer(["word"], "Instruct: a long instruction that is cut\nQuery: ", 6)
     assert got.first_pooled == [6] == got.lengths()
+
+
+@pytest.mark.parametrize("rule", ["token_count", "text_offset"])
+def test_a_model_may_pool_its_instruction(mistral_tokenizer, rule):
+    instruction = "Instruct: find it\nQuery: "
+    for masks, first in ((True, 9), (False, 0)):
+        tokenizer = TextTokenizer(mistral_tokenizer, "</s>", rule, is_mask_instruction=masks)
+        assert tokenizer(["word"], instruction, 64).first_pooled == [first]
 
 
 def test_rejects_an_unknown_end_mark(mistral_tokenizer):

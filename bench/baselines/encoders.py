@@ -39,6 +39,7 @@ from nvembed_fast.kernels.layout import to_device
 from nvembed_fast.kernels.testing import skewed_lengths
 from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.placement import Placement
 from nvembed_fast.tokenization import TextTokenizer
 
 EOS, EOS_ID = "</s>", 2
@@ -267,7 +268,7 @@ class Padded:
             # characters over all texts; tokens inside a window
             place = np.argsort([-len(text) for text in texts], kind="stable")
             texts = [texts[index] for index in place]
-        for first, window in self.ours._tokenized_windows(texts, instruction, MAX_LENGTH):
+        for first, window in self.ours.stream.tokenized(texts, instruction, MAX_LENGTH):
             lengths = np.array(window.lengths())
             order = np.argsort(-lengths, kind="stable") if self.by_length else np.arange(len(lengths))
             for start in range(0, len(order), batch_size):
@@ -377,7 +378,10 @@ class Graphed:
     """`NVEmbed.encode` text by text, by CUDA graphs: for one query."""
 
     def __init__(self, ours: NVEmbed):
-        self.ours = NVEmbed(ours.model, ours.text_tokenizer, ours.impl, cuda_graphs=True)
+        placement = Placement.decide(
+            ours.config, device=ours.device, dtype=ours.dtype, impl=ours.placement.impl, cuda_graphs=True
+        )
+        self.ours = NVEmbed(ours.model, ours.text_tokenizer, placement)
 
     def encode(self, texts: list[str], instruction: str, batch_size: int) -> torch.Tensor:
         """As `Ours.encode`."""
@@ -428,9 +432,8 @@ class ParityCheck:
         skipped = min(scale.parity_lengths) // 2
         mixes = [Mix("", scale.parity_lengths), Mix("", scale.parity_lengths, skipped)]
         self._cases = [mix.texts(text.vocab_size) for mix in mixes]
-        self._wide.impl = "torch"
-        self._wanted = self._vectors(Ours(self._wide))
-        self._wide.impl = "auto"
+        oracle = dataclasses.replace(self._wide.placement, impl="torch")
+        self._wanted = self._vectors(Ours(NVEmbed(self._wide.model, self._wide.text_tokenizer, oracle)))
 
     def _vectors(self, encoder: Padded | Ours) -> torch.Tensor:
         return torch.cat([encoder.encode(*texts, PARITY_BATCH) for texts in self._cases])

@@ -16,7 +16,7 @@ import torch
 
 from bench.measure.results import LEFT_OUT, Row
 from bench.measure.timing import L2_BYTES, sustained
-from nvembed_fast.encoder import BATCH_TOKENS
+from nvembed_fast.stream import BATCH_TOKENS
 
 SUITE, IMPL = "limits", "torch"
 # (rows of the weight, columns of the weight): what one layer of NV-Embed, and of the small decoder of a CPU,

@@ -8,6 +8,7 @@ from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, TOKENIZER_FIL
 
 __all__ = ["resolve"]
 
+_FETCHED = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -18,10 +19,12 @@ def resolve(
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
+    config_only: bool = False,
 ) -> Path:
     """The local directory of a model: the path itself, or a snapshot of a hub id.
 
-    Only the config, safetensors and tokenizer files of a hub id are fetched, never code or pickles.
+    Only the config, safetensors and tokenizer files of a hub id are fetched, never code or pickles. With
+    `config_only` only the config is fetched.
 
     Raises:
         FileNotFoundError: no such directory and no such hub id, or the hub is out of reach.
@@ -45,7 +48,7 @@ def resolve(
             token=token,
             cache_dir=cache_dir,
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES],
+            allow_patterns=[CONFIG_FILE] if config_only else _FETCHED,
         )
     except HFValidationError as error:
         raise FileNotFoundError(f"no directory {name}, and no hub id either: {error}") from error

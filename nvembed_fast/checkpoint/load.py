@@ -31,7 +31,7 @@ from nvembed_fast.checkpoint.names import (
 )
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
-from nvembed_fast.placement import DTYPES, check_device, check_dtype, dtype_name
+from nvembed_fast.placement import DTYPES, Placement, dtype_name
 
 __all__ = ["empty_parameters", "load_model", "load_weights", "stored_tensors"]
 
@@ -42,6 +42,7 @@ _BAR_AFTER_S = 2.0
 
 def load_model(
     directory: str | os.PathLike,
+    config: NVEmbedConfig | None = None,
     *,
     device: str | torch.device = "cpu",
     dtype: str | torch.dtype | None = None,
@@ -53,6 +54,7 @@ def load_model(
 
     Args:
         directory: config.json, and model.safetensors or shards with their index.
+        config: its config.json, if the caller has parsed it already.
         device: where the weights go.
         dtype: of the weights. None takes float32 on a CPU and the checkpoint's own (torch_dtype) elsewhere.
         progress: show a bar. None shows one in a terminal, when loading takes more than two seconds.
@@ -62,16 +64,12 @@ def load_model(
         ValueError: a file or a tensor is not what the config asks for, or holds NaN or Inf.
     """
     directory = Path(directory)
-    config = NVEmbedConfig.from_file(directory / CONFIG_FILE)
-    device = check_device(device)
-    stored_dtype = check_dtype(config.torch_dtype)
-    if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else stored_dtype
-    dtype = check_dtype(dtype)
-
+    config = config or NVEmbedConfig.from_file(directory / CONFIG_FILE)
+    place = Placement.decide(config, device=device, dtype=dtype)
     with torch.device("meta"):
         model = NVEmbedModel(config)
-    values = load_weights(directory, published_tensors(config), device=device, dtype=dtype, progress=progress)
+    table = published_tensors(config)
+    values = load_weights(directory, table, device=place.device, dtype=place.dtype, progress=progress)
     # strict: a parameter of ours that the table does not name is an error here, never a tensor left on meta
     model.load_state_dict(values, assign=True)
     return model

@@ -7,9 +7,13 @@ import json
 import math
 import sys
 import textwrap
+from typing import TYPE_CHECKING
 
 from nvembed_fast import __version__
 from nvembed_fast.config import NVEmbedConfig
+
+if TYPE_CHECKING:
+    from nvembed_fast.placement import Placement
 
 SUMMARY = "Versions, devices, and which implementation each operation takes and why."
 EXAMPLES = """\
@@ -24,11 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from nvembed_fast import checkpoint
+    from nvembed_fast.placement import Placement
 
     # first, so that an error stands alone
     config = None
     if arguments.model:
-        config = NVEmbedConfig.from_file(checkpoint.resolve(arguments.model) / "config.json")
+        directory = checkpoint.resolve(arguments.model, config_only=True)
+        config = NVEmbedConfig.from_file(directory / "config.json")
+        placement = Placement.decide(config)
     print(f"nvembed-fast {__version__}, Python {sys.version.split()[0]}")
     for package in ("torch", "triton", "transformers", "tokenizers", "safetensors"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -38,7 +45,7 @@ def run(arguments: argparse.Namespace) -> None:
         _print_implementations(device)
     print("\nMatrix products are the library's. A shape beyond a kernel's limits takes torch.")
     if config:
-        _print_model(arguments.model, config)
+        _print_model(arguments.model, config, placement)
 
 
 def _devices() -> list[tuple[str, str]]:
@@ -67,13 +74,13 @@ def _print_implementations(device: str) -> None:
         print(textwrap.fill(", ".join(ops.OPERATIONS), 100, initial_indent="    ", subsequent_indent="    "))
 
 
-def _print_model(name: str, config: NVEmbedConfig) -> None:
+def _print_model(name: str, config: NVEmbedConfig, placement: "Placement") -> None:
     from nvembed_fast.checkpoint import published_tensors
-    from nvembed_fast.network.latent_head import cheaper_form
+    from nvembed_fast.placement import dtype_name
 
     shapes = [slot.shape for slot in published_tensors(config).values()]
     print(f"\n{name}: {sum(map(math.prod, shapes)):,} parameters in {len(shapes)} tensors")
-    if config.pooling_head == "latent":
-        form = cheaper_form(config.latent_attention_config)
-        print(f"latents='auto' takes the {form} form: the cheaper one for these shapes")
+    print(f"it runs on {placement.device} in {dtype_name(placement.dtype)}")
+    if placement.latents:
+        print(f"latents='auto' takes the {placement.latents} form: the cheaper one for these shapes")
     print(json.dumps(config.to_dict(), indent=2))

@@ -29,7 +29,6 @@ Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H h
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,27 +36,11 @@ from einops import rearrange
 from torch import nn
 
 from nvembed_fast import ops
-from nvembed_fast.config import LatentConfig
+from nvembed_fast.config import LatentConfig, LatentForm, Latents, check_latents
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.network.pooling_heads import AttentionHead
 
-__all__ = ["LatentHead", "Latents", "cheaper_form", "check_latents"]
-
-Latents = Literal["auto", "direct", "absorbed"]
-_LATENTS = get_args(Latents)
-
-
-def check_latents(latents: str) -> Latents:
-    """`latents` itself, or a ValueError that names the choices."""
-    if latents not in _LATENTS:
-        raise ValueError(f"latents must be one of {', '.join(map(repr, _LATENTS))}, got {latents!r}")
-    return latents
-
-
-def cheaper_form(config: LatentConfig) -> Literal["direct", "absorbed"]:
-    """The form with fewer operations per token and head (L D against H (D + L))."""
-    latents, width = config.num_latents_value, config.hidden_dim
-    return "absorbed" if latents * width < config.cross_dim_head * (width + latents) else "direct"
+__all__ = ["LatentHead"]
 
 
 class LatentHead(AttentionHead):
@@ -119,9 +102,12 @@ class LatentHead(AttentionHead):
         out_TNH = ops.latent_attention(q_TNH, k_LNH, v_LNH)
         return self.to_out(rearrange(out_TNH, "t n h -> t (n h)")) + h_TD
 
-    def form(self) -> Literal["direct", "absorbed"]:
+    def form(self) -> LatentForm:
         """The form the shapes make cheaper, or the one that `mode` forces."""
-        return cheaper_form(self.config) if check_latents(self.mode) == "auto" else self.mode
+        return self.config.cheaper_form if check_latents(self.mode) == "auto" else self.mode
+
+    def cached(self) -> dict:
+        return self._cache.copy()
 
     def _build(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self._absorbed() if self.form() == "absorbed" else self._keys_and_values()

@@ -52,6 +52,10 @@ class PoolingHead(nn.Module):
         """Around a training step: what depends on weights only is built once. Only `LatentHead` has such."""
         return nullcontext()
 
+    def cached(self) -> dict:
+        """The tensors that the head has built from its weights, for a caller that must keep them alive."""
+        return {}
+
     def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
         """[B, D] fp32 (float64 for float64) vectors, not yet normalised."""
         raise NotImplementedError

@@ -1,0 +1,238 @@
+"""Texts in, vectors out: what `NVEmbed.encode` and every other caller with many texts goes through.
+
+1. Texts are taken in windows. While one window is on the device, a thread tokenizes the next.
+2. A window is sorted by length and cut into batches by a budget of tokens, longest first.
+3. Each batch is embedded. If a GPU's memory runs out, the budget is halved from there on.
+4. A batch's vectors come out with the indices of its texts. `Result` puts them into the caller's order.
+
+The invariant: every text has exactly one vector, and it does not depend on the other texts of its batch.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from numbers import Integral
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from nvembed_fast.kernels.layout import to_device
+from nvembed_fast.packing import token_budget_batches
+from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
+
+__all__ = ["BATCH_TOKENS", "MIN_MAX_LENGTH", "WINDOW", "Progress", "Result", "TextStream", "Window"]
+
+BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
+MIN_MAX_LENGTH = 3  # a mark at each end and one token between them
+
+
+@dataclass(frozen=True)
+class Window:
+    """How many neighbouring texts are tokenized together.
+
+    Attributes:
+        first_texts: the max number of texts in the first window. It is small, so that the device starts soon.
+        texts: the max number of texts in a later window.
+        characters: the max number of characters in a window, so that the ids of very long texts do not fill
+            the memory. A longer text is a window of its own.
+    """
+
+    first_texts: int = 1024
+    texts: int = 8192
+    characters: int = 8_000_000
+
+    def slices(self, texts: list[str], max_characters: int) -> Iterator[slice]:
+        """The windows of `texts`, when `max_characters` of each text are read."""
+        first, max_texts, characters = 0, self.first_texts, 0
+        for index, text in enumerate(texts):
+            size = min(len(text), max_characters)
+            if index > first and (index - first == max_texts or characters + size > self.characters):
+                yield slice(first, index)
+                first, max_texts, characters = index, self.texts, 0
+            characters += size
+        if texts:
+            yield slice(first, len(texts))
+
+
+WINDOW = Window()
+
+
+@dataclass(frozen=True)
+class TextStream:
+    """Texts in, (indices, vectors) out.
+
+    Attributes:
+        tokenizer: texts to ids.
+        embed: token ids and first pooled tokens of one batch to its [B, D] vectors.
+        device: where `embed` computes.
+        window: how many texts are tokenized at a time.
+    """
+
+    tokenizer: TextTokenizer
+    embed: Callable[[list[np.ndarray], list[int]], torch.Tensor]
+    device: torch.device
+    window: Window = field(default_factory=lambda: WINDOW)
+
+    def __call__(
+        self,
+        texts: list[str],
+        instruction: str = "",
+        max_length: int = 4096,
+        max_batch_tokens: int | None = None,
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Embed texts, batch by batch.
+
+        Args:
+            texts: any number of texts.
+            instruction: put in front of every text and not pooled.
+            max_length: tokens per text, instruction included.
+            max_batch_tokens: tokens per batch. None: 16384 on a GPU, 2048 on a CPU.
+
+        Returns:
+            An iterator over (indices into texts, their vectors), in which every text comes once.
+
+        Raises:
+            TypeError, ValueError: an argument is wrong. This is raised by the call.
+            ValueError: a text's instruction leaves nothing to pool. This is raised by the iterator.
+        """
+        if max_batch_tokens is None:
+            max_batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
+        _check_count("max_length", max_length, MIN_MAX_LENGTH)
+        _check_count("max_batch_tokens", max_batch_tokens, 1)
+        texts = check_texts(texts)
+        if not isinstance(instruction, str):
+            raise TypeError(f'instruction must be a string ("" for none), got {type(instruction).__name__}')
+        check_texts([instruction], "instruction")
+        return self._embedded(self.tokenized(texts, instruction, max_length), max_batch_tokens)
+
+    def tokenized(
+        self, texts: list[str], instruction: str, max_length: int
+    ) -> Iterator[tuple[int, TokenizedTexts]]:
+        """(index of the first text, tokenized texts) of every window, one window ahead of the consumer."""
+
+        def tokenize(first: int, stop: int) -> tuple[int, TokenizedTexts]:
+            window = self.tokenizer(texts[first:stop], instruction, max_length)
+            _check_pooled(window, first, max_length)
+            return first, window
+
+        pool = ThreadPoolExecutor(1, thread_name_prefix="nvembed-tokenize")
+        try:
+            ahead = None
+            for window in self.window.slices(texts, self.tokenizer.max_characters(max_length)):
+                ready, ahead = ahead, pool.submit(tokenize, window.start, window.stop)
+                if ready is not None:
+                    yield ready.result()
+            if ahead is not None:
+                yield ahead.result()
+        finally:
+            # an interrupted caller does not wait for a window it will not use
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _embedded(
+        self, windows: Iterable[tuple[int, TokenizedTexts]], budget: int
+    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """(indices, vectors) of every batch. One that does not fit in memory halves the budget."""
+        for first, window in windows:
+            lengths = window.lengths()
+            pending = deque(token_budget_batches(lengths, budget))
+            while pending:
+                rows = pending.popleft()
+                vectors = self._embed_if_it_fits(window, rows)
+                if vectors is not None:
+                    yield [first + row for row in rows], vectors
+                    continue
+                if len(rows) == 1:
+                    raise torch.OutOfMemoryError(
+                        f"a single text of {lengths[rows[0]]} tokens does not fit in the memory of "
+                        f"{self.device}: lower max_length, or free memory there"
+                    )
+                torch.cuda.empty_cache()
+                left = rows + [row for batch in pending for row in batch]
+                budget = sum(lengths[row] for row in rows) // 2
+                again = token_budget_batches([lengths[row] for row in left], budget)
+                pending = deque([left[index] for index in batch] for batch in again)
+
+    def _embed_if_it_fits(self, window: TokenizedTexts, rows: list[int]) -> torch.Tensor | None:
+        """The vectors of these texts, or None if the device's memory does not hold the batch."""
+        try:
+            return self.embed([window.ids[row] for row in rows], [window.first_pooled[row] for row in rows])
+        except torch.OutOfMemoryError:
+            return None
+
+
+class Result:
+    """The rows of the result, filled in any order: on the device, or on the host while the device runs on."""
+
+    def __init__(self, num_rows: int, width: int, device: torch.device, on_host: bool):
+        self.device, self.on_host = device, on_host
+        self.rows = torch.zeros(num_rows, width, dtype=torch.float32, device="cpu" if on_host else device)
+        self._under_way: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
+
+    def put(self, indices: list[int], vectors: torch.Tensor) -> None:
+        index, vectors = torch.tensor(indices), vectors.float()
+        if not self.on_host or self.device.type != "cuda":
+            self.rows.index_copy_(0, to_device(index, self.rows.device), vectors)
+            return
+        staging = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
+        staging.copy_(vectors, non_blocking=True)
+        arrived = torch.cuda.Event()
+        # the stream of the vectors' device, which need not be the current one
+        arrived.record(torch.cuda.current_stream(self.device))
+        self._under_way.append((index, staging, arrived))
+        self._land(max_left=1)
+
+    def finish(self) -> torch.Tensor | np.ndarray:
+        self._land(max_left=0)
+        return self.rows.numpy() if self.on_host else self.rows
+
+    def _land(self, max_left: int) -> None:
+        while len(self._under_way) > max_left:
+            index, staging, arrived = self._under_way.popleft()
+            arrived.synchronize()
+            self.rows.index_copy_(0, index, staging)
+
+
+class Progress:
+    """A bar over the characters of the texts, which measure the work better than the number of texts does."""
+
+    def __init__(self, texts: list[str], max_length: int, show: bool | None):
+        # the part beyond max_length costs nothing; a token is about four characters
+        self.work = [1 + min(len(text), 4 * max_length) for text in texts]
+        self.done = 0
+        self.bar = tqdm(
+            total=sum(self.work),
+            desc="encode",
+            unit="char",
+            unit_scale=True,
+            # None shows the bar only where standard error is a terminal
+            disable=None if show is None else not show,
+        )
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+
+    def advance(self, indices: list[int]) -> None:
+        self.done += len(indices)
+        self.bar.set_postfix_str(f"{self.done}/{len(self.work)} texts", refresh=False)
+        self.bar.update(sum(self.work[index] for index in indices))
+
+
+def _check_count(name: str, value: int, minimum: int) -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_pooled(window: TokenizedTexts, first: int, max_length: int) -> None:
+    for index, (ids, start) in enumerate(zip(window.ids, window.first_pooled, strict=True)):
+        if start >= len(ids):
+            raise ValueError(
+                f"nothing of prompts[{first + index}] is left to pool: the instruction takes all {len(ids)} "
+                f"tokens (max_length is {max_length}). Raise max_length or shorten the instruction."
+            )

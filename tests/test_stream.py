@@ -1,0 +1,121 @@
+"""From texts to vectors: windows, budget, memory, order."""
+
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from test_encoder import TEXTS, relative
+
+from nvembed_fast import NVEmbed, stream
+from nvembed_fast.stream import Window
+
+
+@pytest.fixture(scope="module")
+def model(tiny_directory):
+    return NVEmbed.from_pretrained(tiny_directory, device="cpu")
+
+
+def test_one_text_one_vector_alone_in_any_batch_in_any_order(model, all_cores):
+    together = model.encode(TEXTS)
+    for budget in (1, 7, 64):
+        assert relative(model.encode(TEXTS, max_batch_tokens=budget), together) < 1e-6
+    assert relative(torch.stack([model.encode(t) for t in TEXTS]), together) < 1e-6
+    order = np.random.default_rng(0).permutation(len(TEXTS))
+    assert relative(model.encode([TEXTS[i] for i in order]), together[order]) < 1e-6
+
+
+def test_windows_keep_the_callers_order(model, monkeypatch):
+    together = model.encode(TEXTS)
+    monkeypatch.setattr(stream, "WINDOW", Window(2, 3))
+    assert relative(model.encode(TEXTS), together) < 1e-6
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 6])
+def test_every_text_is_in_one_window(model, count):
+    texts = replace(model.stream, window=Window(2, 3))
+    windows = list(texts.tokenized([f"t{i}" for i in range(count)], "", 16))
+    assert [first for first, _ in windows] == [f for f in (0, 2, 5) if f < count]
+    assert sum(len(w.ids) for _, w in windows) == count
+
+
+def test_windows_end_before_their_texts_fill_the_memory():
+    window = Window(characters=100)
+    texts = ["x" * n for n in (90, 20, 30, 200, 5, 60, 60)]
+    windows = [(w.start, w.stop) for w in window.slices(texts, max_characters=80)]
+    assert windows == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7)]  # 80+20, 30, 80+5, 60, 60
+    assert list(window.slices([], 80)) == []
+
+
+def test_out_of_memory_halves_the_batch_and_loses_nothing(model, monkeypatch):
+    wanted = model.encode(TEXTS)
+    sizes, run = [], model.model.forward
+
+    def small_device(batch):
+        sizes.append(batch.layout.num_tokens)
+        if batch.layout.num_tokens > 260:
+            raise torch.OutOfMemoryError("small")
+        return run(batch)
+
+    monkeypatch.setattr(model.model, "forward", small_device)
+    assert relative(model.encode(TEXTS), wanted) < 1e-6
+    assert max(sizes) > 260 and sizes.count(max(sizes)) == 1
+
+
+def test_a_budget_once_halved_stays_halved_in_later_windows(model, monkeypatch):
+    failures, run = [], model.model.forward
+
+    def small_device(batch):
+        if batch.layout.num_tokens > 20:
+            failures.append(batch.layout.num_tokens)
+            raise torch.OutOfMemoryError("small")
+        return run(batch)
+
+    texts = ["some words here"] * 30
+    wanted = model.encode(texts)
+    monkeypatch.setattr(stream, "WINDOW", Window(10, 10))
+    monkeypatch.setattr(model.model, "forward", small_device)
+    assert relative(model.encode(texts, max_batch_tokens=40), wanted) < 1e-6
+    assert len(failures) == 1
+
+
+def test_out_of_memory_of_a_single_text_says_what_to_do(model, monkeypatch):
+    def no_device(batch):
+        raise torch.OutOfMemoryError("tiny")
+
+    monkeypatch.setattr(model.model, "forward", no_device)
+    with pytest.raises(torch.OutOfMemoryError, match="a single text of 3 tokens .* lower max_length"):
+        model.encode(["a"])
+
+
+def test_an_interrupt_leaves_the_model_usable(model, monkeypatch):
+    wanted = model.encode(TEXTS)
+    with monkeypatch.context() as patch:
+
+        def interrupted(batch):
+            raise KeyboardInterrupt
+
+        patch.setattr(model.model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            model.encode(TEXTS)
+    assert relative(model.encode(TEXTS), wanted) < 1e-6
+    time.sleep(0.2)
+    assert not [t for t in threading.enumerate() if t.name.startswith("nvembed-tokenize")]
+
+
+def test_a_stream_gives_every_text_once_with_its_vector(model):
+    wanted, got = model.encode(TEXTS), torch.full((len(TEXTS), 64), float("nan"))
+    batches = list(replace(model.stream, window=Window(2, 3))(TEXTS, max_batch_tokens=40))
+    assert len(batches) > 4
+    for indices, vectors in batches:
+        got[indices] = vectors
+    assert sorted(index for indices, _ in batches for index in indices) == list(range(len(TEXTS)))
+    assert relative(got, wanted) < 1e-6
+
+
+@pytest.mark.parametrize("call", [{"texts": ["a", None]}, {"texts": ["a"], "max_length": 2}])
+def test_a_stream_checks_its_arguments_before_it_is_read(model, call):
+    with pytest.raises((TypeError, ValueError), match="must be"):
+        model.stream(**call)
