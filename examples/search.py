@@ -1,0 +1,41 @@
+"""Search a text file, one passage a line, for the passages nearest to a question.
+
+    python examples/search.py passages.txt "how do I parse a date?" --model DIRECTORY
+
+The vectors are kept in passages.npy, so the second search of the same file embeds the question alone.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from nvembed_fast import NVEmbed
+
+TASK = "Given a question, retrieve passages that answer the question"
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("question")
+    parser.add_argument("--model", default="nvidia/NV-Embed-v2", help="directory or hub id [%(default)s]")
+    parser.add_argument("--top", type=int, default=3, help="passages to print [%(default)s]")
+    arguments = parser.parse_args(argv)
+    passages = arguments.file.read_text(encoding="utf-8").splitlines()
+    model = NVEmbed.from_pretrained(arguments.model)
+
+    kept = arguments.file.with_suffix(".npy")
+    if not kept.exists():
+        np.save(kept, model.encode_document(passages, output="numpy"))
+    vectors = np.load(kept)  # [N, D] fp32, unit norm
+    if vectors.shape != (len(passages), model.config.hidden_size):
+        parser.error(f"{kept} does not belong to {arguments.file} and this model: delete it")
+
+    scores = vectors @ model.encode_query(arguments.question, TASK, output="numpy")
+    for index in np.argsort(-scores)[: arguments.top]:
+        print(f"{scores[index]:.4f}  {passages[index]}")
+
+
+if __name__ == "__main__":
+    main()

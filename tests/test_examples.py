@@ -1,0 +1,50 @@
+"""The scripts of examples/ run; the demo has a file of its own, test_demo.py."""
+
+import numpy as np
+import pytest
+import torch
+
+from examples import quickstart, search, train_head
+from nvembed_fast import NVEmbed
+
+
+def test_quickstart_scores_every_passage(tiny_directory, capsys):
+    quickstart.main(["--model", str(tiny_directory)])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith("  ")] == quickstart.QUESTIONS
+    assert [line[10:] for line in lines if line.startswith("  ")] == 2 * quickstart.PASSAGES
+
+
+def test_search_ranks_and_keeps_the_vectors(tiny_directory, tmp_path, capsys, monkeypatch):
+    passages = ["how to bake bread", "what a date is", "the sum of two numbers"]
+    file = tmp_path / "passages.txt"
+    file.write_text("\n".join(passages))
+    arguments = [str(file), "what a date is", "--model", str(tiny_directory), "--top", "2"]
+    search.main(arguments)
+    first = capsys.readouterr().out
+    model = NVEmbed.from_pretrained(tiny_directory)
+    scores = model.encode(passages) @ model.encode_query("what a date is", search.TASK)
+    best = scores.topk(2).indices.tolist()
+    assert [line.split(maxsplit=1)[1] for line in first.splitlines()] == [passages[i] for i in best]
+
+    def encode_document(*_, **__):
+        raise AssertionError("the passages were embedded again")
+
+    monkeypatch.setattr(NVEmbed, "encode_document", encode_document)
+    search.main(arguments)
+    assert capsys.readouterr().out == first
+    np.save(tmp_path / "passages.npy", np.zeros((2, 64), np.float32))
+    with pytest.raises(SystemExit):
+        search.main(arguments)
+    assert "does not belong to" in capsys.readouterr().err
+
+
+def test_train_head_lowers_the_loss_and_leaves_the_backbone(tiny_directory, tmp_path, capsys):
+    torch.manual_seed(0)
+    train_head.main(["--model", str(tiny_directory), "-o", str(tmp_path / "trained")])
+    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    assert len(losses) == 5 and losses[-1] < 0.8 * losses[0], losses
+    before = NVEmbed.from_pretrained(tiny_directory).model
+    after = NVEmbed.from_pretrained(tmp_path / "trained").model
+    changed = {n for n, p in before.named_parameters() if not torch.equal(p, after.get_parameter(n))}
+    assert changed and all(name.startswith("head.") for name in changed)
