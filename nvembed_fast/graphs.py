@@ -1,13 +1,13 @@
 """One text at a time through CUDA graphs, for the latency of a query: the host launches once, not 300 times.
 
-1. A text is put into a bucket of tokens, the next power of two. What is left of the bucket is a second text,
-   which nobody reads: packed texts do not see each other.
-2. All that depends on the text (ids, where it ends, what is pooled, the kernels' tile lists) lies in one
-   int32 buffer on the device. The model is captured once per bucket, reading from there.
+1. A text is put into a bucket of tokens, the next power of two. The rest of the bucket is a second text. Its
+   vector is ignored. It cannot disturb the first one, because packed texts do not see each other.
+2. Everything that depends on the text lies in one int32 buffer on the device: its ids, its end, its pool mask
+   and the kernels' tile lists. The model is captured once per bucket, and reads from that buffer.
 3. A text is one copy into that buffer and one replay.
 
 The invariant: a captured launch depends on the bucket alone. So a tile list has the same length for all texts
-of a bucket; where a text needs fewer tiles, one is computed twice, to the same values.
+of a bucket. If a text needs fewer tiles, one tile is computed twice, to the same values.
 
 A graph holds the addresses it was captured with. It is captured anew when a weight has changed or moved.
 """
@@ -24,7 +24,7 @@ from nvembed_fast.kernels.layout import SeqLayout, to_device
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
-__all__ = ["MIN_BUCKET", "MAX_TOKENS", "BucketLayout", "SingleTextGraphs", "captured"]
+__all__ = ["MAX_TOKENS", "MIN_BUCKET", "BucketLayout", "SingleTextGraphs", "captured"]
 
 T = TypeVar("T")
 
@@ -34,9 +34,9 @@ MIN_BUCKET = 16
 
 
 class BucketLayout(SeqLayout):
-    """A text and the rest of its bucket, on device tensors that stay where they are.
+    """A text and the rest of its bucket, on device tensors that keep their addresses.
 
-    The host's lists are those of a text that fills the bucket: launches must not depend on them.
+    The host's lists are those of a text that fills the bucket. Launches must not depend on them.
 
     Attributes:
         input_ids: [bucket] int32 on the device.
@@ -48,15 +48,15 @@ class BucketLayout(SeqLayout):
         Args:
             bucket: T.
             device: of the buffer.
-            blocks: of the tile lists that will be asked for.
+            blocks: of the tile lists that the kernels will ask for.
         """
         super().__init__((bucket, 0), device)
         self.blocks = blocks
         shapes = [(bucket,), (bucket,), (3,), (bucket,), *((self._num_tiles(b), 2) for b in blocks)]
         sizes = [math.prod(shape) for shape in shapes]
         self._buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        pieces = self._buffer.split(sizes)
-        views = [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
+        chunks = self._buffer.split(sizes)
+        views = [chunk.view(shape) for chunk, shape in zip(chunks, shapes, strict=True)]
         self.input_ids, self.keep, self.cu_seqlens, self.positions, *tiles = views
         self._cache = {("tiles", block): tile for block, tile in zip(blocks, tiles, strict=True)}
 
@@ -79,7 +79,7 @@ class BucketLayout(SeqLayout):
         raise AssertionError(f"a bucket of {self.num_tokens} tokens is cut into {block}: lower MAX_TOKENS")
 
     def _num_tiles(self, block: int) -> int:
-        """The most that a text and the rest of the bucket can have together."""
+        """The max number of tiles of a text and the rest of its bucket together."""
         return -(-self.num_tokens // block) + 1
 
 
@@ -88,7 +88,7 @@ class _Graph:
     layout: BucketLayout
     replay: Callable[[], torch.Tensor]
     state: tuple
-    held: object  # what a replay reads and nobody else might keep
+    held: object  # tensors that a replay reads and that nothing else need keep alive
 
 
 class SingleTextGraphs:
@@ -105,7 +105,7 @@ class SingleTextGraphs:
 
         Args:
             ids: [S] int, S at most MAX_TOKENS.
-            first_pooled: how many leading tokens stay out of the pooling.
+            first_pooled: the number of leading tokens that are not pooled.
         """
         bucket = max(MIN_BUCKET, 1 << (len(ids) - 1).bit_length())
         state = self._state()
@@ -148,11 +148,11 @@ class SingleTextGraphs:
 
 
 def captured(run: Callable[[], T], pool=None) -> Callable[[], T]:
-    """A replay of `run` by a CUDA graph; it gives the result, always at the same place."""
+    """A replay of `run` by a CUDA graph. It returns the result, which always has the same address."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        # what is compiled or built at the first run cannot be captured
+        # the first run compiles and builds, which cannot be captured
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()

@@ -1,6 +1,6 @@
 """Packed batches: the tokens of many texts one after another, no padding between them.
 
-Padding exists only at the edges of the package: `from_padded` takes it away,
+Padding exists only at the edges of the package. `from_padded` removes it, and
 `pad_rows` puts it back for callers of the padded API.
 """
 
@@ -22,7 +22,7 @@ class PackedBatch:
     Attributes:
         input_ids: [T] int64 token ids.
         layout: where the sequences lie.
-        pool_mask: [T] bool; False leaves a token out of the pooling. None pools all.
+        pool_mask: [T] bool, True at the tokens to pool. None pools all.
     """
 
     input_ids: torch.Tensor
@@ -37,7 +37,7 @@ class PackedBatch:
 
         Args:
             ids: one int array per text.
-            first_pooled: per text, how many leading tokens stay out of the pooling.
+            first_pooled: per text, the number of leading tokens that are not pooled.
             device: where the batch goes, without waiting for the device.
         """
         layout = SeqLayout([len(i) for i in ids], device)
@@ -52,16 +52,16 @@ class PackedBatch:
 def from_padded(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pool_mask: torch.Tensor | None = None
 ) -> tuple[PackedBatch, torch.Tensor]:
-    """Take the padding out of a padded batch.
+    """Remove the padding of a padded batch.
 
     Args:
         input_ids: [B, S] int.
         attention_mask: [B, S], nonzero at real tokens: one unbroken block per row, at the left or the right.
             None means that there is no padding.
-        pool_mask: [B, S], nonzero at tokens to pool; None pools all real tokens.
+        pool_mask: [B, S], nonzero at tokens to pool. None pools all real tokens.
 
     Returns:
-        The batch, and [T] int64: the flat place b * S + s of each of its tokens, for `pad_rows`.
+        The batch, and [T] int64: the flat position b * S + s of each of its tokens, for `pad_rows`.
     """
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, S], got {tuple(input_ids.shape)}")
@@ -82,7 +82,7 @@ def from_padded(
 
 
 def pad_rows(rows: torch.Tensor, places: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """[T, D] packed rows back to [B, S, D] with zeros at the pads. Inverse of `from_padded`."""
+    """[T, D] packed rows back to [B, S, D] with zeros at the pads. This is the inverse of `from_padded`."""
     padded = rows.new_zeros(shape[0] * shape[1], rows.shape[1])
     return padded.index_copy(0, places, rows).unflatten(0, shape)
 
@@ -90,7 +90,7 @@ def pad_rows(rows: torch.Tensor, places: torch.Tensor, shape: tuple[int, int]) -
 def token_budget_batches(lengths: Sequence[int], max_batch_tokens: int) -> list[list[int]]:
     """Cut texts into batches of at most `max_batch_tokens` tokens, longest first.
 
-    Sorted so that neighbours have equal lengths, and so that a batch that does not fit in memory comes first.
+    Neighbours of the sorted texts have similar lengths, and a batch that does not fit in memory comes first.
     A text longer than the budget is a batch of its own.
 
     Returns:

@@ -56,7 +56,7 @@ class Absorbed:
     def __init__(self, head: LatentHead):
         self.head = head
         with torch.no_grad():
-            self.a, self.b = head._absorbed()
+            self.a, self.b = head.absorbed()
 
     def __call__(self, h_TD: torch.Tensor) -> torch.Tensor:
         head = self.head

@@ -110,7 +110,7 @@ class LatentHead(AttentionHead):
         return self._cache.copy()
 
     def _build(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._absorbed() if self.form() == "absorbed" else self._keys_and_values()
+        return self.absorbed() if self.form() == "absorbed" else self._keys_and_values()
 
     def _constant(self) -> tuple[torch.Tensor, torch.Tensor]:
         """What depends on weights only; from the cache if they are frozen."""
@@ -147,7 +147,7 @@ class LatentHead(AttentionHead):
         k_LNH, v_LNH = rearrange(kv, "l (two n h) -> two l n h", two=2, n=self.config.num_cross_heads)
         return k_LNH, v_LNH
 
-    def _absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def absorbed(self) -> tuple[torch.Tensor, torch.Tensor]:
         """A and B, [N * L, D] each: multiplied out in fp32, head by head, and rounded once."""
         with torch.autocast(self.latents.device.type, enabled=False):
             return self._multiplied_out()
