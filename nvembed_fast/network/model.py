@@ -20,7 +20,7 @@ class NVEmbedModel(nn.Module):
 
     Attributes:
         embedding_model: the backbone.
-        head: what makes one vector of a text's tokens.
+        head: makes one vector of the tokens of a text.
     """
 
     def __init__(self, config: NVEmbedConfig):

@@ -1,10 +1,10 @@
-"""From hidden states of packed tokens to one vector per text: the interface, and the latent head's rivals.
+"""From hidden states of packed tokens to one vector per text: the interface, and the simpler heads.
 
-`LatentHead` has a file of its own. The others are there for the comparison of
-arXiv 2405.17428, table 1: EOS, mean and self-attention. The paper gives no
-equations for the last; here it is the latent head with self-attention of the
-backbone's shape (a layer's own number of heads and head width, no rotation) in
-the place of the latents, so that the two differ in that alone.
+`LatentHead` has a file of its own. The EOS, mean and self-attention heads are
+its baselines in arXiv 2405.17428, table 1. The paper gives no equations for the
+self-attention head. Here it is the latent head with self-attention in place of
+the latents, so that the two differ in that alone. Its shape is the backbone's:
+a layer's own number of heads and head width, without rotation.
 
 Shape suffixes: B texts, T packed tokens, D model width, N heads, H head width, F = 4 D.
 """
@@ -26,7 +26,7 @@ _FEED_FORWARD_RATIO = 4
 
 
 class PoolingHead(nn.Module):
-    """What every head does: `pool`, then the normalisation."""
+    """The interface of every head: `pool`, then the normalisation."""
 
     def __init__(self, output_normalize: bool):
         super().__init__()
@@ -40,7 +40,7 @@ class PoolingHead(nn.Module):
         Args:
             h_TD: [T, D] hidden states of the backbone.
             layout: where the texts lie.
-            pool_mask: [T] bool; False leaves a token out. None pools all.
+            pool_mask: [T] bool. False skips a token. None pools all.
 
         Returns:
             [B, D] fp32 (float64 for float64), of unit norm when the config says so.
@@ -49,7 +49,7 @@ class PoolingHead(nn.Module):
         return F.normalize(pooled_BD, dim=-1) if self.output_normalize else pooled_BD
 
     def built_once(self) -> AbstractContextManager:
-        """Around a training step: what depends on weights only is built once. Only `LatentHead` has such."""
+        """Around a training step. Only `LatentHead` has tensors to build once for the step."""
         return nullcontext()
 
     def cached(self) -> dict:
@@ -73,7 +73,7 @@ class MeanHead(PoolingHead):
 
 
 class EOSHead(PoolingHead):
-    """The last token of every text, whatever the mask says; zeros for a text without tokens."""
+    """The last token of every text, whatever the mask says. A text without tokens gives zeros."""
 
     def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
         starts, stops = layout.cu_seqlens[:-1], layout.cu_seqlens[1:]
