@@ -1,9 +1,8 @@
 """The published config.json as frozen dataclasses, read and written without loss of meaning.
 
-Field names are the file's. What the original reads from defaults instead of the
-file (the latent head of the published checkpoints names only its model_type)
-has the same defaults here; what it states but never applies (`sliding_window`,
-`mask_type`, `add_eos`) is not kept.
+Field names are the file's. The published config.json leaves the sizes of the latent head to the original's
+defaults, which are the defaults here. Fields that the original states but never applies (`sliding_window`,
+`mask_type`, `add_eos`) are dropped.
 """
 
 import json
@@ -76,7 +75,7 @@ class BackboneConfig:
         """Read a transformers config of a Mistral or Llama decoder, of transformers 4 or 5.
 
         Raises:
-            ValueError: it asks for something this backbone does not compute.
+            ValueError: it asks for something that this backbone does not compute.
         """
         raw = dict(raw)
         rope = raw.pop("rope_parameters", None) or {}  # the form of transformers 5
@@ -125,14 +124,14 @@ class NVEmbedConfig:
 
     Attributes:
         text_config: the backbone.
-        latent_attention_config: the latent attention head; its `output_normalize` holds for every head.
-        pooling_head: how token states become one vector. "latent" is the published models'; the others are
-            the rivals of arXiv 2405.17428, table 1.
-        is_mask_instruction: leave the instruction's tokens out of the pooling.
-        pooling_start: how the first pooled token is found behind an instruction. "token_count" drops as many
-            tokens as the instruction has on its own, as the published checkpoints do; "text_offset" pools
-            from the first token that starts behind the instruction's last non-space character, for tokenizers
-            that merge across that border.
+        latent_attention_config: the latent attention head. Its `output_normalize` holds for every head.
+        pooling_head: how token states become one vector. The published models have "latent". The others are
+            the baselines of arXiv 2405.17428, table 1.
+        is_mask_instruction: whether the instruction's tokens are excluded from the pooling.
+        pooling_start: how the first pooled token behind an instruction is found. "token_count" drops as many
+            tokens as the instruction has on its own, as the published checkpoints do. "text_offset" pools
+            from the first token that starts behind the instruction's last non-space character. It is for
+            tokenizers that merge across that border.
         torch_dtype: the dtype of the stored weights.
     """
 
@@ -160,7 +159,7 @@ class NVEmbedConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "NVEmbedConfig":
-        """Read a config.json. Raises ValueError when it is not an NV-Embed model's."""
+        """Read the content of config.json. Raises ValueError if the model is no NV-Embed model."""
         if raw.get("model_type") != "nvembed":
             raise ValueError(
                 f"config.json has model_type {raw.get('model_type')!r}, expected 'nvembed'. To start a new "
@@ -174,7 +173,7 @@ class NVEmbedConfig:
 
     @classmethod
     def from_file(cls, path: Path) -> "NVEmbedConfig":
-        """Read config.json; errors name the file."""
+        """Read config.json. Errors name the file."""
         if not path.is_file():
             raise FileNotFoundError(
                 f"{path.parent} has no {path.name}: it is no model directory (nvembed-fast init makes one)"
@@ -186,7 +185,7 @@ class NVEmbedConfig:
             raise ValueError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of config.json; `from_dict` gives this object back."""
+        """The content of config.json. `from_dict` gives this object back."""
         raw = asdict(self)
         raw["text_config"] |= {"model_type": "bidir_mistral", "hidden_act": "silu"}
         raw["latent_attention_config"]["model_type"] = "latent_attention"

@@ -16,7 +16,7 @@ __all__ = ["replacing", "replacing_together"]
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """An empty file beside `path` to write to; it takes the place of `path` when the block ends.
+    """Give an empty file beside `path` to write to. It takes the place of `path` when the block ends.
 
     An error or an interruption removes it and leaves `path` as it was.
     """
@@ -34,20 +34,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_together(directory: Path, *, key: str, is_outdated: Callable[[str], object]) -> Iterator[Path]:
-    """An empty folder to write to; its files take their places in `directory` when the block ends.
+    """Give an empty folder to write to. Its files take their places in `directory` when the block ends.
 
     An error or an interruption leaves `directory` with all the old files (absent, where it was absent) or,
     from the last rename on, with all the new ones. A killed process may leave `.saving-*` (new) and `.old-*`
     (old) in it, and never a mix of both beside the key file.
 
     Args:
-        directory: created with its parents if need be.
+        directory: created, with its parents, if it is not there.
         key: the file without which the directory holds no model. It leaves first and comes last.
         is_outdated: whether an old file of this name goes even if no new one replaces it.
 
     Raises:
-        OSError: the old files cannot be put back. The two folders that hold the rest of the old and the new
-            ones are named.
+        OSError: the old files cannot be put back. The message names the two folders that hold the rest of the
+            old and the new ones.
     """
     with _created(directory):
         aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
@@ -72,7 +72,7 @@ def _ordinary_mode() -> int:
 
 @contextmanager
 def _created(directory: Path) -> Iterator[None]:
-    """Create the directory and its parents; on an error, remove those created here if they are empty."""
+    """Create the directory and its parents. On an error, remove those created here if they are empty."""
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)

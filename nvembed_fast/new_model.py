@@ -35,19 +35,20 @@ def init_model(
 
     Args:
         source: a Hugging Face directory or hub id, or a GGUF file.
-        output_directory: created; must not hold a model yet.
+        output_directory: created. It must not hold a model yet.
         num_latents: latents of the head.
-        num_heads: heads of its attention.
-        head_width: the width of one; None takes 64 for decoders narrower than 2048, else the published 4096.
-        dtype: of the stored weights; None takes the decoder's own, and float16 for quantised ones: its
+        num_heads: heads of the latent attention.
+        head_width: width of one of these heads. None takes 64 for decoders narrower than 2048, else the
+            published 4096.
+        dtype: the stored dtype. None takes the decoder's own, and float16 for quantised weights, because its
             rounding (2**-11) lies far below a quantisation step.
-        seed: of the fresh head; the same seed gives the same head in every dtype.
-        pooling_head: "latent", or for comparison "mean", "eos" or "self_attention"; the three arguments about
-            latents then mean nothing.
+        seed: seed of the fresh head. The same seed gives the same head in every dtype.
+        pooling_head: "latent", or for comparison "mean", "eos" or "self_attention". Those ignore the three
+            arguments about latents.
 
     Raises:
         FileExistsError: the output directory holds a model.
-        FileNotFoundError, ValueError, ImportError: the decoder cannot be used, and why.
+        FileNotFoundError, ValueError, ImportError: the decoder cannot be used. The message says why.
     """
     output_directory = Path(output_directory)
     if (output_directory / CONFIG_FILE).exists():
@@ -63,8 +64,8 @@ def init_model(
     if head_width is None:
         head_width = _SMALL_HEAD_WIDTH if width < _SMALL_WIDTH else _PUBLISHED_HEAD_WIDTH
     head = LatentConfig(num_latents, num_heads, head_width, hidden_dim=width, latent_dim=width)
-    # another tokenizer may merge across the border between instruction and text, so the published rule
-    # (drop as many tokens as the instruction has alone) would drop the text's first word with it
+    # the published rule drops as many tokens as the instruction has alone. A tokenizer that merges across the
+    # border between instruction and text would lose the text's first word by it
     config = NVEmbedConfig(decoder.config, head, pooling_start="text_offset", pooling_head=pooling_head)
     with torch.device("meta"):
         model = NVEmbedModel(config)
@@ -77,7 +78,7 @@ def init_model(
 
 
 def _fresh_head(head: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
-    """What PyTorch's own modules start with, drawn from one generator in fp32, parameter by parameter."""
+    """The initial values of PyTorch's own modules, drawn in fp32 from one generator."""
     for name, parameter in head.named_parameters(recurse=False):  # the latents
         yield name, torch.randn(parameter.shape, generator=generator)
     for name, module in head.named_children():

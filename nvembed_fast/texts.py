@@ -45,7 +45,7 @@ def _opened(file: str) -> Iterator[TextIO]:
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
         yield sys.stdin
     else:
-        # only line feeds end a text, whatever else a line holds; a byte order mark is no part of it
+        # only line feeds end a text, and a byte order mark is no part of it
         with open(file, encoding="utf-8-sig", newline="\n") as lines:
             yield lines
 

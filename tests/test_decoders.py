@@ -52,7 +52,7 @@ def test_a_hugging_face_directory_becomes_a_model(tmp_path, kind, part, tied, sh
     ]
     model = load_model(tmp_path / "out").requires_grad_(False)
     assert model.config.torch_dtype == "float32"
-    assert not model.config.text_config.is_causal, "an encoder sees both ways, whatever the decoder did"
+    assert not model.config.text_config.is_causal, "an encoder sees both ways, even if the decoder did not"
     backbone = model.embedding_model
     for layer in backbone.layers:
         layer.self_attn.is_causal = is_causal

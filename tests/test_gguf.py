@@ -133,7 +133,7 @@ TRICKY = [
 
 
 def test_real_token_ids(real):
-    """The rule is GPT-2's words with every digit cut off before; the file names it `smollm`."""
+    """The file names the rule `smollm`: GPT-2's words, with every digit cut off before."""
     backend = real.tokenizer.backend
     for text in [*TRICKY, "v1.2.3  45", "a  5", "x\n\n5", "\u00bd \u2460 \u0663"]:
         ids = backend.encode(text).ids
@@ -150,7 +150,7 @@ def test_real_token_ids(real):
 
 @pytest.mark.slow
 def test_real_token_ids_equal_transformers_where_no_digit_follows_a_blank(real, real_file):
-    """transformers forgets the digits rule when it reads this file; everything else must agree."""
+    """transformers forgets the digits rule when it reads this file. Everything else must agree."""
     from transformers import AutoTokenizer
 
     other = AutoTokenizer.from_pretrained(real_file.parent, gguf_file=real_file.name)
@@ -203,8 +203,8 @@ def test_absent_facts_take_their_defaults(tmp_path):
             {"facts": {"llama.feed_forward_length": 81}},
             r"'blk.0.ffn_gate.weight' must be \[81, 48\], found \[",
         ),
-        ({"leave_out": ["blk.1.attn_q.weight"]}, "tensor 'blk.1.attn_q.weight' is missing"),
-        ({"leave_out": ["token_embd.weight"]}, "tensor 'token_embd.weight' is missing"),
+        ({"skip": ["blk.1.attn_q.weight"]}, "tensor 'blk.1.attn_q.weight' is missing"),
+        ({"skip": ["token_embd.weight"]}, "tensor 'token_embd.weight' is missing"),
         ({"tensors": {"rope_freqs.weight": np.ones(8, np.float32)}}, "it holds 'rope_freqs.weight'"),
         ({"tensors": {"blk.0.attn_q.bias": np.ones(64, np.float32)}}, "it holds 'blk.0.attn_q.bias'"),
         (

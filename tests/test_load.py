@@ -42,10 +42,10 @@ def test_on_a_gpu_the_checkpoints_dtype_is_kept():
     assert torch.equal(model.embedding_model.embed_tokens.weight.cpu(), stored[EMBEDDING])
 
 
-def test_large_tensors_are_copied_in_pieces(monkeypatch):
-    monkeypatch.setattr(load, "_PIECE_BYTES", 64 * 4 * 7)
-    pieces = list(load._pieces(TINY / "model.safetensors", QUERY, (64, 64)))
-    assert len(pieces) == 10 and pieces[-1][0] == slice(63, 64)
+def test_large_tensors_are_copied_in_chunks(monkeypatch):
+    monkeypatch.setattr(load, "_CHUNK_BYTES", 64 * 4 * 7)
+    chunks = list(load._chunks(TINY / "model.safetensors", QUERY, (64, 64)))
+    assert len(chunks) == 10 and chunks[-1][0] == slice(63, 64)
     assert torch.equal(
         load_model(TINY).embedding_model.layers[1].self_attn.qkv_proj.weight[:64],
         load_file(TINY / "model.safetensors")[QUERY].float(),

@@ -47,7 +47,7 @@ def real_names_and_shapes() -> dict[str, list[int]]:
 
 
 def test_the_real_model_has_the_published_names_shapes_and_bytes():
-    # all that the published config.json says of the head is its model_type
+    # the published config.json states of the head only its model_type
     config = NVEmbedConfig.from_dict(
         {"model_type": "nvembed", "latent_attention_config": {"model_type": "latent_attention"}}
     )

@@ -45,7 +45,7 @@ def test_round_trip_is_bit_exact(tmp_path, max_shard_bytes):
     if max_shard_bytes == 5_000_000_000:
         assert files == ["config.json", "model.safetensors"]
         modes = {(tmp_path / "a" / "b" / file).stat().st_mode for file in files}
-        assert len(modes) == 1, "whoever may read the config may read the weights"
+        assert len(modes) == 1, "a user who may read the config may not read the weights"
     else:
         assert set(files) - set(weights) == {"config.json", "model.safetensors.index.json"}
         assert len(weights) == (43 if max_shard_bytes == 1 else 3)
@@ -201,7 +201,7 @@ def test_an_interruption_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, 
 
         def interrupt():
             nonlocal calls
-            # what a killed process would leave here: no model, or a whole one
+            # a process killed here leaves no model or a whole one
             now = {n: b for n, b in everything(root).items() if b is not None and "/." not in f"/{n}"}  # noqa: B023
             assert not any(n.endswith("config.json") for n in now) or now in wholes
             calls += 1
@@ -225,7 +225,7 @@ def test_an_interruption_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, 
     assert len(outcomes) > len(new_model) and outcomes == sorted(outcomes) and len(set(outcomes)) == 2
 
 
-# five files of the old model leave, two of the new one come; then one goes back and the five after it
+# five files of the old model leave and two of the new one come. Then one goes back and the five after it
 @pytest.mark.parametrize("fails", [(2, 3), (6, 7), (6, 11), (7, 8), (7, 9), (7, 11), (7, 13)])
 def test_an_old_model_that_cannot_be_put_back_is_named(sharded, monkeypatch, fails):
     before = everything(sharded)
@@ -295,7 +295,7 @@ def test_values_that_do_not_fit_are_not_saved(tmp_path):
 
 
 def test_configs_differ_only_in_what_they_say(tmp_path):
-    """`save_model` writes what `load_model` reads back, whatever the config says."""
+    """`load_model` reads back every field of the config that `save_model` wrote."""
     config = dataclasses.replace(
         NVEmbedConfig.from_file(TINY / "config.json"), pooling_start="text_offset", is_mask_instruction=False
     )

@@ -30,7 +30,7 @@ def save_sharded(directory: Path) -> Path:
 
 
 def edit_weights(directory: Path, **changes: torch.Tensor | None) -> None:
-    """Write the weights anew with tensors replaced, added, or (None) left out."""
+    """Write the weights anew with tensors replaced, added, or (None) removed."""
     weights = load_file(directory / "model.safetensors") | changes
     kept = {name: value for name, value in weights.items() if value is not None}
     save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})

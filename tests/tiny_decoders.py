@@ -86,7 +86,7 @@ def write_mistral(directory: Path) -> Path:
     return directory
 
 
-def write_gguf(file: Path, model=None, facts=None, tokenizer=None, tensors=None, leave_out=()) -> Path:
+def write_gguf(file: Path, model=None, facts=None, tokenizer=None, tensors=None, skip=()) -> Path:
     """A llama file as llama.cpp's converter writes it: q and k rows in its own order."""
     import gguf
 
@@ -150,7 +150,7 @@ def write_gguf(file: Path, model=None, facts=None, tokenizer=None, tensors=None,
         }
         add.get(type(value), writer.add_array)(name, value)
     for name, array in stored.items():
-        if name not in leave_out:
+        if name not in skip:
             writer.add_tensor(name, np.ascontiguousarray(array))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -1,4 +1,4 @@
-"""Published checkpoint directories: names, the hub, loading, saving; decoders to start from."""
+"""Published checkpoint directories: names, the hub, loading and saving. Decoders to start from."""
 
 from nvembed_fast.checkpoint.hub import resolve
 from nvembed_fast.checkpoint.load import load_model

@@ -16,14 +16,15 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from nvembed_fast.checkpoint.load import empty_parameters
 from nvembed_fast.checkpoint.names import Slot, backbone_tensors, tokenizer_files
 from nvembed_fast.config import BackboneConfig
+from nvembed_fast.placement import dtype_name
 from nvembed_fast.tokenization import TextTokenizer
 
 __all__ = ["GGUFFile"]
 
 # kinds of tokens
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
-# how a byte-level tokenizer cuts text before merging, by the name in the file: into the words of GPT-2, and
-# whether every digit stands alone before that
+# rules by which a byte-level tokenizer cuts text before it merges: all cut into the words of GPT-2. The value
+# says whether every digit is cut off before that
 _PRE_TOKENIZERS = {"gpt-2": False, "smollm": True, "starcoder": True, "refact": True, "command-r": True}
 _USE_DIRECTORY = "Start from the decoder's Hugging Face directory instead: it has tokenizer.json"
 
@@ -66,7 +67,6 @@ class GGUFFile:
         from gguf import quants
 
         values = empty_parameters(self._slots, device=torch.device("cpu"), dtype=dtype)
-        stored_as = str(dtype).removeprefix("torch.")
         for name, slot in self._slots.items():
             data = quants.dequantize(self._stored[name].data, self._stored[name].tensor_type)
             value = torch.from_numpy(np.array(data, dtype=np.float32)).reshape(slot.shape)
@@ -75,7 +75,7 @@ class GGUFFile:
             target = values[slot.parameter][slot.rows].copy_(value)
             if not torch.stack(target.aminmax()).isfinite().all():
                 raise ValueError(
-                    f"{self._file}: tensor {name!r} holds NaN, Inf or more than {stored_as} holds"
+                    f"{self._file}: tensor {name!r} holds NaN, Inf or more than {dtype_name(dtype)} holds"
                 )
         return values
 
@@ -109,7 +109,7 @@ def _config(facts: dict[str, Any], stored: dict[str, Any]) -> BackboneConfig:
 
     heads, width = fact("attention.head_count"), fact("embedding_length")
     head_dim = fact("attention.key_length", width // heads)
-    # what the backbone would silently leave out
+    # features that the backbone would silently ignore
     for name, harmless in (
         ("rope.scaling.type", "none"),
         ("rope.scale_linear", 1.0),
@@ -131,7 +131,7 @@ def _config(facts: dict[str, Any], stored: dict[str, Any]) -> BackboneConfig:
         head_dim=head_dim,
         max_position_embeddings=fact("context_length"),
         rope_theta=fact("rope.freq_base", 10000.0),
-        # stored as fp32: back to the decimal number it was
+        # stored as fp32: round it back to the decimal number
         rms_norm_eps=float(str(np.float32(fact("attention.layer_norm_rms_epsilon")))),
     )
 
@@ -176,14 +176,14 @@ def _check_tensors(names: dict[str, Slot], stored: dict[str, Any]) -> None:
 def _half_split_rows(weight: torch.Tensor, head_dim: int) -> torch.Tensor:
     """Rows of a query or key projection from llama.cpp's order to ours.
 
-    A pair that is rotated together lies side by side there, and half a head apart here.
+    llama.cpp stores the two rows that are rotated together side by side. Ours lie half a head apart.
     """
     pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def _tokenizer(facts: dict[str, Any]) -> tuple[Tokenizer, dict[str, str]]:
-    """The tokenizer a GGUF file carries, and its special tokens by role."""
+    """The tokenizer in a GGUF file, and its special tokens by role."""
 
     def fact(name: str, *default: Any) -> Any:
         if (value := facts.get(f"tokenizer.ggml.{name}", *default)) is None and not default:
@@ -237,7 +237,7 @@ def _byte_level_tokenizer(vocab: dict[str, int], merges: list[str], rule: str) -
 def _sentencepiece_tokenizer(
     vocab: dict[str, int], scores: list[float], types: list[int], add_space_prefix: bool
 ) -> Tokenizer:
-    """SentencePiece stores no merges: any two pieces that make a third merge, the best third first."""
+    """SentencePiece stores no merges. Any two pieces that make a third one merge, the best third first."""
     mergeable = {t: i for t, i in vocab.items() if types[i] in (_NORMAL, _USER_DEFINED)}
     found = [
         (-scores[index], index, vocab[piece[:cut]], vocab[piece[cut:]], (piece[:cut], piece[cut:]))

@@ -31,7 +31,7 @@ def resolve(
         ValueError: the path is a file.
     """
     name, path = str(path_or_id), Path(path_or_id).expanduser()
-    if name and path.is_dir():  # no name is no directory: as a path it would be the working directory
+    if name and path.is_dir():  # an empty name as a path would be the working directory
         return path
     if path.is_file():
         raise ValueError(f"{path} is a file: pass the directory that holds {CONFIG_FILE} and the weights")
@@ -52,7 +52,7 @@ def resolve(
         )
     except HFValidationError as error:
         raise FileNotFoundError(f"no directory {name}, and no hub id either: {error}") from error
-    except OSError as error:  # every error of the hub's client and of the network below it is one
+    except OSError as error:  # all errors of the hub's client and of the network are OSErrors
         raise FileNotFoundError(_why_not_fetched(name, revision, error)) from error
     return Path(snapshot)
 
@@ -60,15 +60,15 @@ def resolve(
 def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:
     from huggingface_hub import errors
 
-    what = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
+    model = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
     if isinstance(error, errors.GatedRepoError):
         return (
-            f"hub id {what} is gated: accept its terms on its page, then pass token=... (or: hf auth login)"
+            f"hub id {model} is gated: accept its terms on its page, then pass token=... (or: hf auth login)"
         )
     if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
-        return f"no directory {name}, and the hub has no {what}, or not without a token (token=...)"
+        return f"no directory {name}, and the hub has no {model}, or not without a token (token=...)"
     return (
-        f"no directory {name}, and hub id {what} is neither cached nor within reach "
+        f"no directory {name}, and hub id {model} is neither cached nor within reach "
         f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
         f"Where there is a network, run: hf download {name} --local-dir DIRECTORY, and pass that directory "
         "(NVIDIA's need their terms accepted on the hub, and hf auth login)"

@@ -1,11 +1,10 @@
-"""The published checkpoint directory -> our modules, tensor by tensor.
+"""Read a published checkpoint directory into our modules, tensor by tensor.
 
-1. Everything that can be wrong without reading weights (files, names, shapes,
-   dtypes) is checked from the headers before the first byte is copied.
-2. The model is built on the meta device; each tensor is copied in pieces of at
-   most 64 MiB straight into its rows on its device, in its dtype. A piece maps
-   the file anew, because touched pages of a mapping count as memory in use.
-3. What was copied is checked for NaN and Inf where it lies.
+1. Files, names, shapes and dtypes are checked from the headers before any weight is read.
+2. The model is built on the meta device. Each tensor is copied straight into its rows on its device, in its
+   dtype, in chunks of at most 64 MiB. Each chunk maps the file anew, because touched pages of a mapping count
+   as memory in use.
+3. The copied tensors are checked for NaN and Inf on their device.
 
 Only safetensors files are read: a pickle can run code.
 """
@@ -36,7 +35,7 @@ from nvembed_fast.placement import DTYPES, Placement, dtype_name
 __all__ = ["empty_parameters", "load_model", "load_weights", "stored_tensors"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_PIECE_BYTES = 64 * 2**20
+_CHUNK_BYTES = 64 * 2**20
 _BAR_AFTER_S = 2.0
 
 
@@ -50,18 +49,18 @@ def load_model(
 ) -> NVEmbedModel:
     """Read a published checkpoint directory.
 
-    Host memory beyond the weights stays within two pieces of 64 MiB, on any device.
+    Host memory beyond the weights stays within two chunks of 64 MiB, on any device.
 
     Args:
         directory: config.json, and model.safetensors or shards with their index.
         config: its config.json, if the caller has parsed it already.
         device: where the weights go.
-        dtype: of the weights. None takes float32 on a CPU and the checkpoint's own (torch_dtype) elsewhere.
-        progress: show a bar. None shows one in a terminal, when loading takes more than two seconds.
+        dtype: the weights' dtype. None takes float32 on a CPU, else the checkpoint's own (torch_dtype).
+        progress: whether to show a bar. None shows one in a terminal if loading takes more than two seconds.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file or a tensor is not what the config asks for, or holds NaN or Inf.
+        ValueError: a file or a tensor does not match the config, or holds NaN or Inf.
     """
     directory = Path(directory)
     config = config or NVEmbedConfig.from_file(directory / CONFIG_FILE)
@@ -70,7 +69,7 @@ def load_model(
         model = NVEmbedModel(config)
     table = published_tensors(config)
     values = load_weights(directory, table, device=place.device, dtype=place.dtype, progress=progress)
-    # strict: a parameter of ours that the table does not name is an error here, never a tensor left on meta
+    # strict: a parameter that the table does not name is an error here, never a tensor left on meta
     model.load_state_dict(values, assign=True)
     return model
 
@@ -78,7 +77,7 @@ def load_model(
 def empty_parameters(
     table: dict[str, Slot], *, device: torch.device, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """Our parameters that the slots of `table` fill, uninitialised: memory is taken as they are filled."""
+    """The parameters that the slots of `table` fill, uninitialised. Memory is taken as they are filled."""
     shapes: dict[str, tuple[int, ...]] = {}
     for slot in table.values():
         height = max(slot.rows.stop, shapes.get(slot.parameter, (0,))[0])
@@ -95,9 +94,9 @@ def load_weights(
     ignored: re.Pattern = HARMLESS,
     progress: bool | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Read the tensors that `table` names from a directory of safetensors: our parameters by name.
+    """Read the tensors that `table` names from a directory of safetensors. Returns our parameters by name.
 
-    `ignored` matches the names that may lie beside them. Otherwise as `load_model`.
+    `ignored` matches the names of tensors that may lie beside them. Errors are those of `load_model`.
     """
     files = stored_tensors(directory)
     _check_tensors(directory, files, table, ignored)
@@ -109,8 +108,8 @@ def load_weights(
             for name in filter(table.__contains__, header):
                 slot = table[name]
                 target = values[slot.parameter][slot.rows]
-                for rows, piece in _pieces(file, name, slot.shape):
-                    target[rows].copy_(piece.to(device))
+                for rows, chunk in _chunks(file, name, slot.shape):
+                    target[rows].copy_(chunk.to(device))
                     bar.update(target[rows].nbytes)
                 extremes[name] = torch.stack(target.aminmax())
             # one wait for the device per file
@@ -119,7 +118,7 @@ def load_weights(
 
 
 def stored_tensors(directory: Path) -> dict[Path, dict[str, tuple[str, tuple[int, ...]]]]:
-    """Per safetensors file of a directory: its tensors' (dtype, shape), from the headers alone.
+    """Read the headers of a directory's safetensors files: file -> tensor -> (dtype, shape).
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or damaged, or the index and the files disagree.
@@ -180,15 +179,15 @@ def _read_index(index: Path) -> dict[str, str]:
             if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
                 raise ValueError(f"{tensor!r} is placed in {file!r}, which is no safetensors file beside it")
     except (ValueError, KeyError, TypeError) as error:
-        what = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{index}: {what}") from error
+        reason = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{index}: {reason}") from error
     return weight_map
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     try:
         with safe_open(file, framework="pt") as stored:
-            # reads the header only, until a slice is indexed
+            # only the header is read until a slice is indexed
             views = {name: stored.get_slice(name) for name in stored.keys()}  # noqa: SIM118
             return {name: (view.get_dtype(), tuple(view.get_shape())) for name, view in views.items()}
     except SafetensorError as error:
@@ -226,9 +225,9 @@ def _check_tensors(
             )
 
 
-def _pieces(file: Path, name: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
+def _chunks(file: Path, name: str, shape: tuple[int, ...]) -> Iterator[tuple[slice, torch.Tensor]]:
     row_bytes = 4 * max(1, torch.Size(shape[1:]).numel())
-    step = max(1, _PIECE_BYTES // row_bytes)
+    step = max(1, _CHUNK_BYTES // row_bytes)
     for first in range(0, shape[0], step):
         rows = slice(first, min(first + step, shape[0]))
         with safe_open(file, framework="pt") as stored:
@@ -236,7 +235,7 @@ def _pieces(file: Path, name: str, shape: tuple[int, ...]) -> Iterator[tuple[sli
 
 
 def _check_finite(file: Path, extremes: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
-    """`extremes`: per tensor its smallest and largest value as copied; NaN in it makes both NaN."""
+    """`extremes` holds the min and max of each tensor as copied. A NaN in the tensor makes both NaN."""
     if not extremes:
         return
     bad = ~torch.stack(list(extremes.values())).isfinite().all(1).cpu()
@@ -245,10 +244,10 @@ def _check_finite(file: Path, extremes: dict[str, torch.Tensor], dtype: torch.dt
             continue
         with safe_open(file, framework="pt") as stored:
             low, high = (v.item() for v in stored.get_tensor(name).double().aminmax())
-        largest = max(abs(low), abs(high))
-        if largest < float("inf"):
+        max_abs = max(abs(low), abs(high))
+        if max_abs < float("inf"):
             raise ValueError(
-                f"{file}: tensor {name!r} reaches {largest:.4g}, more than {dtype_name(dtype)} holds: "
+                f"{file}: tensor {name!r} reaches {max_abs:.4g}, more than {dtype_name(dtype)} holds: "
                 "load with dtype='bfloat16' or 'float32'"
             )
         raise ValueError(
@@ -263,7 +262,7 @@ def _bar(total: int, progress: bool | None) -> tqdm:
         unit="B",
         unit_scale=True,
         delay=0 if progress else _BAR_AFTER_S,
-        disable=None if progress is None else not progress,  # None: only in a terminal
+        disable=None if progress is None else not progress,  # None: in a terminal only
     )
 
 

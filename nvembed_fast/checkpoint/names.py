@@ -1,8 +1,7 @@
 """The names of the published layout and their places in our modules.
 
-The published layout names every projection on its own. Ours packs query, key
-and value into one weight, and gate and up into another. `published_tensors` is
-the whole translation. Reading and writing both go through it.
+The published layout names every projection on its own. Ours packs query, key and value into one weight, and
+gate and up into another. `published_tensors` is the whole translation. Reading and writing both use it.
 """
 
 import re
@@ -41,7 +40,7 @@ class Slot:
 
     Attributes:
         parameter: our parameter's name.
-        rows: the rows of it that this tensor fills.
+        rows: the rows of the parameter that this tensor fills.
         shape: the published tensor's shape.
     """
 
@@ -56,7 +55,7 @@ def published_tensors(config: NVEmbedConfig) -> dict[str, Slot]:
     d, f, c = text.hidden_size, text.intermediate_size, head.latent_dim
     q, kv = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
     inner = head.num_cross_heads * head.cross_dim_head
-    # published name, our name, published shape; lines of one parameter fill its rows from the top
+    # published name, our name, published shape. Lines of one parameter fill its rows from the top
     layer = (
         ("input_layernorm.weight", "input_layernorm.weight", (d,)),
         ("self_attn.q_proj.weight", "self_attn.qkv_proj.weight", (q, d)),
@@ -87,7 +86,7 @@ def published_tensors(config: NVEmbedConfig) -> dict[str, Slot]:
         ("cross_attend_blocks.0.fn.to_out.weight", "to_out.weight", (d, inner)),
         *feed_forward,
     )
-    # no published model has this head: named after the latent one
+    # no published model has this head, so its names follow those of the latent one
     self_attention = (
         ("cross_attend_blocks.0.norm.weight", "cross_norm.weight", (d,)),
         ("cross_attend_blocks.0.norm.bias", "cross_norm.bias", (d,)),

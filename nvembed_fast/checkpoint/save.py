@@ -1,4 +1,4 @@
-"""Our modules -> a published checkpoint directory: the whole old one or the whole new one."""
+"""Write our modules as a published checkpoint directory: the whole old one or the whole new one stays."""
 
 import json
 import os
@@ -30,24 +30,24 @@ def save_model(
     max_shard_bytes: int = 5_000_000_000,
     tokenizer_files: Iterable[str | os.PathLike] = (),
 ) -> None:
-    """Write a model as a published checkpoint directory; `load_model` gives it back bit for bit.
+    """Write a model as a published checkpoint directory. `load_model` gives it back bit for bit.
 
-    Everything is written aside and then renamed in place of an earlier save. An error or an interruption
+    The files are written aside and then renamed in place of an earlier save. An error or an interruption
     leaves the directory with the whole old model (nothing, where there was none) or, from the last rename on,
-    the whole new one. A killed process may leave `.saving-*` (new) and `.old-*` (old) in it, never a mix that
-    loads.
+    with the whole new one. A killed process may leave `.saving-*` (new) and `.old-*` (old) in it, never a mix
+    that loads.
 
     Args:
         model: the model, on any device.
-        directory: created if need be.
-        dtype: of the stored weights; None keeps the model's.
-        max_shard_bytes: the largest size of one file's tensors; a single tensor may exceed it.
-        tokenizer_files: files to copy beside the weights, see `tokenizer_files`.
+        directory: created if it is not there.
+        dtype: the stored dtype. None keeps the model's.
+        max_shard_bytes: the max size of one file's tensors. A single tensor may exceed it.
+        tokenizer_files: files to copy beside the weights, see `names.tokenizer_files`.
 
     Raises:
         ValueError: a weight does not fit the dtype, or is NaN or Inf.
-        OSError: the files cannot be written; or an old model cannot be put back, and the two folders that
-            hold the rest of the old and the new one are named.
+        OSError: the files cannot be written, or an old model cannot be put back. The message then names the
+            two folders that hold the rest of the old and the new one.
     """
     directory = Path(directory)
     table = published_tensors(model.config)

@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--output", required=True, type=Path, metavar="OUT.npy", help="fp32 [texts, width]"
     )
     prefix = parser.add_mutually_exclusive_group()
-    prefix.add_argument(
-        "--instruction", default="", help="put in front of every text and left out of the pooling"
-    )
+    prefix.add_argument("--instruction", default="", help="put in front of every text and not pooled")
     prefix.add_argument("--task", help='the same as --instruction "Instruct: TASK\\nQuery: "')
     options.add_text_options(parser)
     options.add_model_options(parser)

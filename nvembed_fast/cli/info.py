@@ -64,11 +64,12 @@ def _print_implementations(device: str) -> None:
     import torch
 
     from nvembed_fast import ops
+    from nvembed_fast.placement import dtype_name
 
     verdicts: dict[tuple[str, str], list[str]] = {}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         verdict = ops.choose(torch.device(device), dtype)
-        verdicts.setdefault(verdict, []).append(str(dtype).removeprefix("torch."))
+        verdicts.setdefault(verdict, []).append(dtype_name(dtype))
     for (impl, reason), dtypes in verdicts.items():
         print(f"  in {', '.join(dtypes)} these take {impl}, because {reason}:")
         print(textwrap.fill(", ".join(ops.OPERATIONS), 100, initial_indent="    ", subsequent_indent="    "))
