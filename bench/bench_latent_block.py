@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DIRECTIONS
 from einops import rearrange
 
 from bench.baselines import latent_blocks
 from bench.baselines.encoders import draw_weights
+from bench.conftest import DIRECTIONS
 from bench.measure.comparison import Problem, Rival, Work
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig

@@ -1,7 +1,7 @@
 import pytest
 import torch
-from conftest import DIRECTIONS
 
+from bench.conftest import DIRECTIONS
 from bench.measure.comparison import Problem, Work
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference

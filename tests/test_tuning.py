@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HAS_GPU
 from gradients import spy_on_launches
 
 from bench.measure import results
@@ -33,6 +32,7 @@ from nvembed_fast.kernels.testing import (
 )
 from tools import resources, tuning
 
+HAS_GPU = torch.cuda.is_available()
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "flash_attention.fwd.sm_80.width32-group2-bits16-longest64"
 PROVENANCE = 'gpu = "a GPU"\ndate = 2000-01-01\ncommit = "abc"\ntime_ms = 1.0\nrule_ms = 2.0\n'
