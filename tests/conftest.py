@@ -20,6 +20,12 @@ with torch.device("meta"):
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
 
 
+if not HAS_GPU:
+    import exact_products  # imports triton
+
+    exact_products.install()
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(items):
     for item in items:
