@@ -27,6 +27,21 @@ def spy_on_launches(monkeypatch, module, *kernels: str) -> list[tuple[str, dict]
     return launches
 
 
+def assert_same_constants(launches: list[tuple[str, dict]]) -> None:
+    """Every kernel was launched with the same constants each time, so that no tile depends on the batch.
+
+    Equal bits alone do not show it. The order within a product is the library's, on a GPU the tensor core's,
+    and there it may depend on the tile.
+    """
+    constants = {}
+    for name, arguments in launches:
+        kept = [key for key in arguments if key.isupper() or key in ("num_warps", "num_stages")]
+        constants.setdefault(name, []).append({key: arguments[key] for key in kept})
+    assert launches and min(len(each) for each in constants.values()) > 1, "nothing to compare"
+    for name, (first, *others) in constants.items():
+        assert all(other == first for other in others), f"{name}: {first} and then {others}"
+
+
 def assert_gradcheck(kernel: Callable, inputs: Tensors) -> None:
     """Finite differences, in fp32 and so coarse; also that a second backward gives the same bits."""
     leaves = [t.detach().float().clone().requires_grad_() for t in inputs]

@@ -361,10 +361,37 @@ def test_gradient_matches_reference_at_full_size(form, case, dtype, device):
     _assert_gradients_match(form, part, device, dtype)
 
 
-@FORMS
-@pytest.mark.parametrize("num_latents", [1, 15, 17, 255, 256, 257, 513])
+LATENT_COUNTS = [15, 17, 255, 256, 257, 513]
+
+
+@pytest.mark.parametrize(
+    "form, num_latents",
+    [("absorbed", 1), *((form, n) for form in ("absorbed", "direct") for n in LATENT_COUNTS)],
+)
 def test_gradient_of_any_number_of_latents(form, num_latents, path, device):
     _assert_gradients_match(form, LatentCase("latents", 9, num_latents, 2, 16, 16), device, torch.float16)
+
+
+def test_gradient_of_one_latent(path, device):
+    """The softmax of one score is 1, so q and k have no gradient but the rounding of dP - delta.
+
+    Parity has no scale there, because eager takes both from the same sum. Flash attention adds the same H
+    products twice in fp32, as dO V and as rowsum(dO * O): each sum is off by at most H / 2 eps of their size.
+    """
+    inputs = q, k, v = LatentCase("latents", 9, 1, 2, 16, 16).direct_inputs(device, torch.float16)
+    upstream = (dout,) = upstream_of([q])
+    _, (dq, dk, dv) = gradients(latent_attention, inputs, upstream)
+    low, high = (
+        gradients(reference.latent_attention, tensors, upstream)[1] for tensors in (inputs, _double(inputs))
+    )
+    assert_parity("dv", dv, low[2], high[2])
+    half, single = torch.finfo(torch.float16), torch.finfo(torch.float32)
+    # rounding dS and a gradient to 16 bits: relative, and at the smallest numbers absolute
+    relative, absolute = 1 + 2 * half.eps, half.smallest_normal * half.eps
+    ds = relative * 16 * single.eps * (dout.double() * v.double()).abs().sum(-1, keepdim=True) + absolute
+    scale = relative * 16**-0.5
+    assert (dq.abs() <= scale * ds * k.double().abs() + absolute).all()
+    assert (dk.abs() <= scale * (ds * q.double().abs()).sum(0) + absolute).all()
 
 
 @FORMS
