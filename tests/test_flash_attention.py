@@ -302,7 +302,8 @@ def _check_gradients(case, dtype, device, **kwargs):
     *inputs, layout = case.inputs(device, dtype)
     kernel, wanted = (_bound(f, layout, case.causal) for f in (flash_attention, reference.flash_attention))
     low = None
-    if dtype != torch.float32:
+    # of a token that sees only itself, dP - delta is the rounding of two equal sums, in eager of one
+    if dtype != torch.float32 or max(case.lengths) == 1:
 
         def low(tensors, upstream):
             return attention_gradients(tensors, upstream, layout, case.causal)
