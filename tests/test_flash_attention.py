@@ -4,7 +4,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from gradients import assert_compiles, assert_gradcheck, spy_on_launches
+from gradients import assert_compiles, assert_gradcheck, assert_same_constants, spy_on_launches
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import flash_attention as module
@@ -147,12 +147,14 @@ def test_alone_equals_in_a_pack(path, device):
         start += length
 
 
-def test_doubling_the_batch_changes_no_row(path, device):
+def test_doubling_the_batch_changes_no_row(path, device, monkeypatch):
+    launches = spy_on_launches(monkeypatch, module, "_flash_attention_fwd_kernel")
     q, k, v, layout = PACK.inputs(device, torch.float16)
     once = flash_attention(q, k, v, layout)
     twice = SeqLayout(layout.lengths * 2, device)
     both = flash_attention(*(torch.cat([t, t]) for t in (q, k, v)), twice)
     assert torch.equal(both, torch.cat([once, once]))
+    assert_same_constants(launches)
 
 
 def test_permuting_keys_changes_nothing(path, device):
@@ -468,7 +470,8 @@ def test_very_low_scores_do_not_overflow_beyond_the_end(path, device):
     assert_gradient_parity("low", kernel, wanted, inputs)
 
 
-def test_doubling_the_batch_changes_no_gradient(path, device):
+def test_doubling_the_batch_changes_no_gradient(path, device, monkeypatch):
+    launches = spy_on_launches(monkeypatch, module, *BACKWARD_KERNELS)
     *inputs, layout = PACK.inputs(device, torch.float16)
     twice = SeqLayout(layout.lengths * 2, device)
     out, lse = flash_attention(*inputs, layout, return_lse=True)
@@ -479,6 +482,7 @@ def test_doubling_the_batch_changes_no_gradient(path, device):
     both = gradients(_bound(flash_attention, twice), doubled, upstream)[1]
     for one, other in zip(once, both, strict=True):
         assert torch.equal(other, torch.cat([one, one]))
+    assert_same_constants(launches)
 
 
 def test_gradcheck(path, device):

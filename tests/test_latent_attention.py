@@ -3,7 +3,7 @@ import inspect
 import numpy as np
 import pytest
 import torch
-from gradients import assert_compiles, assert_gradcheck, spy_on_launches
+from gradients import assert_compiles, assert_gradcheck, assert_same_constants, spy_on_launches
 
 from nvembed_fast.kernels import latent_attention as module
 from nvembed_fast.kernels import reference
@@ -203,21 +203,28 @@ def test_permuting_latents_changes_nothing(path, device):
     torch.testing.assert_close(other, p[..., order], rtol=1e-5, atol=1e-7)
 
 
-def test_doubling_the_batch_changes_no_row(path, device):
+FORWARD_KERNELS = ["_latent_attention_fwd_kernel", "_latent_weights_fwd_kernel"]
+
+
+def test_doubling_the_batch_changes_no_row(path, device, monkeypatch):
+    launches = spy_on_launches(monkeypatch, module, *FORWARD_KERNELS)
     q, k, v = RAGGED.direct_inputs(device, torch.float16)
     once = latent_attention(q, k, v)
     assert torch.equal(latent_attention(torch.cat([q, q]), k, v), torch.cat([once, once]))
     x, a, *_ = RAGGED.absorbed_inputs(device, torch.float16)
     once = latent_weights(x, a, 2)
     assert torch.equal(latent_weights(torch.cat([x, x]), a, 2), torch.cat([once, once]))
+    assert_same_constants(launches)
 
 
-def test_a_token_alone_has_the_same_bits(path, device):
+def test_a_token_alone_has_the_same_bits(path, device, monkeypatch):
+    launches = spy_on_launches(monkeypatch, module, *FORWARD_KERNELS)
     q, k, v = RAGGED.direct_inputs(device, torch.float16)
     x, a, *_ = RAGGED.absorbed_inputs(device, torch.float16)
     for t in (0, 77, 149):
         assert torch.equal(latent_attention(q[t : t + 1], k, v)[0], latent_attention(q, k, v)[t])
         assert torch.equal(latent_weights(x[t : t + 1], a, 2)[0], latent_weights(x, a, 2)[t])
+    assert_same_constants(launches)
 
 
 def test_no_tokens(path, device):
@@ -340,6 +347,11 @@ def _assert_gradients_match(form, case, device, dtype, **kwargs):
 
 
 FORMS = pytest.mark.parametrize("form", ["direct", "absorbed"])
+BACKWARD_KERNELS = [
+    "_latent_attention_bwd_dq_kernel",
+    "_latent_attention_bwd_dkv_kernel",
+    "_latent_weights_bwd_kernel",
+]
 SMALLEST = LatentCase("smallest", 3, 5, 2, 8, 8)
 WIDE = LatentCase("wide", 20, 40, 3, module.MAX_HEAD_WIDTH + 8, 16)
 
@@ -457,12 +469,7 @@ def test_gradient_of_an_expanded_upstream(form, path, device):
 
 
 def test_gradient_by_descriptors_only_where_they_can_be_made(path, device, monkeypatch):
-    kernels = (
-        "_latent_attention_bwd_dq_kernel",
-        "_latent_attention_bwd_dkv_kernel",
-        "_latent_weights_bwd_kernel",
-    )
-    launches = spy_on_launches(monkeypatch, module, *kernels)
+    launches = spy_on_launches(monkeypatch, module, *BACKWARD_KERNELS)
     for form, count in (("direct", 2), ("absorbed", 1)):
         inputs, kernel, _ = _parts(form, RAGGED, device, torch.float16)
         (dout,) = upstream_of([inputs[0] if form == "direct" else inputs[3]])
@@ -701,7 +708,8 @@ def test_nan_in_a_head_reaches_no_other_gradient(num_latents, path, device):
     assert poisoned[:, num_latents:].isnan().all()
 
 
-def test_doubling_the_batch_changes_no_gradient_of_a_token(path, device):
+def test_doubling_the_batch_changes_no_gradient_of_a_token(path, device, monkeypatch):
+    launches = spy_on_launches(monkeypatch, module, *BACKWARD_KERNELS)
     q, k, v = RAGGED.direct_inputs(device, torch.float16)
     (dout,) = upstream_of([q])
     dq = gradients(latent_attention, [q, k, v], [dout])[1][0]
@@ -715,6 +723,7 @@ def test_doubling_the_batch_changes_no_gradient_of_a_token(path, device):
     for t in (0, 77, 149):
         alone = module._latent_weights_bwd(p[t : t + 1], b, dout[t : t + 1], num_heads)
         assert torch.equal(alone[0], ds[t])
+    assert_same_constants(launches)
 
 
 def test_gradient_of_scores_far_below_zero(path, device):
