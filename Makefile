@@ -5,7 +5,7 @@ JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run
+.PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
@@ -20,6 +20,7 @@ help:
 	@echo "make tune      measure launch configurations on a GPU, keep the fastest in kernels/tuned.toml; ARGS=--list: which"
 	@echo "make mutate    break the code in every way of tests/mutations/ and see tests fail; STEM=gated, N=3 at random"
 	@echo "make gpu-run OUT=DIR  all that a GPU has to decide, in slices below 9 minutes; goes on where it stopped"
+	@echo "make golden DOWNLOAD=DIR OUT=DIR  the golden numbers by the original's code; see tests/golden/README.md"
 
 venv: $(STAMP)
 
@@ -66,3 +67,8 @@ mutate: $(STAMP)
 # no virtual environment: a machine with a GPU brings its own torch and triton
 gpu-run:
 	$(PYTHON) -m tools.gpu_run $(OUT) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
+
+# in an environment of its own: tests/golden/README.md
+golden:
+	$(PYTHON) -m tools.golden make $(DOWNLOAD) $(OUT) --weights tests/golden/tiny_a/model.safetensors
+	$(PYTHON) -m tools.golden compare $(OUT)

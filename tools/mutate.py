@@ -113,7 +113,7 @@ class Mutation:
 
 
 def _span(text: str, name: str) -> tuple[int, int]:
-    """Where the function or class `name` begins and ends; a method is `Class.method`."""
+    """Where the function or class `name` begins and ends, decorators included; a method is `Class.method`."""
     body = ast.parse(text).body
     for part in name.split("."):
         kinds = ast.FunctionDef | ast.ClassDef
@@ -122,7 +122,8 @@ def _span(text: str, name: str) -> tuple[int, int]:
             raise Stale(f"{len(found)} functions or classes are called {part}")
         body = found[0].body
     lines = text.splitlines(keepends=True)
-    return len("".join(lines[: found[0].lineno - 1])), len("".join(lines[: found[0].end_lineno]))
+    first = min(node.lineno for node in (found[0], *found[0].decorator_list))
+    return len("".join(lines[: first - 1])), len("".join(lines[: found[0].end_lineno]))
 
 
 def read(root: Path, stems: Sequence[str] = ()) -> list[Mutation]:
@@ -240,8 +241,10 @@ def try_out(root: Path, mutation: Mutation, limit: float) -> tuple[str, str]:
     """The verdict on one mutation, in a copy of its own."""
     with tempfile.TemporaryDirectory() as folder:
         copy = copy_tree(root, Path(folder) / "tree")
-        path = copy / mutation.file
-        path.write_text(mutation.apply(copy), encoding="utf-8")
+        try:
+            (copy / mutation.file).write_text(mutation.apply(copy), encoding="utf-8")
+        except Stale as error:  # the tree has changed since the first look
+            return "error", str(error)
         return verdict(run_pytest(copy, ["-x", "--tb=short", mutation.red], limit))
 
 
