@@ -13,11 +13,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 def capability(device: torch.device) -> int:
     """80 for compute capability 8.0, 90 for 9.0. The interpreter plays the older part: no descriptors."""
-    return 80 if device.type == "cpu" else _cuda_capability(device.index)
+    return 80 if device.type == "cpu" else cuda_capability(device.index)
 
 
 @functools.cache
-def _cuda_capability(index: int | None) -> int:
+def cuda_capability(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
 

@@ -223,7 +223,7 @@ def _flash_attention_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_en"])
-def _flash_attention_delta_kernel(
+def _flash_attention_bwd_delta_kernel(
     out_ptr, stride_ot, stride_on,
     dout_ptr, stride_dot, stride_don,
     dlse2_ptr, delta_ptr, stride_en,
@@ -272,7 +272,7 @@ def _add_dq(
 
 
 @triton.jit(do_not_specialize=["stride_ln"])
-def _flash_attention_dq_kernel(
+def _flash_attention_bwd_dq_kernel(
     q_ptr, stride_qt, stride_qn,
     k_ptr, stride_kt, stride_kg,
     v_ptr, stride_vt, stride_vg,
@@ -355,7 +355,7 @@ def _flash_attention_dq_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_ln"])
-def _flash_attention_dkv_kernel(
+def _flash_attention_bwd_dkv_kernel(
     q_ptr, stride_qt, stride_qn,
     k_ptr, stride_kt, stride_kg,
     v_ptr, stride_vt, stride_vg,
@@ -452,7 +452,7 @@ def _shape_class(rule: dict[str, int | bool], dtype: torch.dtype, longest: int) 
 
 @tuned.cache
 def _launch_config(
-    capability: int, head_width: int, group: int, dtype: torch.dtype, max_length: int, aligned: bool = True
+    head_width: int, group: int, max_length: int, *, capability: int, dtype: torch.dtype, aligned: bool = True
 ) -> dict[str, int | bool]:
     """Tile sizes, warps and the way to load. Plain Python: a machine without a GPU reads and compiles it.
 
@@ -493,11 +493,12 @@ def _launch_config(
 @tuned.cache
 def _bwd_launch_config(
     kernel: Literal["dq", "dkv"],
-    capability: int,
     head_width: int,
     group: int,
-    dtype: torch.dtype,
     max_length: int,
+    *,
+    capability: int,
+    dtype: torch.dtype,
     aligned: bool = True,
 ) -> dict[str, int | bool]:
     """As `_launch_config`, for one of the two backward kernels."""
@@ -531,7 +532,7 @@ def _bwd_launch_config(
 
 
 @functools.cache
-def _delta_launch_config(num_heads: int, head_width: int) -> dict[str, int]:
+def _bwd_delta_launch_config(num_heads: int, head_width: int) -> dict[str, int]:
     """One token a program: 16 elements of each tensor per thread."""
     block_n, block_h = triton.next_power_of_2(num_heads), max(16, triton.next_power_of_2(head_width))
     return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": min(max(block_n * block_h // 512, 1), 8)}
@@ -552,7 +553,7 @@ def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
         )
 
 
-def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _launch_fwd(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     num_tokens, num_heads, width = q.shape
     num_kv_heads = k.shape[1]
     out = q.new_empty(num_tokens, num_heads, width)
@@ -563,7 +564,7 @@ def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[to
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v, out)
     longest = triton.next_power_of_2(max(layout.max_length, 1))  # few values, so that few are cached
-    config = _launch_config(sm, width, group, q.dtype, longest, aligned)
+    config = _launch_config(width, group, longest, capability=sm, dtype=q.dtype, aligned=aligned)
     if config["USE_TMA"]:
         allow_descriptors()
     tiles = layout.tiles(config["BLOCK_T"])
@@ -596,11 +597,11 @@ def _forward(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[to
     return out, lse2
 
 
-def _delta(out: torch.Tensor, dout: torch.Tensor, dlse2: torch.Tensor | None) -> torch.Tensor:
+def _launch_bwd_delta(out: torch.Tensor, dout: torch.Tensor, dlse2: torch.Tensor | None) -> torch.Tensor:
     """[N, T] fp32: rowsum(dout out) - dlse2 log2(e)."""
     num_tokens, num_heads, width = out.shape
     delta = out.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    _flash_attention_delta_kernel[(num_tokens,)](
+    _flash_attention_bwd_delta_kernel[(num_tokens,)](
         out_ptr=out,
         stride_ot=out.stride(0),
         stride_on=out.stride(1),
@@ -613,13 +614,13 @@ def _delta(out: torch.Tensor, dout: torch.Tensor, dlse2: torch.Tensor | None) ->
         NUM_HEADS=num_heads,
         H=width,
         HAS_DLSE2=dlse2 is not None,
-        **_delta_launch_config(num_heads, width),
+        **_bwd_delta_launch_config(num_heads, width),
         **COMPILE_OPTIONS,
     )
     return delta
 
 
-def _backward(
+def _launch_bwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -643,9 +644,11 @@ def _backward(
     if num_tokens == 0:
         return dq, dk, dv
     dout = with_contiguous_rows(dout)
-    delta = _delta(out, dout, dlse2) if needs_dq or needs_dk else None
+    delta = _launch_bwd_delta(out, dout, dlse2) if needs_dq or needs_dk else None
+    group = num_heads // num_kv_heads
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v, dout)
+    target = {"capability": sm, "dtype": q.dtype, "aligned": aligned}
     longest = triton.next_power_of_2(max(layout.max_length, 1))
     shared = {
         "q_ptr": q,
@@ -667,7 +670,7 @@ def _backward(
         "scale": scale,
         "scale_log2": scale * LOG2E.value,
         "num_kv_heads": num_kv_heads,
-        "GROUP": num_heads // num_kv_heads,
+        "GROUP": group,
         "H": width,
         "CAUSAL": causal,
         "PRECISION": input_precision(q.dtype),
@@ -676,9 +679,9 @@ def _backward(
     if aligned:
         allow_descriptors()
     if needs_dq:
-        config = _bwd_launch_config("dq", sm, width, num_heads // num_kv_heads, q.dtype, longest, aligned)
+        config = _bwd_launch_config("dq", width, group, longest, **target)
         tiles = layout.tiles(config["BLOCK_T"])
-        _flash_attention_dq_kernel[(len(tiles) * num_kv_heads,)](
+        _flash_attention_bwd_dq_kernel[(len(tiles) * num_kv_heads,)](
             **shared,
             dq_ptr=dq,
             stride_dqt=dq.stride(0),
@@ -687,9 +690,9 @@ def _backward(
             **config,
         )
     if needs_dk or needs_dv:
-        config = _bwd_launch_config("dkv", sm, width, num_heads // num_kv_heads, q.dtype, longest, aligned)
+        config = _bwd_launch_config("dkv", width, group, longest, **target)
         tiles = layout.tiles(config["BLOCK_N"])
-        _flash_attention_dkv_kernel[(len(tiles) * num_kv_heads,)](
+        _flash_attention_bwd_dkv_kernel[(len(tiles) * num_kv_heads,)](
             **shared,
             dk_ptr=dk if needs_dk else None,
             dv_ptr=dv if needs_dv else None,
@@ -704,19 +707,19 @@ def _backward(
 
 
 @torch.library.custom_op("nvembed_fast::flash_attention", mutates_args=())
-def _flash_attention(
+def _flash_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, host_lengths: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _forward(q, k, v, layout_of(host_lengths, q.device), scale, causal)
+    return _launch_fwd(q, k, v, layout_of(host_lengths, q.device), scale, causal)
 
 
-@_flash_attention.register_fake
-def _(q, k, v, host_lengths, scale, causal):
+@_flash_attention_op.register_fake
+def _flash_attention_fake(q, k, v, host_lengths, scale, causal):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
 @torch.library.custom_op("nvembed_fast::flash_attention_bwd", mutates_args=())
-def _flash_attention_backward(
+def _flash_attention_bwd_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -732,11 +735,13 @@ def _flash_attention_backward(
     needs_dv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout, needs = layout_of(host_lengths, q.device), (needs_dq, needs_dk, needs_dv)
-    return _backward(q, k, v, out, lse2, dout, dlse2, layout, scale, causal, needs)
+    return _launch_bwd(q, k, v, out, lse2, dout, dlse2, layout, scale, causal, needs)
 
 
-@_flash_attention_backward.register_fake
-def _(q, k, v, out, lse2, dout, dlse2, host_lengths, scale, causal, needs_dq, needs_dk, needs_dv):
+@_flash_attention_bwd_op.register_fake
+def _flash_attention_bwd_fake(
+    q, k, v, out, lse2, dout, dlse2, host_lengths, scale, causal, needs_dq, needs_dk, needs_dv
+):
     return tuple(
         t.new_empty(t.shape[0] if needed else 0, t.shape[1], t.shape[2])
         for t, needed in ((q, needs_dq), (k, needs_dk), (v, needs_dv))
@@ -756,11 +761,11 @@ def _differentiate(ctx, dout, dlse2):
     dout = torch.zeros_like(q) if dout is None else dout
     needs = ctx.needs_input_grad[:3]
     args = (q, k, v, out, lse2, dout, dlse2, host_lengths, ctx.scale, ctx.causal, *needs)
-    grads = _flash_attention_backward(*args)
+    grads = _flash_attention_bwd_op(*args)
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None, None
 
 
-_flash_attention.register_autograd(_differentiate, setup_context=_save)
+_flash_attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def flash_attention(
@@ -781,7 +786,7 @@ def flash_attention(
     _check_limits(q, k)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_dispatched(q, k, v):
-        out, lse2 = _flash_attention(q, k, v, layout.host_lengths, scale, causal)
+        out, lse2 = _flash_attention_op(q, k, v, layout.host_lengths, scale, causal)
     else:
-        out, lse2 = _forward(q, k, v, layout, scale, causal)
+        out, lse2 = _launch_fwd(q, k, v, layout, scale, causal)
     return (out, lse2 * LN2) if return_lse else out

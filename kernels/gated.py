@@ -101,7 +101,7 @@ def _launch_config(width: int) -> dict[str, int]:
     return {"BLOCK_T": max(1, 1024 // block_f), "BLOCK_F": block_f, "num_warps": 4 if block_f == 2048 else 2}
 
 
-def _gated_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
+def _launch_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
     num_tokens, width = x.shape[0], x.shape[1] // 2
     out = x.new_empty(num_tokens, width)
     if num_tokens == 0:
@@ -122,7 +122,7 @@ def _gated_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
     return out
 
 
-def _gated_bwd(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.Tensor:
+def _launch_bwd(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.Tensor:
     num_tokens, width = x.shape[0], x.shape[1] // 2
     dx = x.new_empty(x.shape)
     if num_tokens == 0:
@@ -147,22 +147,22 @@ def _gated_bwd(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.T
 
 
 @torch.library.custom_op("nvembed_fast::gated", mutates_args=())
-def _gated(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
-    return _gated_fwd(x, gate_first)
+def _gated_op(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    return _launch_fwd(x, gate_first)
 
 
-@_gated.register_fake
-def _(x, gate_first):
+@_gated_op.register_fake
+def _gated_fake(x, gate_first):
     return x.new_empty(x.shape[0], x.shape[1] // 2)
 
 
 @torch.library.custom_op("nvembed_fast::gated_bwd", mutates_args=())
-def _gated_backward(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.Tensor:
-    return _gated_bwd(x, dout, gate_first)
+def _gated_bwd_op(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    return _launch_bwd(x, dout, gate_first)
 
 
-@_gated_backward.register_fake
-def _(x, dout, gate_first):
+@_gated_bwd_op.register_fake
+def _gated_bwd_fake(x, dout, gate_first):
     return x.new_empty(x.shape)
 
 
@@ -173,14 +173,14 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dout):
     (x,) = ctx.saved_tensors
-    return _gated_backward(x, dout, ctx.gate_first), None
+    return _gated_bwd_op(x, dout, ctx.gate_first), None
 
 
-_gated.register_autograd(_differentiate, setup_context=_save)
+_gated_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _run(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
-    return (_gated if is_dispatched(x) else _gated_fwd)(x, gate_first)
+    return (_gated_op if is_dispatched(x) else _launch_fwd)(x, gate_first)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:

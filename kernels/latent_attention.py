@@ -321,7 +321,7 @@ def _product_over_width(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _latent_weights_fwd_kernel(
+def _absorbed_latent_attention_fwd_kernel(
     x_ptr, stride_xt,
     a_ptr, stride_al,
     p_ptr, num_tokens,
@@ -388,7 +388,7 @@ def _softmax_slope(b_p, b_dp):
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _latent_weights_bwd_kernel(
+def _absorbed_latent_attention_bwd_kernel(
     dout_ptr, stride_dot,
     b_ptr, stride_bl,
     p_ptr, ds_ptr, num_tokens,
@@ -443,17 +443,17 @@ def _latent_weights_bwd_kernel(
 
 @tuned.cache
 def _launch_config(
-    num_latents: int, head_width: int, itemsize: int, sm: int, aligned: bool = True
+    num_latents: int, head_width: int, *, capability: int, dtype: torch.dtype, aligned: bool = True
 ) -> dict[str, int | bool]:
-    """Tiles of the direct kernel for capability `sm`; descriptors (TMA) for 16-bit data where it has them.
+    """Tiles of the direct kernel; descriptors (TMA) for 16-bit data where it has them.
 
     Args:
         aligned: bases and strides let descriptors be made.
     """
     block_h = max(16, triton.next_power_of_2(head_width))
     most = max(16, triton.next_power_of_2(num_latents))
-    use_tma = itemsize == 2 and use_descriptors(sm)
-    if itemsize == 4:
+    use_tma = dtype.itemsize == 2 and use_descriptors(capability)
+    if dtype.itemsize == 4:
         block_t = block_l = 32 if block_h <= 128 else 16
         num_warps, num_stages = 4, 2
     elif use_tma:
@@ -462,7 +462,7 @@ def _launch_config(
     else:
         block_t, block_l = (128, 64) if block_h <= 128 else (64, 32)
         # 8.6, 8.9 and 12.0 have 99 KB of shared memory for a program, 8.0 has 163
-        num_warps, num_stages = 8, 3 if sm == 80 or block_h <= 128 else 2
+        num_warps, num_stages = 8, 3 if capability == 80 or block_h <= 128 else 2
     rule = {
         "BLOCK_T": block_t,
         "BLOCK_L": min(block_l, most),
@@ -471,18 +471,19 @@ def _launch_config(
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
-    return tuned.override("latent_attention.fwd", sm, rule, width=block_h, latents=most, bits=8 * itemsize)
+    shape_class = {"width": block_h, "latents": most, "bits": 8 * dtype.itemsize}
+    return tuned.override("latent_attention.fwd", capability, rule, **shape_class)
 
 
 @functools.cache
 def _bwd_launch_config(
-    num_latents: int, head_width: int, itemsize: int, sm: int
+    num_latents: int, head_width: int, *, capability: int, dtype: torch.dtype
 ) -> dict[str, dict[str, int]]:
-    """Tiles of the two backward kernels of the direct form for capability `sm`, as `_launch_config`."""
+    """Tiles of the two backward kernels of the direct form, as `_launch_config`."""
     block_h = max(16, triton.next_power_of_2(head_width))
-    use_tma = itemsize == 2 and use_descriptors(sm)
+    use_tma = dtype.itemsize == 2 and use_descriptors(capability)
     # (BLOCK_T, BLOCK_L, num_warps, num_stages)
-    if itemsize == 4:
+    if dtype.itemsize == 4:
         dq, dkv = ((32, 32, 4, 2), (16, 32, 4, 2)) if block_h <= 64 else ((16, 16, 4, 2), (16, 16, 4, 2))
     elif use_tma:
         dq, dkv = ((128, 64, 8, 2), (64, 128, 8, 2)) if block_h <= 128 else ((64, 32, 8, 2), (32, 64, 8, 2))
@@ -507,9 +508,9 @@ def _bwd_launch_config(
     }
 
 
-def _weights_rule(num_latents: int, itemsize: int, sm: int) -> dict[str, int | bool]:
-    use_tma = itemsize == 2 and use_descriptors(sm)
-    if itemsize == 4:
+def _weights_rule(num_latents: int, *, capability: int, dtype: torch.dtype) -> dict[str, int | bool]:
+    use_tma = dtype.itemsize == 2 and use_descriptors(capability)
+    if dtype.itemsize == 4:
         block_t, block_l, block_k, num_warps, num_stages = 32, 128, 16, 4, 2
     else:
         block_t, block_l, block_k, num_warps, num_stages = 128, 256, 64, 8, 4 if use_tma else 3
@@ -525,19 +526,19 @@ def _weights_rule(num_latents: int, itemsize: int, sm: int) -> dict[str, int | b
 
 @tuned.cache
 def _weights_launch_config(
-    num_latents: int, itemsize: int, sm: int, aligned: bool = True
+    num_latents: int, *, capability: int, dtype: torch.dtype, aligned: bool = True
 ) -> dict[str, int | bool]:
-    """Tiles of the fused softmax for capability `sm`; descriptors (TMA) for 16-bit data where it has them."""
-    rule = _weights_rule(num_latents, itemsize, sm)
+    """Tiles of the fused softmax; descriptors (TMA) for 16-bit data where it has them."""
+    rule = _weights_rule(num_latents, capability=capability, dtype=dtype)
     rule["USE_TMA"] = rule["USE_TMA"] and aligned
-    latents = max(16, triton.next_power_of_2(num_latents))
-    return tuned.override("latent_attention.weights", sm, rule, latents=latents, bits=8 * itemsize)
+    shape_class = {"latents": max(16, triton.next_power_of_2(num_latents)), "bits": 8 * dtype.itemsize}
+    return tuned.override("latent_attention.weights", capability, rule, **shape_class)
 
 
 @functools.cache
-def _weights_bwd_launch_config(num_latents: int, itemsize: int, sm: int) -> dict[str, int]:
+def _weights_bwd_launch_config(num_latents: int, *, capability: int, dtype: torch.dtype) -> dict[str, int]:
     """The forward's rule, and for parked pieces whole rows of a head's latents: 32 elements per thread."""
-    config = _weights_rule(num_latents, itemsize, sm)
+    config = _weights_rule(num_latents, capability=capability, dtype=dtype)
     block_head = triton.next_power_of_2(num_latents)
     if block_head == config["BLOCK_L"] == 256:
         config["BLOCK_T"] = 64  # P stands beside dP
@@ -545,7 +546,7 @@ def _weights_bwd_launch_config(num_latents: int, itemsize: int, sm: int) -> dict
     return config | {"BLOCK_ROW": min(rows, config["BLOCK_T"]), "BLOCK_HEAD": block_head}
 
 
-def _latent_attention_fwd(
+def _launch_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, with_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out, lse): [N, T] fp32, base 2, or empty without `with_lse`."""
@@ -555,7 +556,8 @@ def _latent_attention_fwd(
     if num_tokens == 0:
         return out, lse
     sm = capability(q.device)
-    config = _launch_config(len(k), head_width, q.itemsize, sm, use_descriptors(sm, q, k, v))
+    aligned = use_descriptors(sm, q, k, v)
+    config = _launch_config(len(k), head_width, capability=sm, dtype=q.dtype, aligned=aligned)
     if config["USE_TMA"]:
         allow_descriptors()
     _latent_attention_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
@@ -585,7 +587,7 @@ def _latent_attention_fwd(
     return out, lse
 
 
-def _latent_attention_bwd_dq(
+def _launch_bwd_dq(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -600,7 +602,7 @@ def _latent_attention_bwd_dq(
     dq = q.new_empty(q.shape if needs_dq else 0)
     delta = torch.empty_like(lse)
     sm = capability(q.device)
-    config = dict(_bwd_launch_config(len(k), head_width, q.itemsize, sm)["dq"])
+    config = dict(_bwd_launch_config(len(k), head_width, capability=sm, dtype=q.dtype)["dq"])
     config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v, dout)
     if config["USE_TMA"]:
         allow_descriptors()
@@ -637,7 +639,7 @@ def _latent_attention_bwd_dq(
     return dq, delta
 
 
-def _latent_attention_bwd_dkv(
+def _launch_bwd_dkv(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -656,7 +658,7 @@ def _latent_attention_bwd_dkv(
         for needed in (needs_dk, needs_dv)
     )
     sm = capability(q.device)
-    config = dict(_bwd_launch_config(len(k), head_width, q.itemsize, sm)["dkv"])
+    config = dict(_bwd_launch_config(len(k), head_width, capability=sm, dtype=q.dtype)["dkv"])
     config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v, dout)
     if config["USE_TMA"]:
         allow_descriptors()
@@ -697,7 +699,7 @@ def _latent_attention_bwd_dkv(
     )
 
 
-def _latent_attention_bwd(
+def _launch_bwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -716,9 +718,9 @@ def _latent_attention_bwd(
     dq, dk, dv = (t.new_empty(0) for t in (q, k, v))
     dout, delta = with_contiguous_rows(dout), lse
     if needs_dq or needs_dk:
-        dq, delta = _latent_attention_bwd_dq(q, k, v, out, lse, dout, scale, needs_dq)
+        dq, delta = _launch_bwd_dq(q, k, v, out, lse, dout, scale, needs_dq)
     if needs_dk or needs_dv:
-        dk, dv = _latent_attention_bwd_dkv(q, k, v, lse, delta, dout, scale, needs_dk, needs_dv)
+        dk, dv = _launch_bwd_dkv(q, k, v, lse, delta, dout, scale, needs_dk, needs_dv)
     return dq, dk, dv
 
 
@@ -734,7 +736,7 @@ def _wide_weights(q_TNH: torch.Tensor, k_LNH: torch.Tensor, scale: float) -> tor
     return (_product(q_TNH.transpose(0, 1), k_LNH.permute(1, 2, 0)) * scale).softmax(-1)
 
 
-def _wide_latent_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+def _wide_fwd(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """The direct form by library products, with the scores and their softmax in fp32."""
     outs = []
     for q_TNH in q.split(_tokens_per_chunk(k)):
@@ -747,7 +749,7 @@ def _tokens_per_chunk(k: torch.Tensor) -> int:
     return max(1, MAX_SCORES // (k.shape[0] * k.shape[1]))
 
 
-def _wide_latent_attention_bwd(
+def _wide_bwd(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -786,17 +788,18 @@ def _wide_latent_attention_bwd(
     )
 
 
-def _latent_weights_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _launch_weights_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tensor:
     num_tokens, width = x.shape
     num_latents = len(a) // num_heads
     p = x.new_empty(num_tokens, len(a))
     if num_tokens == 0:
         return p
     sm = capability(x.device)
-    config = _weights_launch_config(num_latents, x.itemsize, sm, use_descriptors(sm, x, a))
+    aligned = use_descriptors(sm, x, a)
+    config = _weights_launch_config(num_latents, capability=sm, dtype=x.dtype, aligned=aligned)
     if config["USE_TMA"]:
         allow_descriptors()
-    _latent_weights_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
+    _absorbed_latent_attention_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
         x_ptr=x,
         stride_xt=x.stride(0),
         a_ptr=a,
@@ -813,7 +816,7 @@ def _latent_weights_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> tor
     return p
 
 
-def _latent_weights_bwd(p: torch.Tensor, b: torch.Tensor, dout: torch.Tensor, num_heads: int) -> torch.Tensor:
+def _launch_weights_bwd(p: torch.Tensor, b: torch.Tensor, dout: torch.Tensor, num_heads: int) -> torch.Tensor:
     """[T, N * L] gradient of the scores x a^T."""
     num_tokens, width = dout.shape
     num_latents = len(b) // num_heads
@@ -821,11 +824,11 @@ def _latent_weights_bwd(p: torch.Tensor, b: torch.Tensor, dout: torch.Tensor, nu
     if num_tokens == 0:
         return ds
     sm = capability(p.device)
-    config = dict(_weights_bwd_launch_config(num_latents, p.itemsize, sm))
+    config = dict(_weights_bwd_launch_config(num_latents, capability=sm, dtype=p.dtype))
     config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, dout, b)
     if config["USE_TMA"]:
         allow_descriptors()
-    _latent_weights_bwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
+    _absorbed_latent_attention_bwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
         dout_ptr=dout,
         stride_dot=dout.stride(0),
         b_ptr=b,
@@ -847,7 +850,7 @@ def _absorbed_fwd(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(result, P)."""
-    p = _latent_weights_fwd(x, a, num_heads)
+    p = _launch_weights_fwd(x, a, num_heads)
     return torch.addmm(residual, p, b), p
 
 
@@ -864,7 +867,7 @@ def _absorbed_bwd(
     dout = with_contiguous_rows(dout)
     dx, da, db = (dout.new_empty(0) for _ in range(3))
     if x is not None or a is not None:
-        ds = _latent_weights_bwd(p, with_contiguous_rows(b), dout, num_heads)
+        ds = _launch_weights_bwd(p, with_contiguous_rows(b), dout, num_heads)
         dx = dx if a is None else ds @ a
         da = da if x is None else ds.mT @ x
     if needs_db:
@@ -873,23 +876,23 @@ def _absorbed_bwd(
 
 
 @torch.library.custom_op("nvembed_fast::latent_attention", mutates_args=())
-def _latent_attention(
+def _latent_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     if q.shape[-1] > MAX_HEAD_WIDTH:
-        return _wide_latent_attention(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
-    return _latent_attention_fwd(q, k, v, scale, with_lse)
+        return _wide_fwd(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
+    return _launch_fwd(q, k, v, scale, with_lse)
 
 
-@_latent_attention.register_fake
-def _(q, k, v, scale, with_lse):
+@_latent_attention_op.register_fake
+def _latent_attention_fake(q, k, v, scale, with_lse):
     has_lse = with_lse and q.shape[-1] <= MAX_HEAD_WIDTH
     lse = q.new_empty((q.shape[1], q.shape[0]) if has_lse else 0, dtype=torch.float32)
     return q.new_empty(q.shape), lse
 
 
 @torch.library.custom_op("nvembed_fast::latent_attention_bwd", mutates_args=())
-def _latent_attention_backward(
+def _latent_attention_bwd_op(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -902,12 +905,12 @@ def _latent_attention_backward(
     needs_dv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     if q.shape[-1] > MAX_HEAD_WIDTH:
-        return _wide_latent_attention_bwd(q, k, v, dout, scale, needs_dq, needs_dk, needs_dv)
-    return _latent_attention_bwd(q, k, v, out, lse, dout, scale, needs_dq, needs_dk, needs_dv)
+        return _wide_bwd(q, k, v, dout, scale, needs_dq, needs_dk, needs_dv)
+    return _launch_bwd(q, k, v, out, lse, dout, scale, needs_dq, needs_dk, needs_dv)
 
 
-@_latent_attention_backward.register_fake
-def _(q, k, v, out, lse, dout, scale, needs_dq, needs_dk, needs_dv):
+@_latent_attention_bwd_op.register_fake
+def _latent_attention_bwd_fake(q, k, v, out, lse, dout, scale, needs_dq, needs_dk, needs_dv):
     needs = ((q, needs_dq), (k, needs_dk), (v, needs_dv))
     return tuple(t.new_empty(t.shape if needed else 0) for t, needed in needs)
 
@@ -924,27 +927,27 @@ def _differentiate(ctx, dout, _):
     if dout is None:
         return (None,) * 5
     needs = ctx.needs_input_grad[:3]
-    grads = _latent_attention_backward(*ctx.saved_tensors, dout, ctx.scale, *needs)
+    grads = _latent_attention_bwd_op(*ctx.saved_tensors, dout, ctx.scale, *needs)
     return *(g if needed else None for g, needed in zip(grads, needs, strict=True)), None, None
 
 
-_latent_attention.register_autograd(_differentiate, setup_context=_save)
+_latent_attention_op.register_autograd(_differentiate, setup_context=_save)
 
 
 @torch.library.custom_op("nvembed_fast::absorbed_latent_attention", mutates_args=())
-def _absorbed(
+def _absorbed_latent_attention_op(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _absorbed_fwd(x, a, b, residual, num_heads)
 
 
-@_absorbed.register_fake
-def _(x, a, b, residual, num_heads):
+@_absorbed_latent_attention_op.register_fake
+def _absorbed_latent_attention_fake(x, a, b, residual, num_heads):
     return x.new_empty(x.shape), x.new_empty(x.shape[0], a.shape[0])
 
 
 @torch.library.custom_op("nvembed_fast::absorbed_latent_attention_bwd", mutates_args=())
-def _absorbed_backward(
+def _absorbed_latent_attention_bwd_op(
     x: torch.Tensor | None,
     a: torch.Tensor | None,
     b: torch.Tensor | None,
@@ -956,8 +959,8 @@ def _absorbed_backward(
     return _absorbed_bwd(x, a, b, p, dout, num_heads, needs_db)
 
 
-@_absorbed_backward.register_fake
-def _(x, a, b, p, dout, num_heads, needs_db):
+@_absorbed_latent_attention_bwd_op.register_fake
+def _absorbed_latent_attention_bwd_fake(x, a, b, p, dout, num_heads, needs_db):
     dx = dout.new_empty(dout.shape if a is not None else 0)
     da, db = (
         dout.new_empty((p.shape[1], dout.shape[1]) if needed else 0) for needed in (x is not None, needs_db)
@@ -983,12 +986,12 @@ def _differentiate_absorbed(ctx, dout, _):
     needs = ctx.needs_input_grad[:3]
     dx = da = db = None
     if any(needs):
-        grads = _absorbed_backward(*ctx.saved_tensors, dout, ctx.num_heads, needs[2])
+        grads = _absorbed_latent_attention_bwd_op(*ctx.saved_tensors, dout, ctx.num_heads, needs[2])
         dx, da, db = (g if needed else None for g, needed in zip(grads, needs, strict=True))
     return dx, da, db, dout if ctx.needs_input_grad[3] else None, None
 
 
-_absorbed.register_autograd(_differentiate_absorbed, setup_context=_save_absorbed)
+_absorbed_latent_attention_op.register_autograd(_differentiate_absorbed, setup_context=_save_absorbed)
 
 
 def latent_attention(
@@ -999,10 +1002,10 @@ def latent_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_dispatched(q, k, v):
         with_lse = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        return _latent_attention(q, k, v, scale, with_lse)[0]
+        return _latent_attention_op(q, k, v, scale, with_lse)[0]
     if q.shape[-1] > MAX_HEAD_WIDTH:
-        return _wide_latent_attention(q, k, v, scale)
-    return _latent_attention_fwd(q, k, v, scale)[0]
+        return _wide_fwd(q, k, v, scale)
+    return _launch_fwd(q, k, v, scale)[0]
 
 
 def absorbed_latent_attention(
@@ -1013,5 +1016,5 @@ def absorbed_latent_attention(
     if a.shape[0] > num_heads * MAX_LATENTS:
         num_latents = a.shape[0] // num_heads
         raise Unsupported(f"a must have at most {MAX_LATENTS} latents for this kernel, got {num_latents}")
-    run = _absorbed if is_dispatched(x, a, b, residual) else _absorbed_fwd
+    run = _absorbed_latent_attention_op if is_dispatched(x, a, b, residual) else _absorbed_fwd
     return run(x, a, b, residual, num_heads)[0]

@@ -95,7 +95,7 @@ def _mean_pool_fwd_kernel(
 
 
 @triton.jit
-def _mean_pool_combine_kernel(
+def _mean_pool_fwd_combine_kernel(
     partial_ptr, stride_pt, partial_count_ptr,
     out_ptr, stride_ob,
     split_seqs_ptr, cu_seqlens_ptr,
@@ -170,7 +170,9 @@ def _mean_pool_bwd_kernel(
             tl.store(dx_ptrs, b_dout, mask=m_td)
 
 
-def _configured(kernel: str, width: int, geglu: bool, tokens: int, sm: int, itemsize: int) -> dict[str, int]:
+def _configured(
+    kernel: str, width: int, geglu: bool, tokens: int, *, capability: int, dtype: torch.dtype
+) -> dict[str, int]:
     # four 16-byte loads of 16-bit data in flight per thread, from one or from two tensors
     padded = triton.next_power_of_2(width)
     rule = {
@@ -179,33 +181,33 @@ def _configured(kernel: str, width: int, geglu: bool, tokens: int, sm: int, item
         "BLOCK_D": min(128, padded),
         "num_warps": 4,
     }
-    name = f"mean_pool.{'geglu_' * geglu}{kernel}"
-    return tuned.override(name, sm, rule, width=padded, bits=8 * itemsize)
+    name = f"mean_pool.geglu_{kernel}" if geglu else f"mean_pool.{kernel}"
+    return tuned.override(name, capability, rule, width=padded, bits=8 * dtype.itemsize)
 
 
 @tuned.cache
-def _launch_config(width: int, geglu: bool, sm: int, itemsize: int) -> dict[str, int]:
-    """Tile and warps for capability `sm`.
+def _launch_config(width: int, geglu: bool, *, capability: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile and warps.
 
     TOKENS is a trade: every sequence longer than that takes the second kernel, and a smaller batch than
     that has few programs.
     """
-    return _configured("fwd", width, geglu, 512, sm, itemsize)
+    return _configured("fwd", width, geglu, 512, capability=capability, dtype=dtype)
 
 
 @functools.cache
-def _combine_launch_config(width: int) -> dict[str, int]:
+def _fwd_combine_launch_config(width: int) -> dict[str, int]:
     """BLOCK_T partial sums at once: 16384 tokens need a single step, and the step is all latency."""
     return {"BLOCK_T": 32, "BLOCK_D": min(64, triton.next_power_of_2(width)), "num_warps": 4}
 
 
 @tuned.cache
-def _bwd_launch_config(width: int, geglu: bool, sm: int, itemsize: int) -> dict[str, int]:
+def _bwd_launch_config(width: int, geglu: bool, *, capability: int, dtype: torch.dtype) -> dict[str, int]:
     """Small tiles, since nothing is summed: many programs for one long sequence too."""
-    return _configured("bwd", width, geglu, 64, sm, itemsize)
+    return _configured("bwd", width, geglu, 64, capability=capability, dtype=dtype)
 
 
-def _mean_pool_fwd(
+def _launch_fwd(
     x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool
 ) -> torch.Tensor:
     width = x.shape[1] // 2 if geglu else x.shape[1]
@@ -214,7 +216,7 @@ def _mean_pool_fwd(
     out = new_out(len(layout), width, dtype=torch.float32)
     if layout.num_tokens == 0:
         return out
-    config = _launch_config(width, geglu, capability(x.device), x.itemsize)
+    config = _launch_config(width, geglu, capability=capability(x.device), dtype=x.dtype)
     tiles = layout.tiles(config["TOKENS"])
     # without a long sequence the kernel is the same and leaves them alone
     split_seqs, partial, partial_count = None, out, out
@@ -243,8 +245,8 @@ def _mean_pool_fwd(
     )
     if split_seqs is None:
         return out
-    combine = _combine_launch_config(width)
-    _mean_pool_combine_kernel[(len(split_seqs) * triton.cdiv(width, combine["BLOCK_D"]),)](
+    combine = _fwd_combine_launch_config(width)
+    _mean_pool_fwd_combine_kernel[(len(split_seqs) * triton.cdiv(width, combine["BLOCK_D"]),)](
         partial_ptr=partial,
         stride_pt=width,
         partial_count_ptr=partial_count,
@@ -260,7 +262,7 @@ def _mean_pool_fwd(
     return out
 
 
-def _mean_pool_bwd(
+def _launch_bwd(
     x: torch.Tensor | None,
     dout: torch.Tensor,
     layout: SeqLayout,
@@ -279,7 +281,7 @@ def _mean_pool_bwd(
         # kept tokens before each place; integers, so exact in any order
         kept = torch.nn.functional.pad(pool_mask.cumsum(0, dtype=torch.int32), (1, 0))
         count = kept[layout.cu_seqlens].diff()
-    config = _bwd_launch_config(width, geglu, capability(dx.device), dx.itemsize)
+    config = _bwd_launch_config(width, geglu, capability=capability(dx.device), dtype=dtype)
     tiles = layout.tiles(config["TOKENS"])
     _mean_pool_bwd_kernel[(len(tiles) * triton.cdiv(width, config["BLOCK_D"]),)](
         x_ptr=x,
@@ -302,20 +304,20 @@ def _mean_pool_bwd(
 
 
 @torch.library.custom_op("nvembed_fast::mean_pool", mutates_args=())
-def _mean_pool(
+def _mean_pool_op(
     x: torch.Tensor, host_lengths: torch.Tensor, pool_mask: torch.Tensor | None, geglu: bool
 ) -> torch.Tensor:
-    return _mean_pool_fwd(x, layout_of(host_lengths, x.device), pool_mask, geglu)
+    return _launch_fwd(x, layout_of(host_lengths, x.device), pool_mask, geglu)
 
 
-@_mean_pool.register_fake
-def _(x, host_lengths, pool_mask, geglu):
+@_mean_pool_op.register_fake
+def _mean_pool_fake(x, host_lengths, pool_mask, geglu):
     width = x.shape[1] // 2 if geglu else x.shape[1]
     return x.new_empty(host_lengths.shape[0], width, dtype=torch.float32)
 
 
 @torch.library.custom_op("nvembed_fast::mean_pool_bwd", mutates_args=())
-def _mean_pool_backward(
+def _mean_pool_bwd_op(
     x: torch.Tensor | None,
     dout: torch.Tensor,
     host_lengths: torch.Tensor,
@@ -323,11 +325,11 @@ def _mean_pool_backward(
     num_tokens: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return _mean_pool_bwd(x, dout, layout_of(host_lengths, dout.device), pool_mask, dtype)
+    return _launch_bwd(x, dout, layout_of(host_lengths, dout.device), pool_mask, dtype)
 
 
-@_mean_pool_backward.register_fake
-def _(x, dout, host_lengths, pool_mask, num_tokens, dtype):
+@_mean_pool_bwd_op.register_fake
+def _mean_pool_bwd_fake(x, dout, host_lengths, pool_mask, num_tokens, dtype):
     width = dout.shape[1] if x is None else 2 * dout.shape[1]
     return dout.new_empty(num_tokens, width, dtype=dtype)
 
@@ -340,17 +342,17 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dout):
     x, host_lengths, pool_mask = ctx.saved_tensors
-    dx = _mean_pool_backward(x, dout, host_lengths, pool_mask, ctx.num_tokens, ctx.dtype)
+    dx = _mean_pool_bwd_op(x, dout, host_lengths, pool_mask, ctx.num_tokens, ctx.dtype)
     return dx, None, None, None
 
 
-_mean_pool.register_autograd(_differentiate, setup_context=_save)
+_mean_pool_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _run(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool) -> torch.Tensor:
     if is_dispatched(x):
-        return _mean_pool(x, layout.host_lengths, pool_mask, geglu)
-    return _mean_pool_fwd(x, layout, pool_mask, geglu)
+        return _mean_pool_op(x, layout.host_lengths, pool_mask, geglu)
+    return _launch_fwd(x, layout, pool_mask, geglu)
 
 
 def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None = None) -> torch.Tensor:

@@ -109,7 +109,7 @@ def _rms_norm_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=["num_partials"])
-def _rms_norm_dweight_kernel(
+def _rms_norm_bwd_dweight_kernel(
     partial_ptr, dweight_ptr,
     num_partials,
     D: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -125,20 +125,17 @@ def _rms_norm_dweight_kernel(
 
 
 @tuned.cache
-def _launch_config(width: int, sm: int, itemsize: int) -> dict[str, int]:
-    """Tile and warps for capability `sm`.
-
-    16 elements of every tensor per thread (two or four 16-byte loads), full warps.
-    """
+def _launch_config(width: int, *, capability: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tile and warps: 16 elements of every tensor per thread (two or four 16-byte loads), full warps."""
     block_d = triton.next_power_of_2(width)
     block_t = max(1, 1024 // block_d)
     num_warps = min(max(block_t * block_d // 512, 1), 16)
     rule = {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": num_warps}
-    return tuned.override("rms_norm.fwd", sm, rule, width=block_d, bits=8 * itemsize)
+    return tuned.override("rms_norm.fwd", capability, rule, width=block_d, bits=8 * dtype.itemsize)
 
 
 @tuned.cache
-def _bwd_launch_config(width: int, sm: int, itemsize: int) -> dict[str, int]:
+def _bwd_launch_config(width: int, *, capability: int, dtype: torch.dtype) -> dict[str, int]:
     """8 elements of every tensor per thread: three and the share of dweight are held at once.
 
     A share is 4 bytes a column for ROWS rows of 4 tensors in 16 bits: at 32 rows 3 % more traffic with its
@@ -152,11 +149,11 @@ def _bwd_launch_config(width: int, sm: int, itemsize: int) -> dict[str, int]:
         "BLOCK_D": block_d,
         "num_warps": min(max(block_t * block_d // 256, 1), 16),
     }
-    return tuned.override("rms_norm.bwd", sm, rule, width=block_d, bits=8 * itemsize)
+    return tuned.override("rms_norm.bwd", capability, rule, width=block_d, bits=8 * dtype.itemsize)
 
 
 @functools.cache
-def _dweight_launch_config(width: int) -> dict[str, int]:
+def _bwd_dweight_launch_config(width: int) -> dict[str, int]:
     """Few columns a program, so that 4096 of them fill 128 programs."""
     return {"BLOCK_P": 64, "BLOCK_D": min(32, triton.next_power_of_2(width)), "num_warps": 4}
 
@@ -169,7 +166,7 @@ def _check_limits(x: torch.Tensor, eps: float) -> None:
         raise Unsupported(f"eps must be positive for this kernel, got {eps}")
 
 
-def _rms_norm_fwd(
+def _launch_fwd(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, h); h is x itself without a residual."""
@@ -178,7 +175,7 @@ def _rms_norm_fwd(
     h = x if residual is None else x.new_empty(num_tokens, width)
     if num_tokens == 0:
         return y, h
-    config = _launch_config(width, capability(x.device), x.itemsize)
+    config = _launch_config(width, capability=capability(x.device), dtype=x.dtype)
     _rms_norm_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]),)](
         x_ptr=x,
         stride_xt=x.stride(0),
@@ -199,7 +196,7 @@ def _rms_norm_fwd(
     return y, h
 
 
-def _rms_norm_bwd(
+def _launch_bwd(
     h: torch.Tensor,
     weight: torch.Tensor,
     dy: torch.Tensor,
@@ -216,7 +213,7 @@ def _rms_norm_bwd(
     dweight = weight.new_empty(width if needs_dweight else 0)
     dy = with_contiguous_rows(dy)
     dh_out = None if dh_out is None else with_contiguous_rows(dh_out)
-    config = _bwd_launch_config(width, capability(h.device), h.itemsize)
+    config = _bwd_launch_config(width, capability=capability(h.device), dtype=h.dtype)
     num_programs = triton.cdiv(num_tokens, config["ROWS"])
     partial = h.new_empty(num_programs, width, dtype=torch.float32) if needs_dweight else None
     _rms_norm_bwd_kernel[(num_programs,)](
@@ -240,8 +237,8 @@ def _rms_norm_bwd(
         **COMPILE_OPTIONS,
     )
     if needs_dweight:
-        config = _dweight_launch_config(width)
-        _rms_norm_dweight_kernel[(triton.cdiv(width, config["BLOCK_D"]),)](
+        config = _bwd_dweight_launch_config(width)
+        _rms_norm_bwd_dweight_kernel[(triton.cdiv(width, config["BLOCK_D"]),)](
             partial_ptr=partial,
             dweight_ptr=dweight,
             num_partials=num_programs,
@@ -253,29 +250,29 @@ def _rms_norm_bwd(
 
 
 @torch.library.custom_op("nvembed_fast::rms_norm", mutates_args=())
-def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return _rms_norm_fwd(x, None, weight, eps)[0]
+def _rms_norm_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return _launch_fwd(x, None, weight, eps)[0]
 
 
-@_rms_norm.register_fake
-def _(x, weight, eps):
+@_rms_norm_op.register_fake
+def _rms_norm_fake(x, weight, eps):
     return x.new_empty(x.shape)
 
 
 @torch.library.custom_op("nvembed_fast::add_rms_norm", mutates_args=())
-def _add_rms_norm(
+def _add_rms_norm_op(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _rms_norm_fwd(x, residual, weight, eps)
+    return _launch_fwd(x, residual, weight, eps)
 
 
-@_add_rms_norm.register_fake
-def _(x, residual, weight, eps):
+@_add_rms_norm_op.register_fake
+def _add_rms_norm_fake(x, residual, weight, eps):
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.custom_op("nvembed_fast::rms_norm_bwd", mutates_args=())
-def _rms_norm_backward(
+def _rms_norm_bwd_op(
     h: torch.Tensor,
     weight: torch.Tensor,
     dy: torch.Tensor,
@@ -284,11 +281,11 @@ def _rms_norm_backward(
     needs_dh: bool,
     needs_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _rms_norm_bwd(h, weight, dy, dh_out, eps, needs_dh, needs_dweight)
+    return _launch_bwd(h, weight, dy, dh_out, eps, needs_dh, needs_dweight)
 
 
-@_rms_norm_backward.register_fake
-def _(h, weight, dy, dh_out, eps, needs_dh, needs_dweight):
+@_rms_norm_bwd_op.register_fake
+def _rms_norm_bwd_fake(h, weight, dy, dh_out, eps, needs_dh, needs_dweight):
     width = h.shape[1]
     return h.new_empty(h.shape[0] if needs_dh else 0, width), weight.new_empty(width if needs_dweight else 0)
 
@@ -301,11 +298,11 @@ def _save(ctx, inputs, output) -> None:
 def _differentiate(ctx, dy):
     h, weight = ctx.saved_tensors
     needs_dx, needs_dweight, _ = ctx.needs_input_grad
-    dx, dweight = _rms_norm_backward(h, weight, dy, None, ctx.eps, needs_dx, needs_dweight)
+    dx, dweight = _rms_norm_bwd_op(h, weight, dy, None, ctx.eps, needs_dx, needs_dweight)
     return dx if needs_dx else None, dweight if needs_dweight else None, None
 
 
-_rms_norm.register_autograd(_differentiate, setup_context=_save)
+_rms_norm_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _save_add(ctx, inputs, output) -> None:
@@ -321,12 +318,12 @@ def _differentiate_add(ctx, dy, dh_out):
     if dy is None:
         return dh_out if needs_dx else None, dh_out if needs_dresidual else None, None, None
     needs_dh = needs_dx or needs_dresidual
-    dh, dweight = _rms_norm_backward(h, weight, dy, dh_out, ctx.eps, needs_dh, needs_dweight)
+    dh, dweight = _rms_norm_bwd_op(h, weight, dy, dh_out, ctx.eps, needs_dh, needs_dweight)
     dweight = dweight if needs_dweight else None
     return dh if needs_dx else None, dh if needs_dresidual else None, dweight, None
 
 
-_add_rms_norm.register_autograd(_differentiate_add, setup_context=_save_add)
+_add_rms_norm_op.register_autograd(_differentiate_add, setup_context=_save_add)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -334,8 +331,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     check_rms_norm(x, weight, eps)
     _check_limits(x, eps)
     if is_dispatched(x, weight):
-        return _rms_norm(x, weight, eps)
-    return _rms_norm_fwd(x, None, weight, eps)[0]
+        return _rms_norm_op(x, weight, eps)
+    return _launch_fwd(x, None, weight, eps)[0]
 
 
 def add_rms_norm(
@@ -345,5 +342,5 @@ def add_rms_norm(
     check_add_rms_norm(x, residual, weight, eps)
     _check_limits(x, eps)
     if is_dispatched(x, residual, weight):
-        return _add_rms_norm(x, residual, weight, eps)
-    return _rms_norm_fwd(x, residual, weight, eps)
+        return _add_rms_norm_op(x, residual, weight, eps)
+    return _launch_fwd(x, residual, weight, eps)

@@ -23,7 +23,7 @@ __all__ = ["rotary"]
 
 
 @triton.jit
-def _rotary_kernel(
+def _rotary_fwd_kernel(
     qkv_ptr, stride_qt, stride_qn,
     out_ptr, stride_ot, stride_on,
     cos_ptr, stride_cp,
@@ -72,7 +72,7 @@ def _launch_config(num_heads: int, head_width: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": num_warps}
 
 
-def _rotate(
+def _launch_fwd(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -86,7 +86,7 @@ def _rotate(
     num_written = num_rotated if inplace else num_heads
     if num_tokens == 0 or num_written == 0:
         return out
-    _rotary_kernel[(num_tokens,)](
+    _rotary_fwd_kernel[(num_tokens,)](
         qkv_ptr=qkv,
         stride_qt=qkv.stride(0),
         stride_qn=qkv.stride(1),
@@ -109,7 +109,7 @@ def _rotate(
 
 
 @torch.library.custom_op("nvembed_fast::rotary", mutates_args=())
-def _rotary(
+def _rotary_op(
     qkv: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -117,23 +117,23 @@ def _rotary(
     num_rotated: int,
     inverse: bool,
 ) -> torch.Tensor:
-    return _rotate(qkv, cos, sin, positions, num_rotated, inverse=inverse)
+    return _launch_fwd(qkv, cos, sin, positions, num_rotated, inverse=inverse)
 
 
-@_rotary.register_fake
-def _(qkv, cos, sin, positions, num_rotated, inverse):
+@_rotary_op.register_fake
+def _rotary_fake(qkv, cos, sin, positions, num_rotated, inverse):
     return qkv.new_empty(qkv.shape)
 
 
 @torch.library.custom_op("nvembed_fast::rotary_", mutates_args=("qkv",))
-def _rotary_inplace(
+def _rotary_inplace_op(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, num_rotated: int
 ) -> None:
-    _rotate(qkv, cos, sin, positions, num_rotated, inplace=True)
+    _launch_fwd(qkv, cos, sin, positions, num_rotated, inplace=True)
 
 
-@_rotary_inplace.register_fake
-def _(qkv, cos, sin, positions, num_rotated):
+@_rotary_inplace_op.register_fake
+def _rotary_inplace_fake(qkv, cos, sin, positions, num_rotated):
     return None
 
 
@@ -144,11 +144,11 @@ def _save(ctx, inputs, output) -> None:
 
 def _differentiate(ctx, dout):
     # the tables are constants: they get no gradient
-    dqkv = _rotary(with_contiguous_rows(dout), *ctx.saved_tensors, ctx.num_rotated, not ctx.inverse)
+    dqkv = _rotary_op(with_contiguous_rows(dout), *ctx.saved_tensors, ctx.num_rotated, not ctx.inverse)
     return dqkv, None, None, None, None, None
 
 
-_rotary.register_autograd(_differentiate, setup_context=_save)
+_rotary_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def rotary(
@@ -162,8 +162,8 @@ def rotary(
     """Triton version of `reference.rotary`: same arguments, same result."""
     check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
     if not is_dispatched(qkv):
-        return _rotate(qkv, cos, sin, positions, num_rotated, inplace)
+        return _launch_fwd(qkv, cos, sin, positions, num_rotated, inplace)
     if inplace:
-        _rotary_inplace(qkv, cos, sin, positions, num_rotated)
+        _rotary_inplace_op(qkv, cos, sin, positions, num_rotated)
         return qkv
-    return _rotary(qkv, cos, sin, positions, num_rotated, False)
+    return _rotary_op(qkv, cos, sin, positions, num_rotated, False)

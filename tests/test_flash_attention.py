@@ -182,8 +182,8 @@ def test_no_tokens(lengths, path, device):
 def test_descriptors_only_where_they_can_be_made(path, device, monkeypatch):
     configs = []
 
-    def spy(*args):
-        configs.append(real(*args))
+    def spy(*args, **kwargs):
+        configs.append(real(*args, **kwargs))
         return configs[-1]
 
     real = module._launch_config
@@ -204,7 +204,9 @@ def test_launch_config_covers_every_width_and_group():
             for width in (16, 80, 128, 256):
                 for group in (1, 3, 4, 64):
                     for max_length in (1, 16, 64, 4096):
-                        c = module._launch_config(capability, width, group, dtype, max_length)
+                        c = module._launch_config(
+                            width, group, max_length, capability=capability, dtype=dtype
+                        )
                         assert c["BLOCK_GROUP"] >= group and c["BLOCK_H"] >= width
                         assert c["BLOCK_T"] * c["BLOCK_GROUP"] >= 16 and c["BLOCK_N"] >= 16
                         assert not c["USE_TMA"] or 90 <= capability < 120
@@ -366,7 +368,7 @@ def test_one_of_two_outputs_is_used(used, path, device):
     assert_gradient_parity(used, kernel, wanted, inputs, frozen=frozen)
 
 
-BACKWARD_KERNELS = [f"_flash_attention_{name}_kernel" for name in ("delta", "dq", "dkv")]
+BACKWARD_KERNELS = [f"_flash_attention_bwd_{name}_kernel" for name in ("delta", "dq", "dkv")]
 
 
 def test_gradients_by_descriptors_only_where_they_can_be_made(path, device, monkeypatch):
@@ -416,13 +418,13 @@ def test_a_frozen_input_costs_nothing_and_changes_no_other_gradient(frozen, path
     for i, (one, other) in enumerate(zip(whole, part, strict=True)):
         assert other is None if i in frozen else torch.equal(one, other)
     launched = dict(launches)
-    assert ("_flash_attention_dq_kernel" in launched) == (0 not in frozen)
-    assert ("_flash_attention_dkv_kernel" in launched) == (frozen != (1, 2))
+    assert ("_flash_attention_bwd_dq_kernel" in launched) == (0 not in frozen)
+    assert ("_flash_attention_bwd_dkv_kernel" in launched) == (frozen != (1, 2))
     if frozen != (1, 2):
-        needs = launched["_flash_attention_dkv_kernel"]
+        needs = launched["_flash_attention_bwd_dkv_kernel"]
         assert (needs["NEEDS_DK"], needs["NEEDS_DV"]) == (1 not in frozen, 2 not in frozen)
     # dv alone takes no row sums, and so no output
-    assert ("_flash_attention_delta_kernel" in launched) == (frozen != (0, 1))
+    assert ("_flash_attention_bwd_delta_kernel" in launched) == (frozen != (0, 1))
     assert saved.count(inputs[0].shape) == (1 if frozen == (0, 1) else 2)
 
 
@@ -531,8 +533,11 @@ def test_backward_launch_config_covers_every_width_and_group():
                 for width in (16, 80, 128, 256):
                     for group in (1, 3, 4, 64):
                         for max_length in (1, 16, 64, 4096):
-                            shape = (capability, width, group, dtype, max_length)
-                            c = module._bwd_launch_config(kernel, *shape)
+                            shape, target = (
+                                (width, group, max_length),
+                                {"capability": capability, "dtype": dtype},
+                            )
+                            c = module._bwd_launch_config(kernel, *shape, **target)
                             assert c["BLOCK_GROUP"] >= group and c["BLOCK_H"] >= width
                             assert c["BLOCK_T"] * c["BLOCK_GROUP"] >= 16 and c["BLOCK_N"] >= 16
                             assert not c["USE_TMA"] or 90 <= capability < 120

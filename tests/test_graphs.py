@@ -159,7 +159,9 @@ def test_no_bucket_starts_the_second_kernel_of_mean_pool():
             for config in (c for capability in (80, 90) for c in problem.configs(capability)):
                 assert config["TOKENS"] >= graphs.MAX_TOKENS
     for geglu, sm in itertools.product((False, True), (80, 90)):
-        config = mean_pool._launch_config(NVEmbedConfig().hidden_size, geglu, sm, 2)
+        config = mean_pool._launch_config(
+            NVEmbedConfig().hidden_size, geglu, capability=sm, dtype=torch.float16
+        )
         assert config["TOKENS"] >= graphs.MAX_TOKENS
     with pytest.raises(AssertionError, match="lower MAX_TOKENS"):
         BucketLayout(64, torch.device("cpu")).split_seqs(32)

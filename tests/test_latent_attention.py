@@ -7,7 +7,7 @@ from gradients import assert_compiles, assert_gradcheck, assert_same_constants, 
 
 from nvembed_fast.kernels import latent_attention as module
 from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.latent_attention import _latent_weights_fwd as latent_weights
+from nvembed_fast.kernels.latent_attention import _launch_weights_fwd as latent_weights
 from nvembed_fast.kernels.latent_attention import absorbed_latent_attention, latent_attention
 from nvembed_fast.kernels.testing import (
     LATENT_CASES,
@@ -203,7 +203,7 @@ def test_permuting_latents_changes_nothing(path, device):
     torch.testing.assert_close(other, p[..., order], rtol=1e-5, atol=1e-7)
 
 
-FORWARD_KERNELS = ["_latent_attention_fwd_kernel", "_latent_weights_fwd_kernel"]
+FORWARD_KERNELS = ["_latent_attention_fwd_kernel", "_absorbed_latent_attention_fwd_kernel"]
 
 
 def test_doubling_the_batch_changes_no_row(path, device, monkeypatch):
@@ -350,7 +350,7 @@ FORMS = pytest.mark.parametrize("form", ["direct", "absorbed"])
 BACKWARD_KERNELS = [
     "_latent_attention_bwd_dq_kernel",
     "_latent_attention_bwd_dkv_kernel",
-    "_latent_weights_bwd_kernel",
+    "_absorbed_latent_attention_bwd_kernel",
 ]
 SMALLEST = LatentCase("smallest", 3, 5, 2, 8, 8)
 WIDE = LatentCase("wide", 20, 40, 3, module.MAX_HEAD_WIDTH + 8, 16)
@@ -434,9 +434,9 @@ def test_chunks_of_tokens_are_added(num_tokens, dtype, path, device, monkeypatch
 
 def test_every_tile_of_tokens_divides_a_chunk():
     for sm in (80, 86, 90, 120):
-        for itemsize in (2, 4):
+        for dtype in (torch.float16, torch.float32):
             for width in (1, 64, 65, 128, 129, module.MAX_HEAD_WIDTH):
-                config = module._bwd_launch_config(512, width, itemsize, sm)["dkv"]
+                config = module._bwd_launch_config(512, width, capability=sm, dtype=dtype)["dkv"]
                 assert module.CHUNK % config["BLOCK_T"] == 0 == 64 % config["BLOCK_T"]
 
 
@@ -540,7 +540,7 @@ def test_nothing_is_computed_or_saved_for_frozen_inputs(device, monkeypatch):
     assert _saved(kernel, inputs, frozen=(0, 1)) == [scores]
     assert _saved(kernel, inputs, frozen=(0,)) == [rows, weights, scores]
     assert _saved(kernel, inputs, frozen=(1,)) == [weights, weights, scores]
-    monkeypatch.setattr(module, "_latent_weights_bwd_kernel", None)
+    monkeypatch.setattr(module, "_absorbed_latent_attention_bwd_kernel", None)
     gradients(kernel, inputs, frozen=(0, 1))
     gradients(kernel, inputs, frozen=(0, 1, 2))
 
@@ -549,22 +549,22 @@ def test_nothing_is_computed_or_saved_for_frozen_inputs(device, monkeypatch):
     assert _saved(latent_attention, [q, k, v], frozen=(0, 1)) == [q_shape, k_shape, k_shape, lse]
     assert _saved(latent_attention, [q, k, v], frozen=(1, 2)) == [q_shape, k_shape, k_shape, q_shape, lse]
     launched = []
-    for name in ("_latent_attention_bwd_dq", "_latent_attention_bwd_dkv"):
+    for name in ("_launch_bwd_dq", "_launch_bwd_dkv"):
         real = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *args, real=real, name=name: launched.append(name) or real(*args)
         )
     gradients(latent_attention, [q, k, v], frozen=(0, 1))
-    assert launched == ["_latent_attention_bwd_dkv"]
+    assert launched == ["_launch_bwd_dkv"]
     launched.clear()
     gradients(latent_attention, [q, k, v], frozen=(1, 2))
-    assert launched == ["_latent_attention_bwd_dq"]
+    assert launched == ["_launch_bwd_dq"]
 
 
 def test_the_denominator_is_written_for_a_gradient_only(path, device):
     q, k, v = RAGGED.direct_inputs(device, torch.float16)
-    plain, none = module._latent_attention_fwd(q, k, v, 0.2)
-    out, lse = module._latent_attention_fwd(q, k, v, 0.2, with_lse=True)
+    plain, none = module._launch_fwd(q, k, v, 0.2)
+    out, lse = module._launch_fwd(q, k, v, 0.2, with_lse=True)
     assert torch.equal(plain, out) and none.numel() == 0
     scores = 0.2 * torch.einsum("tnh,lnh->ntl", q.double(), k.double())
     torch.testing.assert_close(lse.double(), scores.logsumexp(-1) / np.log(2), rtol=1e-5, atol=1e-5)
@@ -681,18 +681,16 @@ def test_nan_around_the_tensors_reaches_no_gradient(path, device):
         return view.copy_(t)
 
     q, k, v = RAGGED.direct_inputs(device, torch.float16)
-    out, lse = module._latent_attention_fwd(q, k, v, 0.2, with_lse=True)
+    out, lse = module._launch_fwd(q, k, v, 0.2, with_lse=True)
     (dout,) = upstream_of([out])
-    wanted = module._latent_attention_bwd(q, k, v, out, lse, dout, 0.2, True, True, True)
-    got = module._latent_attention_bwd(
-        wide(q), wide(k), wide(v), wide(out), lse, wide(dout), 0.2, True, True, True
-    )
+    wanted = module._launch_bwd(q, k, v, out, lse, dout, 0.2, True, True, True)
+    got = module._launch_bwd(wide(q), wide(k), wide(v), wide(out), lse, wide(dout), 0.2, True, True, True)
     for one, other in zip(got, wanted, strict=True):
         assert torch.equal(one, other)
     x, a, b, residual, num_heads = RAGGED.absorbed_inputs(device, torch.float16)
     p, (dout,) = latent_weights(x, a, num_heads), upstream_of([residual])
-    got = module._latent_weights_bwd(p, wide(b), wide(dout), num_heads)
-    assert torch.equal(got, module._latent_weights_bwd(p, b, dout, num_heads))
+    got = module._launch_weights_bwd(p, wide(b), wide(dout), num_heads)
+    assert torch.equal(got, module._launch_weights_bwd(p, b, dout, num_heads))
 
 
 @pytest.mark.parametrize("num_latents", [40, 300])
@@ -701,9 +699,9 @@ def test_nan_in_a_head_reaches_no_other_gradient(num_latents, path, device):
     case = LatentCase("heads", 9, num_latents, 2, 16, 24)
     x, a, b, residual, num_heads = case.absorbed_inputs(device, torch.float16)
     p, (dout,) = latent_weights(x, a, num_heads), upstream_of([residual])
-    clean = module._latent_weights_bwd(p, b, dout, num_heads)
+    clean = module._launch_weights_bwd(p, b, dout, num_heads)
     b[num_latents:] = float("nan")
-    poisoned = module._latent_weights_bwd(p, b, dout, num_heads)
+    poisoned = module._launch_weights_bwd(p, b, dout, num_heads)
     assert torch.equal(poisoned[:, :num_latents], clean[:, :num_latents])
     assert poisoned[:, num_latents:].isnan().all()
 
@@ -717,11 +715,11 @@ def test_doubling_the_batch_changes_no_gradient_of_a_token(path, device, monkeyp
     assert torch.equal(both, torch.cat([dq, dq]))
     x, a, b, residual, num_heads = RAGGED.absorbed_inputs(device, torch.float16)
     p, (dout,) = latent_weights(x, a, num_heads), upstream_of([residual])
-    ds = module._latent_weights_bwd(p, b, dout, num_heads)
-    both = module._latent_weights_bwd(torch.cat([p, p]), b, torch.cat([dout, dout]), num_heads)
+    ds = module._launch_weights_bwd(p, b, dout, num_heads)
+    both = module._launch_weights_bwd(torch.cat([p, p]), b, torch.cat([dout, dout]), num_heads)
     assert torch.equal(both, torch.cat([ds, ds]))
     for t in (0, 77, 149):
-        alone = module._latent_weights_bwd(p[t : t + 1], b, dout[t : t + 1], num_heads)
+        alone = module._launch_weights_bwd(p[t : t + 1], b, dout[t : t + 1], num_heads)
         assert torch.equal(alone[0], ds[t])
     assert_same_constants(launches)
 
@@ -772,12 +770,12 @@ def test_no_row_beyond_the_last_is_read_for_a_gradient(path, device):
 
     dout, b = far(3, 2**24), far(5, 2**27)
     p = torch.full((3, 5), 0.2, dtype=torch.float16, device=device)
-    wanted = module._latent_weights_bwd(p, b.contiguous(), dout.contiguous(), 1)
-    assert torch.equal(module._latent_weights_bwd(p, b, dout, 1), wanted)
+    wanted = module._launch_weights_bwd(p, b.contiguous(), dout.contiguous(), 1)
+    assert torch.equal(module._launch_weights_bwd(p, b, dout, 1), wanted)
     q, k = dout[:, None], b[:, None]
-    out, lse = module._latent_attention_fwd(q, k, k, 0.25, with_lse=True)
-    got = module._latent_attention_bwd(q, k, k, out, lse, q, 0.25, True, True, True)
+    out, lse = module._launch_fwd(q, k, k, 0.25, with_lse=True)
+    got = module._launch_bwd(q, k, k, out, lse, q, 0.25, True, True, True)
     near_q, near_k = q.contiguous(), k.contiguous()
-    wanted = module._latent_attention_bwd(near_q, near_k, near_k, out, lse, near_q, 0.25, True, True, True)
+    wanted = module._launch_bwd(near_q, near_k, near_k, out, lse, near_q, 0.25, True, True, True)
     for one, other in zip(got, wanted, strict=True):
         assert torch.equal(one, other)

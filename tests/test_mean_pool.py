@@ -19,7 +19,7 @@ from nvembed_fast.kernels.testing import (
     small,
 )
 
-TOKENS = module._launch_config(16, False, 80, 4)["TOKENS"]
+TOKENS = module._launch_config(16, False, capability=80, dtype=torch.float32)["TOKENS"]
 # one tile, exactly one, one token more, three, and none; the longest neither first nor last
 TILES = PoolCase("tiles", (9, TOKENS, TOKENS + 1, 0, 2 * TOKENS + 70, 1), 16)
 
@@ -53,7 +53,7 @@ def test_matches_reference_at_full_size(case, dtype, geglu, device):
 
 
 def test_more_partial_sums_than_the_second_kernel_adds_at_once(geglu, device):
-    block = module._combine_launch_config(16)["BLOCK_T"]
+    block = module._fwd_combine_launch_config(16)["BLOCK_T"]
     # wide, so that the RMS is over many columns
     case = PoolCase("many tiles", (block * TOKENS + 1,), 256)
     _assert_matches_reference(case, device, torch.float32, geglu)
@@ -142,7 +142,7 @@ def test_doubling_the_batch_changes_no_row(geglu, device):
 
 
 def test_one_kernel_is_enough_when_every_sequence_fits_a_tile(geglu, device, monkeypatch):
-    monkeypatch.setattr(module, "_mean_pool_combine_kernel", None)
+    monkeypatch.setattr(module, "_mean_pool_fwd_combine_kernel", None)
     _assert_matches_reference(PoolCase("one tile each", (TOKENS, 3), 16), device, torch.float32, geglu)
     x, layout, mask = PoolCase("two tiles", (TOKENS + 1, 3), 16).inputs(device, torch.float32, geglu=geglu)
     with pytest.raises(TypeError):  # the second kernel is called, and it is None

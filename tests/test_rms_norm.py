@@ -116,7 +116,7 @@ def test_no_tokens(device):
 
 def test_every_width_up_to_the_limit_has_a_launch_config():
     for width in range(1, module.MAX_WIDTH + 1, 37):
-        config = module._launch_config(width, 80, 2)
+        config = module._launch_config(width, capability=80, dtype=torch.float16)
         assert config["BLOCK_D"] >= width and config["num_warps"] in (1, 2, 4, 8, 16)
 
 
@@ -177,7 +177,9 @@ def _check_gradient(op, case, device, dtype, **kwargs):
 
 
 # more rows than one program walks, so that shares of the weight's gradient are added
-SHARES = RowCase("shares", 2 * module._bwd_launch_config(80, 80, 4)["ROWS"] + 5, 80)
+SHARES = RowCase(
+    "shares", 2 * module._bwd_launch_config(80, capability=80, dtype=torch.float32)["ROWS"] + 5, 80
+)
 
 
 @BOTH
@@ -194,8 +196,8 @@ def test_gradient_matches_reference_at_full_size(op, case, dtype, device):
 
 
 def test_more_shares_than_are_added_at_once(device):
-    shares = module._dweight_launch_config(64)["BLOCK_P"] + 1
-    rows = module._bwd_launch_config(64, 80, 4)["ROWS"]
+    shares = module._bwd_dweight_launch_config(64)["BLOCK_P"] + 1
+    rows = module._bwd_launch_config(64, capability=80, dtype=torch.float32)["ROWS"]
     # 16 bits: the interpreter adds a tile's rows one after another, and in fp32 that would show
     _check_gradient(rms_norm, RowCase("many shares", shares * rows, 64), device, torch.float16)
 
@@ -218,9 +220,9 @@ def test_a_frozen_input_gets_no_gradient_and_the_others_keep_theirs(op, frozen, 
 
 def test_what_is_not_needed_is_not_computed(device, monkeypatch):
     launches = []
-    real = module._rms_norm_bwd
+    real = module._launch_bwd
     monkeypatch.setattr(
-        module, "_rms_norm_bwd", lambda *a: launches.append((a[-2:], real(*a))) or launches[-1][1]
+        module, "_launch_bwd", lambda *a: launches.append((a[-2:], real(*a))) or launches[-1][1]
     )
     inputs = _inputs(rms_norm, CASE, device, torch.float32)
     for frozen, sizes in (((), (560, 80)), ((0,), (0, 80)), ((1,), (560, 0))):

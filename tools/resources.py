@@ -1,26 +1,27 @@
-"""What the compiler makes of every kernel on sm_80 and sm_90; needs no GPU.
+"""What the compiler makes of every kernel on sm_80 and sm_90. Needs no GPU.
 
     python -m tools.resources [--only STEM] [--update] [--json FILE]
     python -m tools.resources --capability 86 120 [--rows NAME ...]
 
-Every kernel is compiled in its shipped configurations at the shapes of
-NV-Embed-v2. A row shows registers, stack bytes, local loads and stores
-(spills), shared memory against the limit, wgmma, mma and TMA instructions and
-the widest global load. A kernel beyond the shared memory of its GPU always
-fails. Where `resource_snapshots/triton-<version>.json` exists for the running
-Triton, a row that got worse fails too; with any other version the table is only
-printed. So it is for other GPUs and for a choice of rows.
+1. The examples below call the kernels' own functions at the shapes of
+   NV-Embed-v2, with tensors on the meta device. Every launch is recorded in
+   place of being run, so what is compiled is what is launched.
+2. Triton compiles each recorded launch as it would on that GPU, and the binary
+   is read: registers, stack bytes, local loads and stores (spills), shared
+   memory, wgmma, mma and TMA instructions and the widest global load.
 
-To add a kernel file `kernels/<stem>.py`: write a generator
-`_<stem>_specs(capability)` below that yields one `CompileSpec` per shipped
-configuration, with the constants read from the module's own `_launch_config`,
-so that what is compiled is what is shipped. It is found by its name. Then run
-`--only <stem> --update` under each Triton that has a snapshot.
+A kernel beyond the shared memory of its GPU always fails. Where
+`resource_snapshots/triton-<version>.json` exists for the running Triton, a row
+that got worse fails too. With any other version, for other GPUs and for a choice
+of rows the table is only printed.
+
+To add a kernel file `kernels/<stem>.py`: write a generator of `Example`s below and
+name it in EXAMPLES. Then run `--only <stem> --update` under each Triton that has
+a snapshot.
 """
 
 import argparse
 import concurrent.futures
-import importlib
 import json
 import multiprocessing
 import os
@@ -28,12 +29,25 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
 
 from nvembed_fast import files
+from nvembed_fast.kernels import (
+    _common,
+    flash_attention,
+    gated,
+    latent_attention,
+    mean_pool,
+    rms_norm,
+    rotary,
+)
+from nvembed_fast.kernels.layout import SeqLayout
 
 SNAPSHOTS = Path(__file__).parent / "resource_snapshots"
 # bytes that one program may take
@@ -41,84 +55,233 @@ SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 12
 TARGETS = (80, 90)  # those of the snapshots
 COLUMNS = ("registers", "stack", "spills", "shared", "wgmma", "mma", "tma", "load_bytes")
 LOWER_IS_BETTER = ("registers", "stack", "spills", "shared")
-OPTIONS = ("num_warps", "num_stages", "maxnreg")
-DTYPES = {"bf16": 2, "fp16": 2, "fp32": 4}  # bytes
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # NV-Embed-v2: model width, query heads, key/value heads, head width, latents, latent heads, MLP widths
 WIDTH, HEADS, KV_HEADS, HEAD_WIDTH = 4096, 32, 8, 128
+GROUP = HEADS // KV_HEADS
 LATENTS, LATENT_HEADS, SWIGLU_WIDTH, GEGLU_WIDTH = 512, 8, 14336, 16384
+TOKENS = 4096
 
-Row = dict[str, int]
+Figures = dict[str, int]  # column -> value
+Row = dict[str, int | str]  # name, kernel and capability beside the figures
 
 
-@dataclass(frozen=True)
-class CompileSpec:
-    """One kernel in one shipped configuration.
+class Example(NamedTuple):
+    """A launch that becomes a row.
 
     Attributes:
-        name: the row label, unique inside its stem: what differs, and the dtype.
-        kernel: the `@triton.jit` function.
-        arguments: run-time argument -> type: "*bf16", "fp32", "i32", or "i32:16" for an integer that is
-            divisible by 16 (most strides). Pointers count as aligned to 16 bytes, as the launcher sees them.
-        constexprs: compile-time argument -> value. A pointer that is None at launch belongs here, as None.
-        options: num_warps, num_stages and what else the launch passes to the compiler.
+        name: unique inside its stem: what differs, and the dtype.
+        kernel: "bwd_dq" for `_<stem>_bwd_dq_kernel`.
+        call: launches the kernel once, and maybe others beside it.
     """
 
     name: str
+    kernel: str
+    call: Callable[[], object]
+
+
+class Launch(NamedTuple):
+    """A `@triton.jit` function and all that a launcher passes to it, by name."""
+
     kernel: Any
-    arguments: dict[str, str]
-    constexprs: dict[str, Any]
-    options: dict[str, int]
+    arguments: dict[str, Any]
 
 
-def _kernels(stem: str):
-    return importlib.import_module(f"nvembed_fast.kernels.{stem}")
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _split(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
-    """(constexprs, options) of a `_launch_config`."""
-    options = {k: v for k, v in config.items() if k in OPTIONS}
-    return {k: v for k, v in config.items() if k not in OPTIONS}, options
+def _flash_attention() -> Iterator[Example]:
+    m, both, bf16 = flash_attention, ("fwd", "bwd"), ("bf16",)
+    # title, dtypes, head width, query heads per key/value head, tokens of the longest text, passes
+    for title, dtypes, width, group, length, passes in (
+        ("", DTYPES, HEAD_WIDTH, GROUP, TOKENS, both),
+        (" causal", bf16, HEAD_WIDTH, GROUP, TOKENS, both),
+        (" unaligned", bf16, HEAD_WIDTH, GROUP, TOKENS, both),
+        (" 64 tokens", bf16, HEAD_WIDTH, GROUP, 64, both),
+        (" 16 tokens", bf16, HEAD_WIDTH, GROUP, 16, ("fwd",)),
+        (" smollm2", ("bf16", "fp32"), 64, 3, TOKENS, both),
+        (" width 80", bf16, 80, 1, TOKENS, ("fwd",)),
+        (" width 256", ("bf16", "fp32"), 256, 1, TOKENS, both),
+        (" largest group", ("bf16", "fp32"), 256, 16, TOKENS, ("bwd",)),
+    ):
+        heads, causal, layout = KV_HEADS * group, title == " causal", SeqLayout((length,), "meta")
+        # a column and a head more: no stride is a multiple of 16
+        padding = 1 if title == " unaligned" else 0
+        for name in dtypes:
+            dtype = DTYPES[name]
+            qkv = _empty(length, heads + 2 * KV_HEADS + padding, width + padding, dtype=dtype)[..., :width]
+            q, k, v = qkv[:, : heads + 2 * KV_HEADS].split((heads, KV_HEADS, KV_HEADS), 1)
+            if "fwd" in passes:
+                call = partial(m.flash_attention, q, k, v, layout, causal=causal)
+                yield Example(f"forward{title} {name}", "fwd", call)
+            if "bwd" in passes:
+                out, lse2 = (
+                    _empty(length, heads, width, dtype=dtype),
+                    _empty(heads, length, dtype=torch.float32),
+                )
+                dout = _empty(length, heads + padding, width + padding, dtype=dtype)[:, :heads, :width]
+                needs = (True, True, True)
+                call = partial(m._launch_bwd, q, k, v, out, lse2, dout, None, layout, 1.0, causal, needs)
+                yield Example(f"dq{title} {name}", "bwd_dq", call)
+                yield Example(f"dkv{title} {name}", "bwd_dkv", call)
+                if not title:
+                    yield Example(f"delta {name}", "bwd_delta", call)
 
 
-def _collect(capability: int, only: str | None) -> dict[str, CompileSpec]:
-    """{"stem: name": spec} of every `_<stem>_specs` in this file."""
-    makers = {m[1]: fn for name, fn in globals().items() if (m := re.fullmatch(r"_(\w+)_specs", name))}
-    if only is not None and only not in makers:
-        raise SystemExit(f"--only must be one of {', '.join(sorted(makers))}, got {only}")
-    specs = {}
-    for stem in [only] if only else sorted(makers):
-        for spec in makers[stem](capability):
-            assert f"{stem}: {spec.name}" not in specs, f"two specs are called {stem}: {spec.name}"
-            specs[f"{stem}: {spec.name}"] = spec
-    return specs
+def _gated() -> Iterator[Example]:
+    for op, width in ((gated.swiglu, SWIGLU_WIDTH), (gated.geglu, GEGLU_WIDTH)):
+        for name, dtype in DTYPES.items():
+            x, dout = _empty(TOKENS, 2 * width, dtype=dtype), _empty(TOKENS, width, dtype=dtype)
+            backward = partial(gated._launch_bwd, x, dout, op is gated.swiglu)
+            yield Example(f"{op.__name__} {name}", "fwd", partial(op, x))
+            yield Example(f"{op.__name__} backward {name}", "bwd", backward)
 
 
-def _compile(spec: CompileSpec, capability: int) -> Row:
+def _latent_attention() -> Iterator[Example]:
+    m = latent_attention
+    for width in (64, 256):
+        for name, dtype in DTYPES.items():
+            q, out, dout = (_empty(TOKENS, LATENT_HEADS, width, dtype=dtype) for _ in range(3))
+            k, v = _empty(LATENTS, 2, LATENT_HEADS, width, dtype=dtype).unbind(1)
+            lse, delta = (_empty(LATENT_HEADS, TOKENS, dtype=torch.float32) for _ in range(2))
+            for title, kernel, call in (
+                ("", "fwd", partial(m.latent_attention, q, k, v)),
+                ("lse ", "fwd", partial(m._launch_fwd, q, k, v, 1.0, with_lse=True)),
+                ("dq ", "bwd_dq", partial(m._launch_bwd_dq, q, k, v, out, lse, dout, 1.0, True)),
+                ("delta ", "bwd_dq", partial(m._launch_bwd_dq, q, k, v, out, lse, dout, 1.0, False)),
+                ("dkv ", "bwd_dkv", partial(m._launch_bwd_dkv, q, k, v, lse, delta, dout, 1.0, True, True)),
+            ):
+                yield Example(f"direct {width} {title}{name}", kernel, call)
+
+
+def _absorbed_latent_attention() -> Iterator[Example]:
+    m = latent_attention
+    for num_latents in (LATENTS, m.MAX_LATENTS):
+        for name, dtype in DTYPES.items():
+            x, dout = (_empty(TOKENS, WIDTH, dtype=dtype) for _ in range(2))
+            a, b = (_empty(LATENT_HEADS * num_latents, WIDTH, dtype=dtype) for _ in range(2))
+            p = _empty(TOKENS, len(a), dtype=dtype)
+            forward = partial(m._launch_weights_fwd, x, a, LATENT_HEADS)
+            backward = partial(m._launch_weights_bwd, p, b, dout, LATENT_HEADS)
+            yield Example(f"weights {num_latents} {name}", "fwd", forward)
+            yield Example(f"weights {num_latents} backward {name}", "bwd", backward)
+
+
+def _mean_pool() -> Iterator[Example]:
+    layout, mask = SeqLayout((TOKENS,), "meta"), _empty(TOKENS, dtype=torch.bool)
+    for op, width in ((mean_pool.mean_pool, WIDTH), (mean_pool.mean_pool_geglu, GEGLU_WIDTH)):
+        geglu = op is mean_pool.mean_pool_geglu
+        for name, dtype in DTYPES.items():
+            x = _empty(TOKENS, 2 * width if geglu else width, dtype=dtype)
+            dout = _empty(1, width, dtype=torch.float32)
+            backward = partial(mean_pool._launch_bwd, x if geglu else None, dout, layout, mask, dtype)
+            yield Example(f"{op.__name__} {name}", "fwd", partial(op, x, layout, mask))
+            yield Example(f"{op.__name__} backward {name}", "bwd", backward)
+    # of partial sums in fp32, whatever the dtype
+    x = _empty(TOKENS, WIDTH, dtype=torch.bfloat16)
+    yield Example("combine", "fwd_combine", partial(mean_pool.mean_pool, x, layout, mask))
+
+
+def _rms_norm() -> Iterator[Example]:
+    m, eps = rms_norm, 1e-5
+    for name, dtype in DTYPES.items():
+        x, residual, dy, dh_out = (_empty(TOKENS, WIDTH, dtype=dtype) for _ in range(4))
+        weight = _empty(WIDTH, dtype=dtype)
+        backward = partial(m._launch_bwd, x, weight, dy, dh_out, eps, True)
+        yield Example(f"rms_norm {name}", "fwd", partial(m.rms_norm, x, weight, eps))
+        yield Example(f"add_rms_norm {name}", "fwd", partial(m.add_rms_norm, x, residual, weight, eps))
+        yield Example(f"backward {name}", "bwd", partial(backward, True))
+        yield Example(f"backward, weight frozen {name}", "bwd", partial(backward, False))
+        if name == "bf16":
+            yield Example(f"dweight {name}", "bwd_dweight", partial(backward, True))
+
+
+def _rotary() -> Iterator[Example]:
+    rotated = HEADS + KV_HEADS
+    positions = SeqLayout((TOKENS,), "meta").positions
+    for name, dtype in DTYPES.items():
+        qkv = _empty(TOKENS, rotated + KV_HEADS, HEAD_WIDTH, dtype=dtype)
+        cos, sin = (_empty(TOKENS, HEAD_WIDTH // 2, dtype=torch.float32) for _ in range(2))
+        args = (qkv, cos, sin, positions, rotated)
+        yield Example(f"in place {name}", "fwd", partial(rotary.rotary, *args, inplace=True))
+        yield Example(f"copy {name}", "fwd", partial(rotary.rotary, *args))
+        yield Example(f"backward {name}", "fwd", partial(rotary._launch_fwd, *args, inverse=True))
+
+
+EXAMPLES = {
+    "flash_attention": _flash_attention,
+    "gated": _gated,
+    "latent_attention": lambda: (*_latent_attention(), *_absorbed_latent_attention()),
+    "mean_pool": _mean_pool,
+    "rms_norm": _rms_norm,
+    "rotary": _rotary,
+}
+
+
+def examples(only: str | None = None) -> dict[str, Example]:
+    """{"stem: name": example} of every kernel file, or of one."""
+    if only is not None and only not in EXAMPLES:
+        raise SystemExit(f"--only must be one of {', '.join(EXAMPLES)}, got {only}")
+    found = [(stem, example) for stem in ([only] if only else EXAMPLES) for example in EXAMPLES[stem]()]
+    named = {f"{stem}: {example.name}": example for stem, example in found}
+    assert len(named) == len(found), "two examples have one name"
+    return named
+
+
+def record(call: Callable[[], object], capability: int) -> list[Launch]:
+    """The launches of a call, none of which runs. Tensors on the meta device lie on a such a GPU."""
+    from triton.runtime.jit import KernelInterface
+
+    launches: list[Launch] = []
+
+    def launcher(kernel, grid):
+        return lambda **arguments: launches.append(Launch(kernel, arguments))
+
+    with (
+        mock.patch.object(KernelInterface, "__getitem__", launcher),
+        mock.patch.object(_common, "cuda_capability", lambda index: capability),
+    ):
+        call()
+    return launches
+
+
+def launch_of(name: str, capability: int) -> Launch:
+    """The launch of a row, by its "stem: name"."""
+    stem = name.split(":")[0]
+    example = examples(stem)[name]
+    kernel = f"_{example.kernel}_kernel"
+    (launch,) = [x for x in record(example.call, capability) if x.kernel.__name__.endswith(kernel)]
+    return launch
+
+
+class _Driver(NamedTuple):
+    """All that Triton asks of a driver before it compiles a launch."""
+
+    capability: int
+
+    def get_current_device(self) -> int:
+        return self.capability  # a kernel keeps its binaries by device
+
+    def get_current_stream(self, device: int) -> None:
+        return None
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def compiled(launch: Launch, capability: int) -> Figures:
+    """What Triton makes of a launch. In a process of its own: no kernel can run there afterwards."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = spec.kernel.arg_names
-    missing = set(names) - set(spec.arguments) - set(spec.constexprs)
-    unknown = (set(spec.arguments) | set(spec.constexprs)) - set(names)
-    assert not missing and not unknown, f"{spec.name}: missing {sorted(missing)}, unknown {sorted(unknown)}"
-    signature = {n: spec.arguments[n].split(":")[0] if n in spec.arguments else "constexpr" for n in names}
-    # the launcher tells the compiler the same: without it there is no TMA and no wide load
-    aligned = [n for n, t in spec.arguments.items() if t.startswith("*") or t.endswith(":16")]
-    compiled = triton.compile(
-        ASTSource(
-            fn=spec.kernel,
-            signature=signature,
-            constexprs={(names.index(n),): value for n, value in spec.constexprs.items()},
-            attrs={(names.index(n),): [["tt.divisibility", 16]] for n in aligned},
-        ),
-        target=GPUTarget("cuda", capability, 32),
-        options={**spec.options, **_kernels("_common").COMPILE_OPTIONS},
-    )
-    return _read_cubin(compiled.asm["cubin"]) | {"shared": compiled.metadata.shared}
+    triton.runtime.driver.set_active(_Driver(capability))
+    binary = launch.kernel.warmup(grid=None, **launch.arguments)
+    return _read_cubin(binary.asm["cubin"]) | {"shared": binary.metadata.shared}
 
 
-def _read_cubin(cubin: bytes) -> Row:
+def _read_cubin(cubin: bytes) -> Figures:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -149,8 +312,10 @@ def _load_bytes(modifiers: str) -> int:
     return next((widths[p] for p in parts if p in widths), 4)
 
 
-def _compile_named(capability: int, name: str) -> Row:
-    return _compile(_collect(capability, name.split(":")[0])[name], capability)
+def _row(capability: int, name: str) -> Row:
+    launch = launch_of(name, capability)
+    kernel = {"name": name, "kernel": launch.kernel.__name__, "capability": capability}
+    return kernel | compiled(launch, capability)
 
 
 def measure(
@@ -158,22 +323,24 @@ def measure(
     capabilities: Sequence[int] = TARGETS,
     names: Sequence[str] | None = None,
     num_workers: int = 2,
-) -> dict[str, Row]:
-    """{"stem: name sm_80": row} of every kernel, or of those `names` ("stem: name") alone."""
-    jobs = []
-    for capability in capabilities:
-        specs = _collect(capability, only)
-        if unknown := set(names or ()) - set(specs):
-            raise SystemExit(f"no rows of these names: {', '.join(sorted(unknown))}")
-        jobs += [(capability, name) for name in (names or specs)]
+) -> list[Row]:
+    """The rows of every kernel, or of those `names` ("stem: name") alone."""
+    known = list(examples(only))
+    if unknown := set(names or ()) - set(known):
+        raise SystemExit(f"no rows of these names: {', '.join(sorted(unknown))}")
+    jobs = [(capability, name) for capability in capabilities for name in names or known]
     spawn = multiprocessing.get_context("spawn")
     workers = min(num_workers, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        rows = list(pool.map(_compile_named, *zip(*jobs, strict=True)))
-    return {f"{name} sm_{capability}": row for (capability, name), row in zip(jobs, rows, strict=True)}
+        return list(pool.map(_row, *zip(*jobs, strict=True)))
 
 
-def beyond_limits(rows: dict[str, Row]) -> list[str]:
+def labelled(rows: Sequence[Row]) -> dict[str, Figures]:
+    """{"stem: name sm_80": figures}, as in the snapshots."""
+    return {f"{row['name']} sm_{row['capability']}": {c: row[c] for c in COLUMNS} for row in rows}
+
+
+def beyond_limits(rows: dict[str, Figures]) -> list[str]:
     """One line per row that does not fit the shared memory of its GPU."""
     return [
         f"{name}: {row['shared']} bytes of shared memory, the limit is {limit}"
@@ -182,7 +349,7 @@ def beyond_limits(rows: dict[str, Row]) -> list[str]:
     ]
 
 
-def worsened(rows: dict[str, Row], snapshot: dict[str, Row]) -> list[str]:
+def worsened(rows: dict[str, Figures], snapshot: dict[str, Figures]) -> list[str]:
     """One line per figure that is worse than in the snapshot, and per row that only one of them has."""
     problems = [f"{name}: not in the snapshot" for name in rows if name not in snapshot]
     problems += [f"{name}: in the snapshot, but no kernel has it" for name in snapshot if name not in rows]
@@ -200,20 +367,19 @@ def worsened(rows: dict[str, Row], snapshot: dict[str, Row]) -> list[str]:
     return problems
 
 
-def _of_stem(rows: dict[str, Row], only: str | None) -> dict[str, Row]:
+def _of_stem(rows: dict[str, Figures], only: str | None) -> dict[str, Figures]:
     return {name: row for name, row in rows.items() if only is None or name.startswith(f"{only}: ")}
 
 
-def _table(rows: dict[str, Row]) -> str:
+def _table(rows: dict[str, Figures]) -> str:
     width = max(map(len, rows))
     lines = [f"{'':{width}} " + " ".join(f"{c:>10}" for c in COLUMNS)]
     lines += [f"{name:{width}} " + " ".join(f"{row[c]:>10}" for c in COLUMNS) for name, row in rows.items()]
     return "\n".join(lines)
 
 
-def _write(path: Path, rows: dict[str, Row]) -> None:
-    ordered = {name: {c: rows[name][c] for c in COLUMNS} for name in sorted(rows)}
-    body = ",\n".join(f"  {json.dumps(name)}: {json.dumps(row)}" for name, row in ordered.items())
+def _write(path: Path, rows: dict[str, Figures]) -> None:
+    body = ",\n".join(f"  {json.dumps(name)}: {json.dumps(rows[name])}" for name in sorted(rows))
     with files.replacing(path) as scratch:
         scratch.write_text(f"{{\n{body}\n}}\n")
 
@@ -222,7 +388,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--only", metavar="STEM", help="one kernel file, such as flash_attention")
     parser.add_argument("--update", action="store_true", help="rewrite the snapshot of the running Triton")
-    parser.add_argument("--json", metavar="FILE", type=Path, help="also write the rows there")
+    parser.add_argument("--json", metavar="FILE", type=Path, help="also write a list of the rows there")
     parser.add_argument("--capability", type=int, nargs="+", choices=SHARED_LIMIT, help="other GPUs")
     parser.add_argument("--rows", metavar="NAME", nargs="+", help='these alone, such as "rotary: copy bf16"')
     args = parser.parse_args(argv)
@@ -236,10 +402,11 @@ def main(argv: list[str] | None = None) -> int:
         return subprocess.run(command, env=env).returncode
     import triton
 
-    rows = measure(args.only, args.capability or TARGETS, args.rows)
-    sys.stdout.write(_table(rows) + "\n")
+    measured = measure(args.only, args.capability or TARGETS, args.rows)
     if args.json:
-        _write(args.json, rows)
+        args.json.write_text(json.dumps(measured, indent=1) + "\n")
+    rows = labelled(measured)
+    sys.stdout.write(_table(rows) + "\n")
     problems = beyond_limits(rows)
     path = SNAPSHOTS / f"triton-{triton.__version__}.json"
     snapshot = json.loads(path.read_text()) if path.exists() else {}
@@ -257,225 +424,6 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write("".join(f"WORSE {p}\n" for p in problems))
     sys.stdout.write(f"{len(rows)} rows, {verdict}, {len(problems)} problems\n")
     return 1 if problems else 0
-
-
-# one generator per kernel file, in alphabetical order
-
-
-def _flash_attention_specs(capability: int) -> Iterator[CompileSpec]:
-    m, torch = _kernels("flash_attention"), importlib.import_module("torch")
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    group = HEADS // KV_HEADS
-    for name, dtype, width, heads_per_key, max_length, causal, aligned in (
-        ("forward", "bf16", HEAD_WIDTH, group, 4096, False, True),
-        ("forward", "fp16", HEAD_WIDTH, group, 4096, False, True),
-        ("forward", "fp32", HEAD_WIDTH, group, 4096, False, True),
-        ("forward causal", "bf16", HEAD_WIDTH, group, 4096, True, True),
-        ("forward unaligned", "bf16", HEAD_WIDTH, group, 4096, False, False),
-        ("forward 64 tokens", "bf16", HEAD_WIDTH, group, 64, False, True),
-        ("forward 16 tokens", "bf16", HEAD_WIDTH, group, 16, False, True),
-        ("forward smollm2", "bf16", 64, 3, 4096, False, True),
-        ("forward smollm2", "fp32", 64, 3, 4096, False, True),
-        ("forward width 80", "bf16", 80, 1, 4096, False, True),
-        ("forward width 256", "bf16", 256, 1, 4096, False, True),
-        ("forward width 256", "fp32", 256, 1, 4096, False, True),
-    ):
-        config = m._launch_config(capability, width, heads_per_key, dtypes[dtype], max_length, aligned)
-        constexprs, options = _split(config)
-        constexprs |= {"GROUP": heads_per_key, "H": width, "CAUSAL": causal}
-        constexprs["PRECISION"] = _kernels("_common").input_precision(dtypes[dtype])
-        arguments = {f"{t}_ptr": f"*{dtype}" for t in ("q", "k", "v", "out")} | {"lse2_ptr": "*fp32"}
-        arguments |= {f"{name}_ptr": "*i32" for name in ("tiles", "cu_seqlens")}
-        stride = "i32:16" if aligned else "i32"
-        arguments |= {f"stride_{s}": stride for s in ("qt", "qn", "kt", "kg", "vt", "vg", "ot", "on")}
-        arguments |= {"stride_ln": "i32", "scale_log2": "fp32", "num_kv_heads": "i32"}
-        yield CompileSpec(f"{name} {dtype}", m._flash_attention_fwd_kernel, arguments, constexprs, options)
-    for name, dtype, width, heads_per_key, max_length, causal, aligned in (
-        ("", "bf16", HEAD_WIDTH, group, 4096, False, True),
-        ("", "fp16", HEAD_WIDTH, group, 4096, False, True),
-        ("", "fp32", HEAD_WIDTH, group, 4096, False, True),
-        (" causal", "bf16", HEAD_WIDTH, group, 4096, True, True),
-        (" unaligned", "bf16", HEAD_WIDTH, group, 4096, False, False),
-        (" 64 tokens", "bf16", HEAD_WIDTH, group, 64, False, True),
-        (" smollm2", "bf16", 64, 3, 4096, False, True),
-        (" smollm2", "fp32", 64, 3, 4096, False, True),
-        (" width 256", "bf16", 256, 1, 4096, False, True),
-        (" width 256", "fp32", 256, 1, 4096, False, True),
-        (" largest group", "bf16", 256, 16, 4096, False, True),
-        (" largest group", "fp32", 256, 16, 4096, False, True),
-    ):
-        for which, kernel, results in (
-            ("dq", m._flash_attention_dq_kernel, ("dq",)),
-            ("dkv", m._flash_attention_dkv_kernel, ("dk", "dv")),
-        ):
-            shape = (capability, width, heads_per_key, dtypes[dtype], max_length, aligned)
-            constexprs, options = _split(m._bwd_launch_config(which, *shape))
-            constexprs |= {"GROUP": heads_per_key, "H": width, "CAUSAL": causal}
-            constexprs["PRECISION"] = _kernels("_common").input_precision(dtypes[dtype])
-            constexprs |= {"NEEDS_DK": True, "NEEDS_DV": True} if which == "dkv" else {}
-            arguments = {f"{t}_ptr": f"*{dtype}" for t in ("q", "k", "v", "dout", *results)}
-            arguments |= {f"{t}_ptr": "*fp32" for t in ("lse2", "delta")}
-            arguments |= {f"{t}_ptr": "*i32" for t in ("tiles", "cu_seqlens")}
-            stride = "i32:16" if aligned else "i32"
-            strides = ("qt", "qn", "kt", "kg", "vt", "vg", "dot", "don")
-            arguments |= {f"stride_{s}": stride for s in strides}
-            arguments |= {
-                f"stride_{s}": "i32:16" for s in (("dqt", "dqn") if which == "dq" else ("dt", "dg"))
-            }
-            arguments |= {"stride_ln": "i32", "scale": "fp32", "scale_log2": "fp32", "num_kv_heads": "i32"}
-            yield CompileSpec(f"{which}{name} {dtype}", kernel, arguments, constexprs, options)
-    constexprs, options = _split(m._delta_launch_config(HEADS, HEAD_WIDTH))
-    constexprs |= {"NUM_HEADS": HEADS, "H": HEAD_WIDTH, "HAS_DLSE2": False, "dlse2_ptr": None}
-    for dtype in DTYPES:
-        arguments = {"out_ptr": f"*{dtype}", "dout_ptr": f"*{dtype}", "delta_ptr": "*fp32"}
-        arguments |= {f"stride_{s}": "i32:16" for s in ("ot", "on", "dot", "don")}
-        arguments |= {"stride_en": "i32"}
-        kernel = m._flash_attention_delta_kernel
-        yield CompileSpec(f"delta {dtype}", kernel, arguments, constexprs, options)
-
-
-def _gated_specs(capability: int) -> Iterator[CompileSpec]:
-    m = _kernels("gated")
-    for op, width in (("swiglu", SWIGLU_WIDTH), ("geglu", GEGLU_WIDTH)):
-        constexprs, options = _split(m._launch_config(width))
-        for dtype in DTYPES:
-            shared = {"x_ptr": f"*{dtype}", "stride_xt": "i32:16", "num_tokens": "i32"}
-            flags = constexprs | {"F": width, "GATE_FIRST": op == "swiglu"}
-            arguments = shared | {"out_ptr": f"*{dtype}", "stride_ot": "i32:16"}
-            yield CompileSpec(f"{op} {dtype}", m._gated_fwd_kernel, arguments, flags, options)
-            arguments = shared | {f"{name}_ptr": f"*{dtype}" for name in ("dout", "dx")}
-            arguments |= {f"stride_{name}": "i32:16" for name in ("dot", "dxt")}
-            yield CompileSpec(f"{op} backward {dtype}", m._gated_bwd_kernel, arguments, flags, options)
-
-
-def _latent_attention_specs(capability: int) -> Iterator[CompileSpec]:
-    m = _kernels("latent_attention")
-    torch, common = importlib.import_module("torch"), _kernels("_common")
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    precision = {name: common.input_precision(dtype) for name, dtype in dtypes.items()}
-    for head_width in (64, 256):
-        for dtype in DTYPES:
-            itemsize = 4 if dtype == "fp32" else 2
-            shape = {"N": LATENT_HEADS, "L": LATENTS, "H": head_width, "PRECISION": precision[dtype]}
-            inputs = {f"{name}_ptr": f"*{dtype}" for name in ("q", "k", "v")}
-            inputs |= {f"stride_{name}": "i32:16" for name in ("qt", "qn", "kl", "kn", "vl", "vn")}
-            inputs |= {"lse_ptr": "*fp32", "num_tokens": "i32", "scale_log2": "fp32"}
-            out = {"out_ptr": f"*{dtype}", "stride_ot": "i32:16", "stride_on": "i32:16"}
-            dout = {"dout_ptr": f"*{dtype}", "stride_dot": "i32:16", "stride_don": "i32:16"}
-            dout |= {"delta_ptr": "*fp32", "scale": "fp32"}
-            constexprs, options = _split(m._launch_config(LATENTS, head_width, itemsize, capability))
-            for with_lse in (False, True):
-                name = f"direct {head_width} {'lse ' * with_lse}{dtype}"
-                flags = constexprs | shape | {"WITH_LSE": with_lse}
-                yield CompileSpec(name, m._latent_attention_fwd_kernel, inputs | out, flags, options)
-            configs = m._bwd_launch_config(LATENTS, head_width, itemsize, capability)
-            constexprs, options = _split(configs["dq"])
-            arguments = inputs | out | dout | {"dq_ptr": f"*{dtype}"}
-            for needs_dq in (True, False):
-                name = f"direct {head_width} {'dq' if needs_dq else 'delta'} {dtype}"
-                flags = constexprs | shape | {"NEEDS_DQ": needs_dq}
-                yield CompileSpec(name, m._latent_attention_bwd_dq_kernel, arguments, flags, options)
-            constexprs, options = _split(configs["dkv"])
-            arguments = inputs | dout | {"dk_ptr": "*fp32", "dv_ptr": "*fp32"}
-            flags = constexprs | shape | {"CHUNK": m.CHUNK, "NEEDS_DK": True, "NEEDS_DV": True}
-            name = f"direct {head_width} dkv {dtype}"
-            yield CompileSpec(name, m._latent_attention_bwd_dkv_kernel, arguments, flags, options)
-    for num_latents in (LATENTS, m.MAX_LATENTS):
-        for dtype in DTYPES:
-            shape = {"D": WIDTH, "N": LATENT_HEADS, "L": num_latents, "PRECISION": precision[dtype]}
-            problem = (num_latents, 4 if dtype == "fp32" else 2, capability)
-            constexprs, options = _split(m._weights_launch_config(*problem))
-            arguments = {f"{name}_ptr": f"*{dtype}" for name in ("x", "a", "p")}
-            arguments |= {f"stride_{name}": "i32:16" for name in ("xt", "al")} | {"num_tokens": "i32"}
-            name, kernel = f"weights {num_latents} {dtype}", m._latent_weights_fwd_kernel
-            yield CompileSpec(name, kernel, arguments, constexprs | shape, options)
-            constexprs, options = _split(m._weights_bwd_launch_config(*problem))
-            arguments = {f"{name}_ptr": f"*{dtype}" for name in ("dout", "b", "p", "ds")}
-            arguments |= {f"stride_{name}": "i32:16" for name in ("dot", "bl")} | {"num_tokens": "i32"}
-            name, kernel = f"weights {num_latents} backward {dtype}", m._latent_weights_bwd_kernel
-            yield CompileSpec(name, kernel, arguments, constexprs | shape, options)
-
-
-def _mean_pool_specs(capability: int) -> Iterator[CompileSpec]:
-    m = _kernels("mean_pool")
-    lists = {f"{name}_ptr": "*i32" for name in ("tiles", "cu_seqlens")}
-    results = {f"{name}_ptr": "*fp32" for name in ("partial", "partial_count", "out")}
-    for op, width in (("mean_pool", WIDTH), ("mean_pool_geglu", GEGLU_WIDTH)):
-        geglu = op == "mean_pool_geglu"
-        flags = {"D": width, "GEGLU": geglu, "HAS_MASK": True}
-        for dtype, itemsize in DTYPES.items():
-            constexprs, options = _split(m._launch_config(width, geglu, capability, itemsize))
-            arguments = {"x_ptr": f"*{dtype}", "mask_ptr": "*i1"} | lists | results
-            arguments |= {f"stride_{name}": "i32:16" for name in ("xt", "ob", "pt")}
-            kernel, constants = m._mean_pool_fwd_kernel, constexprs | flags
-            yield CompileSpec(f"{op} {dtype}", kernel, arguments, constants, options)
-            backward, backward_options = _split(m._bwd_launch_config(width, geglu, capability, itemsize))
-            arguments = {f"{name}_ptr": f"*{dtype}" for name in ("x", "dx")} | lists
-            arguments |= {"mask_ptr": "*i1", "count_ptr": "*i32", "dout_ptr": "*fp32"}
-            arguments |= {f"stride_{name}": "i32:16" for name in ("xt", "db", "dxt")}
-            constants = backward | flags | ({} if geglu else {"x_ptr": None})
-            arguments = {name: kind for name, kind in arguments.items() if name not in constants}
-            name, kernel = f"{op} backward {dtype}", m._mean_pool_bwd_kernel
-            yield CompileSpec(name, kernel, arguments, constants, backward_options)
-    flags = {"D": WIDTH, "TOKENS": constexprs["TOKENS"]}
-    constexprs, options = _split(m._combine_launch_config(WIDTH))
-    arguments = {"split_seqs_ptr": "*i32", "cu_seqlens_ptr": "*i32"} | results
-    arguments |= {f"stride_{name}": "i32:16" for name in ("ob", "pt")}
-    yield CompileSpec("combine", m._mean_pool_combine_kernel, arguments, constexprs | flags, options)
-
-
-def _rms_norm_specs(capability: int) -> Iterator[CompileSpec]:
-    m = _kernels("rms_norm")
-    for op in ("rms_norm", "add_rms_norm"):
-        for dtype, itemsize in DTYPES.items():
-            constexprs, options = _split(m._launch_config(WIDTH, capability, itemsize))
-            arguments = {f"{name}_ptr": f"*{dtype}" for name in ("x", "residual", "weight", "y", "h")}
-            arguments |= {f"stride_{name}t": "i32:16" for name in "xryh"}
-            arguments |= {"num_tokens": "i32", "eps": "fp32"}
-            flags = {"D": WIDTH, "HAS_RESIDUAL": op == "add_rms_norm"}
-            if op == "rms_norm":
-                flags |= {name: None for name in ("residual_ptr", "h_ptr")}
-            arguments = {name: kind for name, kind in arguments.items() if name not in flags}
-            yield CompileSpec(f"{op} {dtype}", m._rms_norm_fwd_kernel, arguments, constexprs | flags, options)
-    for name, needs_dweight in (("backward", True), ("backward, weight frozen", False)):
-        for dtype, itemsize in DTYPES.items():
-            constexprs, options = _split(m._bwd_launch_config(WIDTH, capability, itemsize))
-            arguments = {f"{t}_ptr": f"*{dtype}" for t in ("h", "weight", "dy", "dh_out", "dh")}
-            arguments |= {f"stride_{s}": "i32:16" for s in ("ht", "dyt", "dot", "dht")}
-            arguments |= {"num_tokens": "i32", "eps": "fp32"}
-            arguments |= {"partial_ptr": "*fp32"} if needs_dweight else {}
-            flags = {"D": WIDTH, "HAS_DH_OUT": True, "NEEDS_DH": True, "NEEDS_DWEIGHT": needs_dweight}
-            flags |= {} if needs_dweight else {"partial_ptr": None}
-            kernel = m._rms_norm_bwd_kernel
-            yield CompileSpec(f"{name} {dtype}", kernel, arguments, constexprs | flags, options)
-    constexprs, options = _split(m._dweight_launch_config(WIDTH))
-    arguments = {"partial_ptr": "*fp32", "dweight_ptr": "*bf16", "num_partials": "i32"}
-    yield CompileSpec(
-        "dweight bf16", m._rms_norm_dweight_kernel, arguments, constexprs | {"D": WIDTH}, options
-    )
-
-
-def _rotary_specs(capability: int) -> Iterator[CompileSpec]:
-    m = _kernels("rotary")
-    rotated = HEADS + KV_HEADS
-    for op, num_heads in (
-        ("in place", rotated),
-        ("copy", rotated + KV_HEADS),
-        ("backward", rotated + KV_HEADS),
-    ):
-        constexprs, options = _split(m._launch_config(num_heads, HEAD_WIDTH))
-        flags = {"HALF": HEAD_WIDTH // 2, "NUM_HEADS": num_heads, "NUM_ROTATED": rotated}
-        flags["INVERSE"] = op == "backward"
-        for dtype in DTYPES:
-            arguments = {
-                "qkv_ptr": f"*{dtype}",
-                "out_ptr": f"*{dtype}",
-                "cos_ptr": "*fp32",
-                "sin_ptr": "*fp32",
-                "positions_ptr": "*i32",
-            }
-            arguments |= {f"stride_{name}": "i32:16" for name in ("qt", "qn", "ot", "on", "cp", "sp")}
-            yield CompileSpec(f"{op} {dtype}", m._rotary_kernel, arguments, constexprs | flags, options)
 
 
 if __name__ == "__main__":

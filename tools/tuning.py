@@ -81,7 +81,7 @@ class Problem:
 
     Attributes:
         kernel: of `tuned.KERNELS`.
-        spec: the row of tools.resources that compiles it, with its stem.
+        row: of tools.resources, with its stem: the launch that becomes a candidate's by other constants.
         prepare: (case, device, dtype) -> Launch.
         cases: what is timed.
         part: of the same class, small enough for float64.
@@ -89,7 +89,7 @@ class Problem:
     """
 
     kernel: str
-    spec: str
+    row: str
     prepare: Callable[[Case, str, torch.dtype], Launch]
     cases: tuple[Case, ...]
     part: Case
@@ -97,7 +97,7 @@ class Problem:
 
     @property
     def name(self) -> str:
-        return f"{self.kernel} ({self.spec.partition(': ')[2]})"
+        return f"{self.kernel} ({self.row.partition(': ')[2]})"
 
     def configs(self, capability: int) -> list[Config]:
         constants = tuned.KERNELS[self.kernel].constants
@@ -125,11 +125,11 @@ def _attention_forward(case: AttentionCase, device: str, dtype: torch.dtype) -> 
 def _attention_backward(
     case: AttentionCase, device: str, dtype: torch.dtype, needs: tuple[bool, bool, bool]
 ) -> Launch:
-    from nvembed_fast.kernels.flash_attention import _backward, _forward
+    from nvembed_fast.kernels.flash_attention import _launch_bwd, _launch_fwd
 
     *qkv, layout = case.inputs(device, dtype)
     scale = case.head_width**-0.5
-    out, lse2 = _forward(*qkv, layout, scale, case.causal)
+    out, lse2 = _launch_fwd(*qkv, layout, scale, case.causal)
     (dout,) = upstream_of([out])
 
     def needed(grads: Sequence[torch.Tensor]) -> Results:
@@ -143,7 +143,7 @@ def _attention_backward(
         return needed(low), needed(high)
 
     args = (*qkv, out, lse2, dout, None, layout, scale, case.causal, needs)
-    return Launch(lambda: needed(_backward(*args)), wanted)
+    return Launch(lambda: needed(_launch_bwd(*args)), wanted)
 
 
 def _direct(case: LatentCase, device: str, dtype: torch.dtype) -> Launch:
@@ -153,10 +153,10 @@ def _direct(case: LatentCase, device: str, dtype: torch.dtype) -> Launch:
 
 
 def _weights(case: LatentCase, device: str, dtype: torch.dtype) -> Launch:
-    from nvembed_fast.kernels.latent_attention import _latent_weights_fwd
+    from nvembed_fast.kernels.latent_attention import _launch_weights_fwd
 
     x, a, *_, num_heads = case.absorbed_inputs(device, dtype)
-    return _beside_reference(_latent_weights_fwd, reference.latent_weights, (x, a), num_heads)
+    return _beside_reference(_launch_weights_fwd, reference.latent_weights, (x, a), num_heads)
 
 
 def _pool_forward(case: PoolCase, device: str, dtype: torch.dtype, geglu: bool) -> Launch:
@@ -168,14 +168,14 @@ def _pool_forward(case: PoolCase, device: str, dtype: torch.dtype, geglu: bool) 
 
 
 def _pool_backward(case: PoolCase, device: str, dtype: torch.dtype, geglu: bool) -> Launch:
-    from nvembed_fast.kernels.mean_pool import _mean_pool_bwd
+    from nvembed_fast.kernels.mean_pool import _launch_bwd
 
     x, layout, mask = case.inputs(device, dtype, geglu=geglu)
     exact = reference.mean_pool_geglu if geglu else reference.mean_pool
     exact = functools.partial(exact, layout=layout, pool_mask=mask)
     (dout,) = upstream_of([torch.empty(len(layout), case.width, device=device)])
     return Launch(
-        lambda: _mean_pool_bwd(x if geglu else None, dout, layout, mask, dtype),
+        lambda: _launch_bwd(x if geglu else None, dout, layout, mask, dtype),
         lambda: tuple(gradients(exact, [t], [dout])[1] for t in (x, x.double())),
     )
 
@@ -187,7 +187,7 @@ def _norm_forward(case: RowCase, device: str, dtype: torch.dtype) -> Launch:
 
 
 def _norm_backward(case: RowCase, device: str, dtype: torch.dtype) -> Launch:
-    from nvembed_fast.kernels.rms_norm import _rms_norm_bwd
+    from nvembed_fast.kernels.rms_norm import _launch_bwd
 
     h, dh_out, weight = case.norm_inputs(device, dtype)
     (dy,) = upstream_of([h])
@@ -197,7 +197,7 @@ def _norm_backward(case: RowCase, device: str, dtype: torch.dtype) -> Launch:
         return dh + dh_out, dweight
 
     return Launch(
-        lambda: _rms_norm_bwd(h, weight, dy, dh_out, EPS, True, True),
+        lambda: _launch_bwd(h, weight, dy, dh_out, EPS, True, True),
         lambda: (exact(h, weight), exact(h.double(), weight.double())),
     )
 
@@ -289,17 +289,20 @@ def _pool_problems(geglu: bool) -> list[Problem]:
     case = functools.partial(_case, POOL_CASES, "nvembed-32x512-mlp" if geglu else "nvembed-32x512")
     cases = (case(), case(name="one text of 16384", lengths=(16384,)))
     part = case(lengths=(700, 512, 3))
-    row = f"mean_pool: mean_pool{'_geglu' * geglu}"
+    prefix, row = ("geglu_", "mean_pool_geglu") if geglu else ("", "mean_pool")
     return [
         Problem(
-            f"mean_pool.{'geglu_' * geglu}{which}",
-            f"{row}{' backward' * (which == 'bwd')} bf16",
+            f"mean_pool.{prefix}{which}",
+            f"mean_pool: {row}{title} bf16",
             functools.partial(prepare, geglu=geglu),
             cases,
             part,
             {80: tries, 90: tries},
         )
-        for which, prepare, tries in (("fwd", _pool_forward, forward), ("bwd", _pool_backward, backward))
+        for which, title, prepare, tries in (
+            ("fwd", "", _pool_forward, forward),
+            ("bwd", " backward", _pool_backward, backward),
+        )
     ]
 
 
@@ -346,26 +349,19 @@ def label(config: Config) -> str:
 
 def rule_of(problem: Problem, capability: int) -> Config:
     """The constants that the kernel's rule gives to the problem."""
-    spec = _spec(problem.spec, capability)
-    constants = tuned.KERNELS[problem.kernel].constants
-    return {name: (spec.constexprs | spec.options)[name] for name in constants}
+    arguments = launch_by_rule(problem.row, capability).arguments
+    return {name: arguments[name] for name in tuned.KERNELS[problem.kernel].constants}
 
 
-def _spec(name: str, capability: int) -> resources.CompileSpec:
+def launch_by_rule(row: str, capability: int) -> resources.Launch:
     with tuned.use({}):
-        return resources._collect(capability, name.split(":")[0])[name]
+        return resources.launch_of(row, capability)
 
 
-def compiled(spec: str, capability: int, config: Config) -> resources.Row:
-    """What the compiler makes of a kernel in another configuration; not in the interpreter's process."""
-    constexprs, options = resources._split(config)
-    kernel = _spec(spec, capability)
-    return resources._compile(
-        dataclasses.replace(
-            kernel, constexprs=kernel.constexprs | constexprs, options=kernel.options | options
-        ),
-        capability,
-    )
+def compiled(row: str, capability: int, config: Config) -> resources.Figures:
+    """What the compiler makes of a row's launch in another configuration, outside the interpreter."""
+    launch = launch_by_rule(row, capability)
+    return resources.compiled(launch._replace(arguments=launch.arguments | config), capability)
 
 
 def candidates(problem: Problem, capability: int) -> list[Config]:
@@ -374,14 +370,14 @@ def candidates(problem: Problem, capability: int) -> list[Config]:
     return [rule] + [c for c in problem.configs(capability) if c != rule]
 
 
-def beyond_limit(row: resources.Row, capability: int) -> str | None:
+def beyond_limit(row: resources.Figures, capability: int) -> str | None:
     """Why a candidate cannot be launched, or None."""
     if row["shared"] <= (limit := resources.SHARED_LIMIT[capability]):
         return None
     return f"dropped: {row['shared']} bytes of shared memory, the limit is {limit}"
 
 
-def survivors(rows: dict[str, resources.Row], capability: int) -> list[str]:
+def survivors(rows: dict[str, resources.Figures], capability: int) -> list[str]:
     """Labels of what can be launched; what spills comes last."""
     fit = [name for name, row in rows.items() if beyond_limit(row, capability) is None]
     return sorted(fit, key=lambda name: bool(rows[name]["spills"]))
@@ -389,13 +385,13 @@ def survivors(rows: dict[str, resources.Row], capability: int) -> list[str]:
 
 def _compile_all(
     problem: Problem, capability: int, pool: concurrent.futures.Executor
-) -> dict[str, resources.Row]:
+) -> dict[str, resources.Figures]:
     configs = candidates(problem, capability)
-    rows = pool.map(functools.partial(compiled, problem.spec, capability), configs)
+    rows = pool.map(functools.partial(compiled, problem.row, capability), configs)
     return dict(zip(map(label, configs), rows, strict=True))
 
 
-def _compile_table(rows: dict[str, resources.Row], capability: int) -> str:
+def _compile_table(rows: dict[str, resources.Figures], capability: int) -> str:
     kept = survivors(rows, capability)
     columns = ("registers", "spills", "stack", "shared")
     lines = [f"  {'':{WIDTH}}" + " ".join(f"{column:>9}" for column in columns)]
@@ -535,7 +531,7 @@ def _toml(value: object) -> str:
 
 def search(
     selected: Sequence[Problem],
-    compile_all: Callable[[Problem, int], dict[str, resources.Row]],
+    compile_all: Callable[[Problem, int], dict[str, resources.Figures]],
     device: str,
     dtype: torch.dtype,
     seconds: float,
