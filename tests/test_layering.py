@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
@@ -161,6 +162,36 @@ def test_no_package_file_imports_itself_through_others():
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         graph[name] = _split(_imports(path, top_level=True))[0] - {name}
     assert tuple(graphlib.TopologicalSorter(graph).static_order())
+
+
+def _private_names(path: Path) -> tuple[set[str], set[str]]:
+    """Names with one underscore in front: (those that a file binds, those that it takes from elsewhere)."""
+    bound, taken = set(), set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                bound.add(name)
+            case ast.Attribute(attr=name, ctx=ast.Store()):
+                bound.add(name)
+            case (
+                ast.Attribute(attr=name)
+                | ast.Call(func=ast.Name(id="getattr"), args=[_, ast.Constant(value=name), *_])
+            ):
+                taken.add(name)
+            case ast.ImportFrom(module=module, names=aliases) if module != "nvembed_fast.kernels":
+                taken |= {alias.name for alias in aliases}
+    return tuple({n for n in names if re.match("_(?!_)", n)} for names in (bound, taken))
+
+
+def test_no_file_takes_a_private_name_of_another():
+    """Tests may. `tools/` may take the launchers of kernels, which it compiles."""
+    folders = ("nvembed_fast", "kernels", "bench", "tools", "examples")
+    paths = {p.relative_to(ROOT) for folder in folders for p in ROOT.glob(f"{folder}/**/*.py")}
+    names = {path: _private_names(ROOT / path) for path in paths if path.parts[1] != "kernels"}
+    ours = set().union(*(bound for bound, _ in names.values())) - set(dir(torch.Tensor))
+    for path, (bound, taken) in names.items():
+        found = {n for n in taken & ours - bound if path.parts[0] != "tools" or not n.startswith("_launch_")}
+        assert not found, f"{path} takes {sorted(found)} from another file: make it public, or ask for less"
 
 
 @pytest.mark.parametrize("folder", ["nvembed_fast", "kernels", "tests", "bench", "tools", "examples"])
