@@ -6,11 +6,13 @@ PY := .venv/bin/python
 STAMP := .venv/installed
 
 .PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
+.PHONY: test-cpus
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
 	@echo "make demo      embed real text with a small real decoder, and search it"
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
+	@echo "make test-cpus the kernel tests with the CPU libraries of other CPUs; ARGS='Haswell Nehalem': these alone"
 	@echo "make check     format, lint, layers, and what the compiler makes of every kernel"
 	@echo "make test-gpu  the kernel tests and the full-size tests on a CUDA GPU"
 	@echo "make bench     every kernel and the encoder beside their rivals and the limit; goes on where it stopped"
@@ -41,6 +43,9 @@ check: $(STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests/test_layering.py
 	$(PY) -m tools.resources
+
+test-cpus: $(STAMP)
+	$(PY) -m tools.cpus --jobs $(JOBS) $(ARGS)
 
 test-gpu: $(STAMP)
 	$(PY) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make test-gpu needs a CUDA GPU')"
