@@ -42,6 +42,7 @@ check: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests/test_layering.py
+	$(PY) -m tools.mutate --check
 	$(PY) -m tools.resources
 
 test-cpus: $(STAMP)
