@@ -71,8 +71,10 @@ mutate: $(STAMP)
 	$(PY) -m tools.mutate $(STEM) $(if $(N),--number $(N)) --jobs $(JOBS) $(ARGS)
 
 # no virtual environment: a machine with a GPU brings its own torch and triton
+# the plus sign: make gpu-run --dry-run runs it too, and it lists the slices then
 gpu-run:
-	$(PYTHON) -m tools.gpu_run $(OUT) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
+	+@$(PYTHON) -m tools.gpu_run $(OUT) $(if $(COMMIT),--commit $(COMMIT)) $(ARGS) \
+		$(if $(findstring n,$(firstword -$(MAKEFLAGS))),--dry-run)
 
 # in an environment of its own: tests/golden/README.md
 golden:

@@ -139,6 +139,14 @@ def test_the_dry_run_lists_every_slice_with_its_minutes(capsys):
     assert len({one.name for one in todo}) == len(todo)
 
 
+def test_make_lists_the_slices_in_a_dry_run():
+    command = ["make", "gpu-run", "--dry-run", f"PYTHON={sys.executable}"]
+    env = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS")}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert run.returncode == 0 and "these are estimates" in run.stdout, run.stdout + run.stderr
+    assert run.stdout.count(" min  ") == len(gpu_run.slices()) + 1
+
+
 def test_every_slice_fits_below_its_time_limit():
     assert gpu_run.TIMEOUT < 9 * 60
     for one in gpu_run.slices():
