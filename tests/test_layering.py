@@ -155,6 +155,19 @@ def test_a_room_imports_only_what_its_wall_allows(room):
     assert packages is None or theirs == packages
 
 
+def test_the_page_states_the_walls():
+    """docs/layout.md and WALLS agree, room by room."""
+    rows = re.findall(r"^\| (`.*?) \| (.*) \|$", (ROOT / "docs" / "layout.md").read_text(), re.M)
+    stated = {}
+    for first, second in rows:
+        rooms, allowed = (set(re.findall(r"`([\w.]+)`", cell)) for cell in (first, second))
+        allowed |= (rooms if "each other" in second else set()) | (
+            GROUND if "the ground," in second else set()
+        )
+        stated |= dict.fromkeys(rooms, allowed)
+    assert stated == {room: WALLS[room][0] for room in WALLS if room not in ("__init__", "__main__", "cli")}
+
+
 def test_no_package_file_imports_itself_through_others():
     """An order in which every file comes behind those it imports."""
     graph = {}
