@@ -16,7 +16,7 @@ from nvembed_fast.kernels.layout import SeqLayout
 
 Tensors = Sequence[torch.Tensor]
 
-# one token among longer ones, no two lengths equal; a sequence without tokens
+# one token among longer ones, no two lengths equal, and a sequence without tokens
 RAGGED = (5, 1, 17, 64, 33)
 EMPTY_MIDDLE = (7, 0, 9)
 
@@ -26,14 +26,14 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def skewed_lengths(count: int, median: int = 128, least: int = 16, most: int = 4096) -> tuple[int, ...]:
-    """Tokens of texts as they come: lognormal with sigma 1, clipped; drawn with seed 0."""
+    """Tokens of texts as they come: lognormal with sigma 1, clipped, drawn with seed 0."""
     draws = np.random.default_rng(0).lognormal(math.log(median), 1.0, count)
     return tuple(int(n) for n in draws.round().clip(least, most))
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """A packed self-attention problem; q, k and v are views of one packed QKV tensor, as in the model."""
+    """A packed self-attention problem. q, k and v are views of one packed QKV tensor, as in the model."""
 
     name: str
     lengths: tuple[int, ...]
@@ -54,7 +54,7 @@ class AttentionCase:
 
     def flops(self, backward: bool = False) -> int:
         pairs = sum(n * (n + 1) // 2 if self.causal else n * n for n in self.lengths)
-        products = 7 if backward else 2  # S and out; S again, dP, dQ, dK and dV
+        products = 7 if backward else 2  # S and out, or S again, dP, dQ, dK and dV
         return 2 * products * pairs * self.num_heads * self.head_width
 
 
@@ -91,10 +91,10 @@ ATTENTION_CPU = (
 
 
 def attention_gradients(inputs, upstream, layout: SeqLayout, causal: bool = False) -> list[torch.Tensor]:
-    """dq, dk, dv as an honest kernel rounds: what the dtype costs, the `low` of a gradient's parity.
+    """dq, dk, dv as an honest kernel rounds: the cost of the dtype, the `low` of a gradient's parity.
 
     Eager attention on a CPU keeps probabilities in fp32. Tensor cores take operands in the dtype, so P and dS
-    are rounded to it before their products, as is the output before rowsum(dout out); all else is fp32.
+    are rounded to it before their products, as is the output before rowsum(dout out). All else is fp32.
 
     Args:
         inputs: q [T, N, H], k and v [T, G, H].
@@ -124,7 +124,7 @@ def attention_gradients(inputs, upstream, layout: SeqLayout, causal: bool = Fals
 
 @dataclass(frozen=True)
 class LatentCase:
-    """Tokens against L latents: q, k, v for the direct form; x, a, b, residual for the absorbed one."""
+    """Tokens against L latents: q, k, v for the direct form, and x, a, b, residual for the absorbed form."""
 
     name: str
     num_tokens: int
@@ -153,11 +153,11 @@ class LatentCase:
         return *(t.to(device, dtype) for t in (x, a, b, residual)), self.num_heads
 
     def direct_flops(self, backward: bool = False) -> int:
-        products = 7 if backward else 2  # S and out; S again, dP, dq, dk and dv
+        products = 7 if backward else 2  # S and out, or S again, dP, dq, dk and dv
         return 2 * products * self.num_tokens * self.num_latents * self.num_heads * self.head_width
 
     def absorbed_flops(self, backward: bool = False) -> int:
-        products = 6 if backward else 2  # S and out; dP, dx, da and db
+        products = 6 if backward else 2  # S and out, or dP, dx, da and db
         return 2 * products * self.num_tokens * self.num_latents * self.num_heads * self.width
 
 
@@ -181,7 +181,7 @@ LATENT_SWEEP = tuple(
 
 @dataclass(frozen=True)
 class PoolCase:
-    """A mean-pool problem; `width` is D, or F for the GEGLU form (its input has 2F columns)."""
+    """A mean-pool problem. `width` is D, or F for the GEGLU form, whose input has 2F columns."""
 
     name: str
     lengths: tuple[int, ...]
@@ -197,7 +197,7 @@ class PoolCase:
         return x, layout, mask
 
     def bytes_moved(self, dtype: torch.dtype, geglu: bool = False, backward: bool = False) -> int:
-        # forward reads the input; backward writes its gradient, and reads a GEGLU's input again
+        # forward reads the input, backward writes its gradient and reads a GEGLU's input again
         passes = (3 if geglu else 2) if backward else 1
         columns, pooled = self.width * (2 if geglu else 1), len(self.lengths) * self.width * 4
         return passes * sum(self.lengths) * columns * dtype.itemsize + (2 if backward else 1) * pooled
@@ -220,7 +220,7 @@ POOL_CPU = (PoolCase("smollm2-8x256", (256,) * 8, 576, masked=False, bench=True)
 
 @dataclass(frozen=True)
 class RowCase:
-    """T rows of one width, for norms (D) and gated activations (F; the input has 2F columns)."""
+    """T rows of one width, for norms (D) and gated activations (F, whose input has 2F columns)."""
 
     name: str
     num_tokens: int
@@ -237,7 +237,7 @@ class RowCase:
         return (2 * torch.randn(self.num_tokens, 2 * self.width, generator=generator(seed))).to(device, dtype)
 
     def norm_bytes(self, dtype: torch.dtype, residual: bool, backward: bool = False) -> int:
-        # backward: h, dy and, behind a residual add, the gradient of h; dh
+        # backward: h, dy, dh, and behind a residual add the gradient of h
         rows = (4 if residual else 2) + ((4 if residual else 3) if backward else 0)
         return rows * self.num_tokens * self.width * dtype.itemsize
 
@@ -278,7 +278,7 @@ class RotaryCase:
     bench: bool = False
 
     def inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
-        """(qkv, cos, sin, positions, num_rotated); the tables are fp32 as in the model."""
+        """(qkv, cos, sin, positions, num_rotated). The tables are fp32 as in the model."""
         layout = SeqLayout(self.lengths, device)
         heads = self.num_heads + 2 * self.num_kv_heads
         qkv = torch.randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
@@ -315,11 +315,11 @@ def assert_parity(name: str, got: torch.Tensor, low: torch.Tensor, high: torch.T
 
     Args:
         got: result under test.
-        low: the reference run in the dtype of `got`; its error is what the dtype costs.
+        low: the reference run in the dtype of `got`. Its error is the cost of the dtype.
         high: the reference run in float64 on the same, already rounded, inputs.
 
-    The largest error (2x eager, and 2 eps of the largest value) catches one wrong element; the RMS error (1x
-    eager, 1.25x in fp32, and an eighth of eps) a wrong accumulator.
+    The bound of the largest error (2x eager, and 2 eps of the largest value) catches one wrong element. The
+    bound of the RMS error (1x eager, 1.25x in fp32, and an eighth of eps) catches a wrong accumulator.
     """
     assert got.shape == low.shape == high.shape and got.dtype == low.dtype, f"{name}: shape or dtype"
     assert got.numel() > 0, f"{name}: nothing to compare, so this test proves nothing"
@@ -340,7 +340,7 @@ def _rms(t: torch.Tensor) -> torch.Tensor:
 
 
 def upstream_of(outputs: Tensors, seed: int = 1, contiguous: bool = True) -> list[torch.Tensor]:
-    """A random gradient for every output, rounded to its dtype; otherwise transposed in memory."""
+    """A random gradient for every output, rounded to its dtype, transposed in memory if not contiguous."""
     g = generator(seed)
     grads = [torch.randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
     if not contiguous:
@@ -362,8 +362,8 @@ def gradients(
     """(outputs, gradient of every input): None for the inputs whose index is in `frozen`.
 
     Args:
-        fn: of the inputs alone, with one output or a tuple; the caller binds a layout, eps and the like.
-        upstream: one gradient per output; None draws them.
+        fn: of the inputs alone, with one output or a tuple. The caller binds a layout, eps and the like.
+        upstream: one gradient per output. None draws them.
     """
     leaves = [t.detach().clone().requires_grad_(i not in frozen) for i, t in enumerate(inputs)]
     outputs = as_tuple(fn(*leaves))
@@ -389,9 +389,9 @@ def assert_gradient_parity(
     """Every gradient of `kernel` meets `assert_parity` against those of `reference` in float64.
 
     Args:
-        low: what the dtype costs, when the kernel has to round where `reference` in that dtype does not:
+        low: the cost of the dtype, when the kernel has to round where `reference` in that dtype does not:
             (inputs, upstream) -> gradients, in the order of the inputs. None runs `reference`.
-        frozen: inputs that need no gradient, by index; the kernel must not compute one.
+        frozen: inputs that need no gradient, by index. The kernel must not compute one.
     """
     with torch.no_grad():
         outputs = as_tuple(reference(*inputs))

@@ -92,7 +92,7 @@ def unequal_runs(operation: Callable, tensors: Sequence[torch.Tensor], repeats: 
 
 
 def repeats(stem: str, count: int, device: str, dtype: torch.dtype, smallest: bool = False) -> int:
-    """Print a line for each operation; the number of those whose bits changed."""
+    """Print a line for each operation. Returns the number of those whose bits changed."""
     red = 0
     with ops.use_impl("triton"):
         for label, operation, tensors in problems(stem, device, dtype, smallest):
@@ -108,7 +108,7 @@ def wrong_vectors(
     count: int,
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
 ) -> int:
-    """How many of `count` vectors per text are not the ones that the text gets alone; one thread a text."""
+    """How many of `count` vectors per text are not the ones that the text gets alone. One thread a text."""
     wanted = [encode(ids).clone() for ids in texts]
     wrong = [0] * len(texts)
     barrier = threading.Barrier(len(texts))
@@ -129,7 +129,7 @@ def wrong_vectors(
 
 
 def threads(streams: bool, count: int) -> int:
-    """Two threads ask for the vectors of two texts of one bucket; the number of wrong ones."""
+    """Two threads ask for the vectors of two texts of one bucket. Returns the number of wrong ones."""
     from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
     from nvembed_fast.graphs import SingleTextGraphs
     from nvembed_fast.network.model import NVEmbedModel

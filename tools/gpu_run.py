@@ -162,7 +162,7 @@ def write_state(out: Path, commit: str, state: dict) -> None:
 
 
 def run_slice(one: Slice, out: Path, commit: str, timeout: float) -> dict:
-    """Run one slice to its end or to its time limit; what goes into state.json."""
+    """Run one slice to its end or to its time limit. Returns its entry of state.json."""
     started = time.monotonic()
     if one.needs is not None and shutil.which(one.needs) is None:
         return {"status": "skipped", "why": f"there is no {one.needs}"}
@@ -227,7 +227,7 @@ def _keep(scratch: Path, name: str, archive: Path) -> None:
 
 
 def run_all(todo: Sequence[Slice], out: Path, commit: str, minutes: float, again: bool) -> int:
-    """Run what has no line in state.json yet, in its order; the number of slices that failed in this call."""
+    """Run each slice without a line in state.json, in order. Returns the number that failed in this call."""
     out.mkdir(parents=True, exist_ok=True)
     tuned = out / "tuned.toml"
     if not tuned.exists():

@@ -2,7 +2,7 @@
 
     python -m tools.mutate                  all of tests/mutations/
     python -m tools.mutate gated rotary     these files
-    python -m tools.mutate --number 3       three at random; --seed N repeats a draw
+    python -m tools.mutate --number 3       three at random (--seed N repeats a draw)
     python -m tools.mutate --check          run nothing: does every mutation still fit the code?
 
 A mutation is an entry of tests/mutations/<stem>.toml:
@@ -66,8 +66,8 @@ class Mutation:
         stem: the file of tests/mutations/ that holds it.
         breaks: the fault it plants.
         file: relative to the root.
-        inside: the function or class that holds `search`; empty: the whole file.
-        search: the text to replace; None: the file is new.
+        inside: the function or class that holds `search`. Empty: the whole file.
+        search: the text to replace. None: the file is new.
         red: pytest's id of the test that must fail, or of several.
     """
 
@@ -113,7 +113,7 @@ class Mutation:
 
 
 def _span(text: str, name: str) -> tuple[int, int]:
-    """Where the function or class `name` begins and ends, decorators included; a method is `Class.method`."""
+    """Where the function or class `name` begins and ends, with decorators. A method is `Class.method`."""
     body = ast.parse(text).body
     for part in name.split("."):
         kinds = ast.FunctionDef | ast.ClassDef
@@ -155,7 +155,7 @@ def read(root: Path, stems: Sequence[str] = ()) -> list[Mutation]:
 
 
 def copy_tree(root: Path, target: Path) -> Path:
-    """What the tests need, without caches; links stay links."""
+    """Copy the files that the tests need, without caches. Links stay links."""
     target.mkdir(parents=True)
     ignore = shutil.ignore_patterns("__pycache__", ".*", "profile", "report.html")
     for name in COPIED:
@@ -168,7 +168,7 @@ def copy_tree(root: Path, target: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """How pytest ended: its exit status, or None beyond the time limit; what it printed."""
+    """How pytest ended: its exit status, or None beyond the time limit, and its output."""
 
     status: int | None
     output: str
@@ -199,7 +199,7 @@ def run_pytest(root: Path, options: Sequence[str], limit: float) -> Run:
 
 
 def not_green(root: Path, tests: Iterable[str], limit: float) -> dict[str, str]:
-    """The tests that do not pass on an unchanged copy -> why; one process per test file."""
+    """Test that does not pass on an unchanged copy -> why. Each test file has a process of its own."""
     per_file = defaultdict(list)
     for test in dict.fromkeys(tests):
         per_file[test.partition("::")[0]].append(test)
@@ -266,7 +266,7 @@ def check(root: Path, mutations: Sequence[Mutation]) -> list[str]:
 
 
 def run_all(root: Path, mutations: Sequence[Mutation], jobs: int, limit: float) -> int:
-    """Try every mutation and print a line for each; the number of those that are not red."""
+    """Try every mutation and print a line for each. Returns the number of those that are not red."""
     started = time.monotonic()
     if problems := [problem for m in mutations if (problem := _staleness(root, m))]:
         print("\n".join(problems))
@@ -308,10 +308,12 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("stems", nargs="*", metavar="STEM", help="file of tests/mutations/; default: all")
+    parser.add_argument("stems", nargs="*", metavar="STEM", help="file of tests/mutations/ [all]")
     parser.add_argument("--number", type=int, metavar="N", help="so many of them, at random")
     parser.add_argument("--seed", type=int, metavar="N", help="of the draw [the time]")
-    parser.add_argument("--check", action="store_true", help="run no test; do all mutations fit the code?")
+    parser.add_argument(
+        "--check", action="store_true", help="run no test, only ask whether all mutations fit the code"
+    )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="at a time [%(default)s]")
     parser.add_argument(
         "--limit", type=float, default=LIMIT, metavar="S", help="seconds for one mutation [%(default)s]"
