@@ -79,7 +79,7 @@ def _files() -> set[str]:
 
 def test_the_wheel_holds_every_file_and_nothing_else(wheel):
     files = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
-    assert {"nvembed_fast/encoder.py", "nvembed_fast/network/model.py"} < files
+    assert {"nvembed_fast/encoder.py", "nvembed_fast/network/model.py", "nvembed_fast/py.typed"} < files
     assert {"nvembed_fast/kernels/reference.py", "nvembed_fast/kernels/tuned.toml"} < files
     assert files == _files()
 
