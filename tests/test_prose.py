@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("nvembed_fast", "kernels", "bench", "tools", "examples")
 MAX_SEMICOLONS = 2  # per 1000 words
-MAX_LINES = {"README.md": 120}
+MAX_LINES = {"README.md": 120, "CONTRIBUTING.md": 150}
 
 
 def docstrings(path: Path) -> str:
