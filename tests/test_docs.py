@@ -1,6 +1,7 @@
 """README, CONTRIBUTING and docs/ say what works: their code runs, their commands, links and paths exist."""
 
 import functools
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -219,3 +220,12 @@ def test_the_speed_table_is_that_of_the_results():
     command = [sys.executable, "-m", "bench.report", "--check"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+def test_what_the_changelog_calls_moved_is_there():
+    """The first name of the second column is imported, down to an attribute of a class."""
+    table = (ROOT / "CHANGELOG.md").read_text().split("### Moved")[1].split("###")[0]
+    targets = re.findall(r"^\| `.* \| `([\w.]+)`", table, re.MULTILINE)
+    assert len(targets) > 10
+    for target in targets:
+        pkgutil.resolve_name(target)
