@@ -47,7 +47,7 @@ def dtype(request) -> torch.dtype:
 
 @pytest.fixture
 def all_cores():
-    """CPU libraries sum in another order with several threads; `make test` gives a worker one."""
+    """CPU libraries sum in another order with several threads. `make test` gives a worker one."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count() or 1)
     yield

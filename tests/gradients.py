@@ -43,7 +43,7 @@ def assert_same_constants(launches: list[tuple[str, dict]]) -> None:
 
 
 def assert_gradcheck(kernel: Callable, inputs: Tensors) -> None:
-    """Finite differences, in fp32 and so coarse; also that a second backward gives the same bits."""
+    """Finite differences, in fp32 and so coarse. A second backward gives the same bits."""
     leaves = [t.detach().float().clone().requires_grad_() for t in inputs]
     assert torch.autograd.gradcheck(
         kernel, leaves, eps=1e-2, atol=2e-2, rtol=2e-2, nondet_tol=0.0, check_undefined_grad=False

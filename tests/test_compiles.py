@@ -1,4 +1,4 @@
-"""Every kernel compiles for A100 and H100, fits their shared memory and got no worse; needs no GPU.
+"""Every kernel compiles for A100 and H100, fits their shared memory and got no worse. No GPU is needed.
 
 `tools/resources.py` does the work, once, in a child process: TRITON_INTERPRET
 is read once, at the first `import triton`.

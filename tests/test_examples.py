@@ -1,4 +1,4 @@
-"""The scripts of examples/ run; the demo has a file of its own, test_demo.py."""
+"""The scripts of examples/ run. The demo has a file of its own, test_demo.py."""
 
 import numpy as np
 import pytest

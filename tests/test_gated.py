@@ -42,7 +42,7 @@ def test_matches_reference_at_full_size(op, case, dtype, device):
 
 
 def test_the_halves_have_their_meaning(device):
-    """SwiGLU's gate is the first half, GEGLU's the second; GELU is the exact one."""
+    """SwiGLU's gate is the first half, GEGLU's the second. GELU is the exact one."""
     x = torch.tensor([[3.0, 2.0]], device=device)
     assert swiglu(x).item() == pytest.approx(3 / (1 + np.exp(-3)) * 2, rel=1e-6)
     exact, by_tanh = 1.9544997361036416, 1.9545976940877752

@@ -46,7 +46,7 @@ def test_a_text_is_in_front_and_its_instruction_is_left_out():
 
 @pytest.fixture
 def captures(monkeypatch) -> list[int]:
-    """A capture runs the function twice, as on a GPU; a replay runs it again. The list fills with replays."""
+    """A capture runs the function twice, as on a GPU. A replay runs it again. The list fills with replays."""
     replays = []
 
     def captured(run, pool):

@@ -75,7 +75,7 @@ LATE_IMPORTS = {"gguf", "transformers", "triton"}  # in nvembed_fast/, inside a 
 
 
 def _imports(path: Path, top_level: bool = False) -> set[str]:
-    """Dotted names that a file imports; `from package import module` counts as package.module."""
+    """Dotted names that a file imports. `from package import module` counts as package.module."""
     tree = ast.parse(path.read_text())
     found = set()
     for node in tree.body if top_level else ast.walk(tree):
@@ -107,7 +107,7 @@ def test_a_kernel_file_knows_tensors_only(path):
 
 
 def _package_files() -> dict[str, list[Path]]:
-    """Room -> its files, subfolders included; the kernels are looked at apart."""
+    """Room -> its files, subfolders included. The kernels have a test of their own."""
     rooms = defaultdict(list)
     for path in sorted(ROOT.glob("nvembed_fast/**/*.py")):
         first = path.relative_to(ROOT / "nvembed_fast").parts[0]
@@ -120,7 +120,7 @@ ROOMS = _package_files()
 
 
 def _room(module: str) -> str:
-    """nvembed_fast.network.model -> network.model; the package itself is __init__."""
+    """nvembed_fast.network.model -> network.model. The package itself is __init__."""
     return module.removeprefix("nvembed_fast").removeprefix(".") or "__init__"
 
 

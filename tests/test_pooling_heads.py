@@ -1,4 +1,4 @@
-"""The heads beside the latent one, in float64 against their equations; and their way to disk."""
+"""The heads beside the latent one: their equations in float64, and their way to disk."""
 
 import dataclasses
 

@@ -168,7 +168,7 @@ def test_every_shape_has_a_launch_config():
 
 
 def _bound(function, case, device, dtype):
-    """(function of qkv alone, [qkv]); the tables in float64 when qkv is."""
+    """(function of qkv alone, [qkv]). The tables are in float64 when qkv is."""
     qkv, cos, sin, positions, num_rotated = case.inputs(device, dtype)
 
     def run(x):

@@ -1,4 +1,4 @@
-"""Tuned entries decide how fast a kernel is and nothing else; the search writes what beats the spread."""
+"""Tuned entries change the speed of a kernel and nothing else. The search keeps what beats the spread."""
 
 import dataclasses
 import datetime
@@ -443,7 +443,7 @@ MACHINE = results.Machine("a GPU", "1", "2", "3", "4", "abc", "tuning --write")
 
 @pytest.fixture
 def search(tmp_path, monkeypatch, device):
-    """Runs a search over TINY that writes to a file of its own; returns that file."""
+    """Runs a search over TINY that writes to a file of its own. Returns that file."""
     path = written(tmp_path, "# head\n# of two lines\n")
     monkeypatch.setattr(tuned, "FILE", path)
 
