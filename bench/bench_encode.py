@@ -1,43 +1,35 @@
-"""Texts and tokens per second of the whole encoder, beside its rivals: see `bench/encoders.py`.
+"""Texts and tokens per second of the whole encoder, beside its baselines: see `bench/baselines/encoders.py`.
 
-    python -m pytest bench/bench_encode.py -q                 # a GPU: the real shape; a CPU: SmolLM2-135M
-    python -m pytest bench/bench_encode.py -q -k skewed
-    python -m pytest bench/bench_encode.py -q --smallest      # a tiny model, once
+    python -m bench --suites encode                    # a GPU: the real shape; a CPU: SmolLM2-135M
+    python -m bench --suites encode --cases skewed
+    python -m bench --suites encode --smallest         # a tiny model, once
 
-1. Every rival has to agree with our fp32 path on the first layers; else it gets no time.
-2. On the first texts of a mix each finds its best batch size.
-3. They take turns on the whole mix, from strings to vectors on the device, by the clock on the wall. One that
-   has had its seconds sits out the later rounds.
+1. Every encoder has to agree with our fp32 path on the first layers, or it is skipped.
+2. On a part of the workload each baseline finds its best batch size.
+3. The encoders take turns on the whole workload, from strings to vectors on the device, by the wall clock. An
+   encoder that has had its seconds sits out the later rounds.
 
-The limit is the time that the backbone's products alone take for the tokens of the mix; those of the latent
-head (2 % more) are not in it. The tokenizer is one of whole words: cheap, for all alike.
+The limit is the time that the backbone's products alone take for the tokens of the workload. Those of the
+latent head (2 % more) are not in it.
 """
 
 import functools
 import gc
-import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from bench.baselines import encoders
-from bench.baselines.encoders import (
-    ENCODERS,
-    GPU,
-    GRAPHED,
-    SMALL,
-    SMALLEST,
-    Entry,
-    Mix,
-    Parity,
-    ParityCheck,
-    Scale,
-    wall_clock,
-)
+from bench.baselines.encoders import ENCODERS, GPU_ONLY, GRAPHED
+from bench.baselines.parity import PARITY_LAYERS, Parity, ParityCheck
+from bench.measure.comparison import Prepared
 from bench.measure.limits import Limits
-from bench.measure.results import LEFT_OUT, OURS, TIMES, Row
-from bench.measure.timing import Times
+from bench.measure.passes import Entry, fitting_batch_sizes, search_runs, warm_up
+from bench.measure.results import OURS, SKIPPED, TIMES, Figure
+from bench.measure.timing import Times, wall_clock
+from bench.suites import Setting
+from bench.workloads import GPU, SMALL, SMALLEST, Scale, Workload, random_encoder
 from nvembed_fast import NVEmbed
 from nvembed_fast.stream import BATCH_TOKENS
 
@@ -47,111 +39,163 @@ NO_SIZE = 1
 
 
 @dataclass(frozen=True)
-class Field:
-    """Everyone that is timed, and what was said about the others."""
+class Participants:
+    """The encoders that are timed, and why the others are not."""
 
     scale: Scale
-    dtype: torch.dtype
     ours: NVEmbed
     encoders: dict[str, object]
     parity: dict[str, Parity]
-    left_out: dict[str, str]
+    skipped: dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def field(device, dtype, say, pytestconfig) -> Field:
-    """Parity on a few layers first; then the whole model, once for all."""
-    scale = encoders.scale_for(device, pytestconfig.getoption("--smallest"))
-    left_out = dict(encoders.GPU_ONLY) if device == "cpu" else {}
-    say(f"encode: parity of {len(ENCODERS) - len(left_out)} encoders on {encoders.PARITY_LAYERS} layers")
-    check = ParityCheck(scale, device, dtype)
-    parity = {name: check.of(make) for name, make in ENCODERS.items() if name not in left_out}
+@functools.cache
+def participants(setting: Setting, only_ours: bool = False) -> Participants:
+    """Parity on a few layers first. Then the whole model, once for all workloads."""
+    scale = _scale(setting)
+    skipped = dict(GPU_ONLY) if setting.device == "cpu" else {}
+    makers = {name: make for name, make in ENCODERS.items() if name not in skipped}
+    if only_ours:
+        makers = {OURS: ENCODERS[OURS]}
+    say(f"parity of {len(makers)} encoders on {PARITY_LAYERS} layers")
+    check = ParityCheck(scale, setting.device, setting.dtype)
+    parity = {name: check.of(make) for name, make in makers.items()}
     for name, found in parity.items():
-        say(
-            f"encode:   {name}: {found.error:.2g} ({found.unit})"
-            + (f", {found.obstacle}" if found.obstacle else "")
-        )
-    left_out |= {name: found.obstacle for name, found in parity.items() if found.obstacle}
+        obstacle = f", {found.obstacle}" if found.obstacle else ""
+        say(f"  {name}: {found.error:.2g} ({found.unit}){obstacle}")
+    assert parity[OURS].obstacle is None, parity[OURS].obstacle
+    skipped |= {name: found.obstacle for name, found in parity.items() if found.obstacle}
     del check
     gc.collect()
-    if device == "cuda":
+    if setting.device == "cuda":
         torch.cuda.empty_cache()
-    say("encode: the whole model")
-    ours = encoders.random_encoder(scale.config, device, dtype)
-    made = {name: make(ours) for name, make in ENCODERS.items() if name not in left_out}
-    return Field(scale, dtype, ours, made, parity, left_out)
+    say("the whole model")
+    ours = random_encoder(scale.config, setting.device, setting.dtype)
+    encoders = {name: make(ours) for name, make in makers.items() if name not in skipped}
+    return Participants(scale, ours, encoders, parity, skipped)
 
 
-@pytest.mark.benchmark(timer=wall_clock)
-@pytest.mark.cases(gpu=GPU.mixes, cpu=SMALL.mixes, smallest=SMALLEST.mixes)
-def bench_encode(start, say, benchmark, request, results, limits: Limits, case: Mix):
-    start(SUITE, case.name)
-    who: Field = request.getfixturevalue("field")
-    texts, instruction = case.texts(who.scale.config.text_config.vocab_size)
-    entries, left_out = {}, dict(who.left_out)
-    taking_part = [name for name in ENCODERS if name != GRAPHED or len(texts) == 1]
-    for name, encoder in who.encoders.items():
-        if name not in taking_part:
-            continue
-        encode = functools.partial(_encode, encoder, instruction)
-        encoders.warm_up(encode, texts)
-        is_ours = name in (OURS, GRAPHED)
-        runs = encoders.search_runs(case, texts, who.scale, getattr(encoder, "by_length", True))
-        tried = [NO_SIZE] if is_ours else who.scale.batch_sizes
-        sizes = encoders.fitting_batch_sizes(encode, runs, tried)
-        say(f"encode: {case.name}: {name}" + ("" if is_ours else f", batch sizes from the best {sizes}"))
-        entries[name] = Entry(functools.partial(encode, texts), sizes)
-    # ours is the last
-    *others, last = entries.values()
+@dataclass(frozen=True)
+class EncoderBench:
+    """All encoders on one workload."""
 
-    def others_first() -> None:
-        done = len(last.seconds)
-        if case.rounds < 10 or done % 10 == 0:
-            say(f"encode: {case.name}: round {done + 1} of {case.rounds}")
-        for entry in others:
-            entry.take_turn()
+    setting: Setting
+    workload: Workload
+    suite: str = SUITE
 
-    benchmark.group = f"encode {case.name}"
-    benchmark.pedantic(last.run, setup=others_first, rounds=case.rounds)
-    limit_ms = _limit_ms(limits, who, case.num_tokens)
-    rows = []
-    for name in taking_part:
-        entry = entries.get(name)
-        if entry is not None and not entry.seconds:
-            left_out[name] = f"no batch size of {who.scale.batch_sizes} fits in memory"
-        if name in left_out:
-            rows.append(Row(SUITE, case.name, name, LEFT_OUT, None, left_out[name]))
-        else:
-            rows += _rows(case, name, entry, who.parity[name], limit_ms)
-            say(f"encode: {case.name}: {name}: {len(texts) / statistics.median(entry.seconds):.4g} texts/s")
-    results.add(rows)
-    assert OURS not in left_out, left_out[OURS]
-    benchmark.extra_info["tokens/s"] = case.num_tokens / benchmark.stats.stats.median
+    @property
+    def case(self) -> str:
+        return self.workload.name
+
+    def prepare(self, only_ours: bool = False) -> Prepared:
+        """Parity, then a pass of every encoder at its best batch size.
+
+        Raises:
+            AssertionError: our vectors are wrong.
+        """
+        entries, skipped = self._entries(participants(self.setting, only_ours))
+        calls = {name: functools.partial(entry.encode, entry.sizes[0]) for name, entry in entries.items()}
+        # ours first
+        return Prepared({OURS: calls.pop(OURS), **calls}, skipped)
+
+    def _entries(self, who: Participants) -> tuple[dict[str, Entry], dict[str, str]]:
+        """(name -> an encoder that is warm and knows its batch sizes, name -> why it is skipped)."""
+        texts, instruction = self.workload.texts(who.scale.config.text_config.vocab_size)
+        entries, skipped = {}, {name: why for name, why in who.skipped.items() if self._takes_part(name)}
+        for name, encoder in who.encoders.items():
+            if not self._takes_part(name):
+                continue
+            encode = functools.partial(_encode, encoder, instruction)
+            warm_up(encode, texts)
+            is_ours = name in (OURS, GRAPHED)
+            runs = search_runs(self.workload, texts, who.scale, getattr(encoder, "by_length", True))
+            sizes = fitting_batch_sizes(encode, runs, [NO_SIZE] if is_ours else who.scale.batch_sizes)
+            say(f"{self.case}: {name}" + ("" if is_ours else f", batch sizes from the best {sizes}"))
+            if sizes:
+                entries[name] = Entry(functools.partial(encode, texts), sizes)
+            else:
+                skipped[name] = _too_large(who)
+        return entries, skipped
+
+    def _takes_part(self, name: str) -> bool:
+        return name != GRAPHED or len(self.workload.lengths) == 1
+
+    def measure(self, limits: Limits, seconds: float, rounds: int | None = None) -> list[Figure]:
+        """The figures of the workload, which knows its own number of rounds: the arguments are not used.
+
+        Raises:
+            AssertionError: our vectors are wrong, or do not fit in memory.
+        """
+        who = participants(self.setting)
+        entries, skipped = self._entries(who)
+        for done in range(self.workload.rounds):
+            if self.workload.rounds < 10 or done % 10 == 0:
+                say(f"{self.case}: round {done + 1} of {self.workload.rounds}")
+            # ours is the last
+            for name, entry in entries.items():
+                if name == OURS:
+                    entry.run()
+                else:
+                    entry.take_turn()
+        limit_ms = _limit_ms(limits, who, self.setting.dtype, self.workload.num_tokens)
+        figures = []
+        for name in filter(self._takes_part, ENCODERS):
+            if name in entries and not entries[name].seconds:
+                skipped[name] = _too_large(who)
+            if name in skipped:
+                figures.append(Figure(SUITE, self.case, name, SKIPPED, None, skipped[name]))
+            else:
+                figures += self._figures(name, entries[name], who.parity[name], limit_ms)
+        assert OURS not in skipped, skipped[OURS]
+        return figures
+
+    def _figures(self, name: str, entry: Entry, parity: Parity, limit_ms: float) -> list[Figure]:
+        workload, figure = self.workload, functools.partial(Figure, SUITE, self.case, name)
+        times = Times(tuple(1e3 * seconds for seconds in entry.seconds))
+        rates = {"texts_rate": len(workload.lengths), "tokens_rate": workload.num_tokens}
+        figures = [figure(metric, times.percentile(int(metric[-2:])), "ms") for metric in TIMES]
+        for metric, count in rates.items():
+            share = limit_ms / times.median if metric == "tokens_rate" else None
+            figures.append(figure(metric, 1e3 * count / times.median, metric.replace("_rate", "/s"), share))
+        if name not in (OURS, GRAPHED):
+            figures.append(figure("batch_size", entry.sizes[0], "texts"))
+        if entry.peak is not None:
+            figures.append(figure("peak_memory", entry.peak, "MiB"))
+        return [*figures, figure("parity_error", parity.error, parity.unit)]
+
+
+def benches(setting: Setting) -> Iterator[EncoderBench]:
+    for workload in _scale(setting).workloads:
+        yield EncoderBench(setting, workload)
+
+
+def _scale(setting: Setting) -> Scale:
+    return setting.choose(gpu=GPU, cpu=SMALL, smallest=SMALLEST)
+
+
+def say(line: str) -> None:
+    """A workload takes minutes: say how far it is."""
+    print(f"encode: {line}", flush=True)
 
 
 def _encode(encoder, instruction: str, texts: list[str], batch_size: int) -> torch.Tensor:
     return encoder.encode(texts, instruction, batch_size)
 
 
-def _limit_ms(limits: Limits, who: Field, num_tokens: int) -> float:
-    """What the backbone's products alone take for so many tokens."""
+def _too_large(who: Participants) -> str:
+    return f"no batch size of {who.scale.batch_sizes} fits in memory"
+
+
+def _limit_ms(limits: Limits, who: Participants, dtype: torch.dtype, num_tokens: int) -> float:
+    """The time of the backbone's products alone for so many tokens."""
     backbone = who.ours.model.embedding_model
     weights = [tuple(w.shape) for w in backbone.layers[0].parameters() if w.ndim == 2]
     tokens = min(num_tokens, BATCH_TOKENS[limits.device])
-    layer_ms = sum(limits.product_ms(tokens, weight, who.dtype) for weight in weights)
+    layer_ms = sum(limits.product_ms(tokens, weight, dtype) for weight in weights)
     return len(backbone.layers) * layer_ms * num_tokens / tokens
 
 
-def _rows(mix: Mix, name: str, entry: Entry, parity: Parity, limit_ms: float) -> list[Row]:
-    times = Times(tuple(1e3 * seconds for seconds in entry.seconds))
-    rates = {"texts_rate": len(mix.lengths), "tokens_rate": mix.num_tokens}
-    row = functools.partial(Row, SUITE, mix.name, name)
-    rows = [row(metric, times.percentile(int(metric[-2:])), "ms") for metric in TIMES]
-    for metric, count in rates.items():
-        share = limit_ms / times.median if metric == "tokens_rate" else None
-        rows.append(row(metric, 1e3 * count / times.median, metric.replace("_rate", "/s"), share))
-    if name not in (OURS, GRAPHED):
-        rows.append(row("batch_size", entry.sizes[0], "texts"))
-    if entry.peak is not None:
-        rows.append(row("peak_memory", entry.peak, "MiB"))
-    return [*rows, row("parity_error", parity.error, parity.unit)]
+# a pass over a workload may take half a minute
+@pytest.mark.benchmark(timer=wall_clock, min_rounds=2)
+def bench_encode(bench, timed):
+    timed(bench)

@@ -1,35 +1,39 @@
-import pytest
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 
-from bench.conftest import DIRECTIONS
-from bench.measure.comparison import Problem, Work
+from bench.measure.comparison import Experiment, KernelBench, Work
+from bench.suites import Setting
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.testing import LATENT_CASES, LATENT_CPU, LATENT_SWEEP
+from nvembed_fast.kernels.testing import LATENT_CASES, LATENT_CPU, LATENT_SWEEP, LatentCase
 
-GPU = [c for c in LATENT_CASES if c.bench] + list(LATENT_SWEEP)
+GPU = [*(c for c in LATENT_CASES if c.bench), *LATENT_SWEEP]
 
 
-@pytest.mark.cases(gpu=GPU, cpu=LATENT_CPU, smallest=[LATENT_CASES[1]])
-@pytest.mark.parametrize("form", ["direct", "absorbed"])
-@DIRECTIONS
-def bench_latent_attention(comparison, rivals, case, form, backward, device, dtype):
+def benches(setting: Setting) -> Iterator[KernelBench]:
+    for case in setting.choose(gpu=GPU, cpu=LATENT_CPU, smallest=LATENT_CASES[1:2]):
+        for form in ("direct", "absorbed"):
+            for backward in (False, True):
+                work = Work(getattr(case, f"{form}_flops")(backward), "TFLOP/s")
+                make = partial(_experiment, setting, case, form)
+                yield KernelBench("latent_attention", f"{form} {case.name}", make, work, backward)
+
+
+def _experiment(setting: Setting, case: LatentCase, form: str) -> Experiment:
     name = "latent_attention" if form == "direct" else "absorbed_latent_attention"
+    op, exact = getattr(ops, name), getattr(reference, name)
+    args = getattr(case, f"{form}_inputs")(setting.device, setting.dtype)
+    tensors = [t for t in args if torch.is_tensor(t)]
+    rest = args[len(tensors) :]
 
-    def problem():
-        args = getattr(case, f"{form}_inputs")(device, dtype)
-        tensors = [t for t in args if torch.is_tensor(t)]
-        rest = args[len(tensors) :]
+    def wanted(*tensors):
+        return exact(*tensors, *rest)
 
-        def wanted(*tensors):
-            return getattr(reference, name)(*tensors, *rest)
+    baselines = setting.baselines.latent_attention if form == "direct" else setting.baselines.plain
+    return Experiment(tensors, lambda *tensors: op(*tensors, *rest), wanted, baselines(wanted))
 
-        return Problem(
-            tensors,
-            ours=lambda *tensors: getattr(ops, name)(*tensors, *rest),
-            reference=wanted,
-            rivals=rivals.latent_attention(wanted) if form == "direct" else rivals.plain(wanted),
-        )
 
-    work = Work(getattr(case, f"{form}_flops")(backward), "TFLOP/s")
-    comparison("latent_attention", f"{form} {case.name}", problem, work, backward)
+def bench_latent_attention(bench, timed):
+    timed(bench)

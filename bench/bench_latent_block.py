@@ -1,18 +1,18 @@
 """The latent block from the backbone's last states to vectors: where the algebra of `latent_head` pays."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
 from bench.baselines import latent_blocks
-from bench.baselines.encoders import draw_weights
-from bench.conftest import DIRECTIONS
-from bench.measure.comparison import Problem, Rival, Work
+from bench.measure.comparison import Experiment, Implementation, KernelBench, Work
+from bench.suites import Setting
+from bench.workloads import draw_weights
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig
 from nvembed_fast.kernels.layout import SeqLayout
@@ -21,7 +21,7 @@ from nvembed_fast.network.latent_head import LatentHead
 
 
 @dataclass(frozen=True)
-class Case:
+class LatentBlockCase:
     """Texts of one length."""
 
     name: str
@@ -30,7 +30,8 @@ class Case:
     config: LatentConfig
 
     def flops(self, backward: bool) -> int:
-        """Of the fewest products: A and B, the up product of every token, the down product of every text.
+        """Of the products that cannot be saved: A and B, the up product of every token, the down product of
+        every text.
 
         The backward to the tokens, through frozen weights, takes as many again.
         """
@@ -45,20 +46,20 @@ ORIGINAL_BATCH = 128
 NVEMBED = LatentConfig()
 SMALL = LatentConfig(cross_dim_head=64, hidden_dim=576, latent_dim=576)
 TINY = LatentConfig(num_latents_value=12, num_cross_heads=2, cross_dim_head=24, hidden_dim=64, latent_dim=64)
+GPU = [LatentBlockCase(f"nvembed-{16384 // n}x{n}", 16384 // n, n, NVEMBED) for n in (32, 128, 512, 4096)]
+CPU = [LatentBlockCase("smollm2-16x128", 16, 128, SMALL)]
+SMALLEST = [LatentBlockCase("tiny-2x5", 2, 5, TINY)]
 
 
-@pytest.mark.cases(
-    gpu=[Case(f"nvembed-{16384 // n}x{n}", 16384 // n, n, NVEMBED) for n in (32, 128, 512, 4096)],
-    cpu=[Case("smollm2-16x128", 16, 128, SMALL)],
-    smallest=[Case("tiny-2x5", 2, 5, TINY)],
-)
-@DIRECTIONS
-def bench_latent_block(comparison, rivals, case, backward, device, dtype):
-    work = Work(case.flops(backward), "TFLOP/s")
-    comparison("latent_block", case.name, lambda: _problem(rivals, case, device, dtype), work, backward)
+def benches(setting: Setting) -> Iterator[KernelBench]:
+    for case in setting.choose(gpu=GPU, cpu=CPU, smallest=SMALLEST):
+        for backward in (False, True):
+            work = Work(case.flops(backward), "TFLOP/s")
+            yield KernelBench("latent_block", case.name, partial(_experiment, setting, case), work, backward)
 
 
-def _problem(rivals, case, device, dtype):
+def _experiment(setting: Setting, case: LatentBlockCase) -> Experiment:
+    device, dtype, compiled = setting.device, setting.dtype, setting.baselines.compiled
     head = LatentHead(case.config).to(device, dtype).requires_grad_(False)
     draw_weights(head, case.config.hidden_dim)
     # the forms are one in float64; in the dtype parity is that of the form with the same rounded A and B
@@ -84,15 +85,19 @@ def _problem(rivals, case, device, dtype):
         with ops.use_impl("torch"):
             return oracle(h, layout)
 
-    return Problem(
+    return Experiment(
         [h],
         ours=lambda h: head(h, layout),
         reference=wanted,
-        rivals=[
-            Rival("original", pooled(original)),
-            Rival("hoisted", pooled(hoisted)),
-            rivals.compiled("hoisted, compiled", pooled(hoisted)),
-            Rival("absorbed, library", pooled(eager)),
-            rivals.compiled("absorbed, library, compiled", pooled(eager)),
+        baselines=[
+            Implementation("original", pooled(original)),
+            Implementation("hoisted", pooled(hoisted)),
+            compiled("hoisted, compiled", pooled(hoisted)),
+            Implementation("absorbed, library", pooled(eager)),
+            compiled("absorbed, library, compiled", pooled(eager)),
         ],
     )
+
+
+def bench_latent_block(bench, timed):
+    timed(bench)

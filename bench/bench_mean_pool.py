@@ -1,25 +1,33 @@
-import pytest
+from collections.abc import Iterator
+from functools import partial
 
-from bench.conftest import DIRECTIONS
-from bench.measure.comparison import Problem, Work
+from bench.measure.comparison import Experiment, KernelBench, Work
+from bench.suites import Setting
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.testing import POOL_CASES, POOL_CPU
+from nvembed_fast.kernels.testing import POOL_CASES, POOL_CPU, PoolCase
+
+GPU = [c for c in POOL_CASES if c.bench]
 
 
-@pytest.mark.cases(gpu=[c for c in POOL_CASES if c.bench], cpu=POOL_CPU, smallest=[POOL_CASES[1]])
-@pytest.mark.parametrize("name", ["mean_pool", "mean_pool_geglu"])
-@DIRECTIONS
-def bench_mean_pool(comparison, rivals, case, name, backward, device, dtype):
-    geglu = name == "mean_pool_geglu"
+def benches(setting: Setting) -> Iterator[KernelBench]:
+    for case in setting.choose(gpu=GPU, cpu=POOL_CPU, smallest=POOL_CASES[1:2]):
+        for name in ("mean_pool", "mean_pool_geglu"):
+            for backward in (False, True):
+                work = Work(case.bytes_moved(setting.dtype, name == "mean_pool_geglu", backward), "GB/s")
+                make = partial(_experiment, setting, case, name)
+                yield KernelBench("mean_pool", f"{name} {case.name}", make, work, backward)
 
-    def problem():
-        x, *rest = case.inputs(device, dtype, geglu=geglu)
 
-        def wanted(x):
-            return getattr(reference, name)(x, *rest)
+def _experiment(setting: Setting, case: PoolCase, name: str) -> Experiment:
+    op, exact = getattr(ops, name), getattr(reference, name)
+    x, *rest = case.inputs(setting.device, setting.dtype, geglu=name == "mean_pool_geglu")
 
-        return Problem([x], lambda x: getattr(ops, name)(x, *rest), wanted, rivals.plain(wanted))
+    def wanted(x):
+        return exact(x, *rest)
 
-    work = Work(case.bytes_moved(dtype, geglu, backward), "GB/s")
-    comparison("mean_pool", f"{name} {case.name}", problem, work, backward)
+    return Experiment([x], lambda x: op(x, *rest), wanted, setting.baselines.plain(wanted))
+
+
+def bench_mean_pool(bench, timed):
+    timed(bench)

@@ -1,42 +1,43 @@
-import pytest
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 
-from bench.conftest import DIRECTIONS
-from bench.measure.comparison import Problem, Work
+from bench.measure.comparison import Experiment, KernelBench, Work
+from bench.suites import Setting
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference
-from nvembed_fast.kernels.testing import ROTARY_CASES, ROTARY_CPU
+from nvembed_fast.kernels.testing import ROTARY_CASES, ROTARY_CPU, RotaryCase
 
-CASES = pytest.mark.cases(
-    gpu=[c for c in ROTARY_CASES if c.bench], cpu=ROTARY_CPU, smallest=[ROTARY_CASES[0]]
-)
+GPU = [c for c in ROTARY_CASES if c.bench]
 
 
-@CASES
-@DIRECTIONS
-def bench_rotary(comparison, rivals, case, backward, device, dtype):
-    """The copy of training; inference turns in place."""
-    work = Work(case.bytes_moved(dtype, False, backward), "GB/s")
-    comparison("rotary", case.name, lambda: _problem(rivals, case, device, dtype, False), work, backward)
+def benches(setting: Setting) -> Iterator[KernelBench]:
+    """The copy of training, then the form of inference, which turns in place."""
+    for case in setting.choose(gpu=GPU, cpu=ROTARY_CPU, smallest=ROTARY_CASES[:1]):
+        for backward in (False, True):
+            work = Work(case.bytes_moved(setting.dtype, False, backward), "GB/s")
+            make = partial(_experiment, setting, case, inplace=False)
+            yield KernelBench("rotary", case.name, make, work, backward)
+        # the same heads again and again, which keeps their length
+        work = Work(case.bytes_moved(setting.dtype, True), "GB/s")
+        yield KernelBench("rotary", f"in place {case.name}", partial(_experiment, setting, case, True), work)
 
 
-@CASES
-def bench_rotary_inplace(comparison, rivals, case, device, dtype):
-    # again and again the same heads, which keeps their length
-    name, work = f"in place {case.name}", Work(case.bytes_moved(dtype, True), "GB/s")
-    comparison("rotary", name, lambda: _problem(rivals, case, device, dtype, True), work, False)
-
-
-def _problem(rivals, case, device, dtype, inplace):
-    qkv, cos, sin, positions, turned = case.inputs(device, dtype)
+def _experiment(setting: Setting, case: RotaryCase, inplace: bool) -> Experiment:
+    qkv, cos, sin, positions, turned = case.inputs(setting.device, setting.dtype)
 
     def wanted(x):
         tables = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
         return reference.rotary(x, *tables, positions, turned)
 
-    return Problem(
+    return Experiment(
         [qkv],
         ours=lambda x: ops.rotary(x, cos, sin, positions, turned, inplace),
         reference=wanted,
-        rivals=rivals.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads),
+        baselines=setting.baselines.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads),
     )
+
+
+def bench_rotary(bench, timed):
+    timed(bench)

@@ -1,8 +1,8 @@
 """Where the time of a step goes, by category, each beside its own limit.
 
-    python -m bench.profiling --mix "all 512"
+    python -m bench.profiling --workload "all 512"
 
-A step packs the token ids of a mix, runs the model on them and waits for the device.
+A step packs the token ids of a workload, runs the model on them and waits for the device.
 
 1. Record: some steps under torch.profiler. The modules and operations write their names into the trace, by
    hooks and wrappers that are put on from outside and taken off again.
@@ -38,11 +38,12 @@ from torch import nn
 from torch.profiler import ProfilerActivity, record_function
 from tqdm import tqdm
 
-from bench.baselines import encoders
 from bench.measure.limits import Limits
-from bench.measure.results import FOLDER, OURS, Results, Row, default_path, machine, warn_if_busy
+from bench.measure.results import FOLDER, OURS, Figure, ResultsFile, default_path, machine, warn_if_busy
 from bench.measure.timing import Times
-from bench.report import Comparison, Figure, draw_waterfall
+from bench.report.comparisons import Comparison
+from bench.report.pictures import draw_waterfall
+from bench.workloads import GPU, SCALES, random_encoder
 from nvembed_fast import ops
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RotaryCase, RowCase
 from nvembed_fast.network.model import NVEmbedModel
@@ -70,10 +71,9 @@ CATEGORY_OF_MARK = {
 WHOLE = (HEAD, HOST)
 
 # by device
-SCALES = {"cuda": encoders.GPU, "cpu": encoders.SMALL}
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 LAYERS = {"cuda": 32, "cpu": 4}  # where --layers is not given
-MIXES = {mix.name: mix for mix in encoders.GPU.mixes}
+WORKLOADS = {workload.name: workload for workload in GPU.workloads}
 STEPS = 5
 LIMIT_SECONDS = 1.0
 
@@ -85,7 +85,7 @@ def build_model(device: str, layers: int) -> NVEmbedModel:
     shape = SCALES[device].config
     text = dataclasses.replace(shape.text_config, num_hidden_layers=layers)
     config = dataclasses.replace(shape, text_config=text)
-    return encoders.random_encoder(config, device, DTYPES[device]).model
+    return random_encoder(config, device, DTYPES[device]).model
 
 
 def make_step(model: NVEmbedModel, batches: Sequence[Sequence[int]], instruction: int) -> Step:
@@ -360,13 +360,13 @@ def _parser() -> argparse.ArgumentParser:
         "decoder without one.",
         epilog="examples:\n"
         "  python -m bench.profiling\n"
-        "  python -m bench.profiling --mix skewed -o profile/skewed\n"
-        "  python -m bench.profiling --mix 'one query'\n"
+        "  python -m bench.profiling --workload skewed -o profile/skewed\n"
+        "  python -m bench.profiling --workload 'one query'\n"
         "  python -m bench.profiling --layers 2 --texts 2       in seconds",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--mix", choices=MIXES, default="all 512", help="tokens per text (default: %(default)s)"
+        "--workload", choices=WORKLOADS, default="all 512", help="tokens per text (default: %(default)s)"
     )
     parser.add_argument(
         "--texts",
@@ -400,8 +400,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     most = SCALES[device].config.text_config.num_hidden_layers
     layers = LAYERS[device] if args.layers is None else args.layers
-    mix = MIXES[args.mix]
-    lengths, instruction = np.array(mix.lengths), mix.instruction_length
+    workload = WORKLOADS[args.workload]
+    lengths, instruction = np.array(workload.lengths), workload.instruction_length
     for name, value, bound in (("--layers", layers, most), ("--texts", args.texts, len(lengths))):
         if value is not None and not 1 <= value <= bound:
             parser.error(f"{name} must be from 1 to {bound}, got {value}")
@@ -410,12 +410,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     here = machine(args.commit)
     try:
-        results = Results(args.results or default_path(here), here)
+        results = ResultsFile(args.results or default_path(here), here)
         args.folder.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(str(error))
     warn_if_busy()
-    case = args.mix
+    case = args.workload
     case += f", {args.texts} text{'s' * (args.texts > 1)}" if args.texts else ""
     case += f", {layers} of {most} layers" if layers < most else ""
     batches = _batches(lengths, args.texts, BATCH_TOKENS[device])
@@ -451,17 +451,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("with the profiler it took another time altogether: run again with nothing beside it")
     if any(limits[name] and limits[name] > 1.05 * parts[name] for name in CATEGORIES):
         print("a limit lies above its time, so it is none: run again with nothing beside it")
-    rows = [
-        Row(SUITE, case, OURS, f"time:{name}", ms, "ms", share(limits[name], ms))
+    figures = [
+        Figure(SUITE, case, OURS, f"time:{name}", ms, "ms", share(limits[name], ms))
         for name, ms in parts.items()
     ]
     least = sum(limit or 0.0 for limit in limits.values())
-    rows.append(Row(SUITE, case, OURS, "time_p50", times.median, "ms", least / times.median))
-    results.add(rows)
-    print(f"added {len(rows)} rows to {results.path}")
+    figures.append(Figure(SUITE, case, OURS, "time_p50", times.median, "ms", least / times.median))
+    results.add(figures)
+    print(f"added {len(figures)} rows to {results.path}")
     picture = args.folder / "waterfall.png"
-    figures = {row.metric: Figure(row.value, row.unit, row.share_of_limit) for row in rows}
-    draw_waterfall([Comparison(SUITE, case, {}, {OURS: figures})]).savefig(picture)
+    by_metric = {figure.metric: figure for figure in figures}
+    draw_waterfall([Comparison(SUITE, case, {}, {OURS: by_metric})]).savefig(picture)
     print(f"wrote {picture} and {trace}")
 
 

@@ -1,4 +1,4 @@
-"""What a figure of the benches rests on: parity before time, limits, and rows that are not lost."""
+"""Parity before time, limits, and figures that are not lost."""
 
 import itertools
 import re
@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.baselines.kernels import Padded, RivalFactory
+from bench.baselines.kernels import Baselines, PaddedLayout
 from bench.measure import comparison, results
-from bench.measure.comparison import Problem, Rival, Work, compare
+from bench.measure.comparison import Experiment, Implementation, KernelBench, Work
 from bench.measure.limits import Limits
-from bench.measure.results import COLUMNS, OURS, Machine, Results, Row
+from bench.measure.results import COLUMNS, OURS, Figure, Machine, ResultsFile
+from bench.measure.timing import Times
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import ATTENTION_CASES, ROTARY_CASES, assert_parity, skewed_lengths
@@ -31,21 +32,25 @@ class FakeLimits:
         return 2.0
 
 
-def run(problem: Problem, backward: bool = False) -> list[Row]:
-    return compare("suite", "case", problem, WORK, backward, FakeLimits(), seconds=0.0, rounds=1)[0]
+def run(experiment: Experiment, backward: bool = False) -> list[Figure]:
+    return bench(experiment, WORK, backward).measure(FakeLimits(), seconds=0.0, rounds=1)
 
 
-def problem(*rivals: Rival, ours=torch.sin) -> Problem:
-    return Problem([torch.randn(64, 32)], ours, torch.sin, rivals)
+def bench(experiment: Experiment, work: Work, backward: bool = False) -> KernelBench:
+    return KernelBench("suite", "case", lambda: experiment, work, backward)
 
 
-def of(rows: list[Row], impl: str) -> dict[str, Row]:
+def experiment(*baselines: Implementation, ours=torch.sin) -> Experiment:
+    return Experiment([torch.randn(64, 32)], ours, torch.sin, baselines)
+
+
+def of(rows: list[Figure], impl: str) -> dict[str, Figure]:
     return {row.metric: row for row in rows if row.impl == impl}
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_everyone_who_is_right_gets_a_time(backward):
-    rows = run(problem(Rival("other", lambda x: (x.double().sin()).float())), backward)
+def test_all_that_are_right_get_a_time(backward):
+    rows = run(experiment(Implementation("other", lambda x: (x.double().sin()).float())), backward)
     for impl in (OURS, "other"):
         row = of(rows, impl)
         metrics = {"time_p20", "time_p50", "time_p80", "rate", "parity_error"}
@@ -58,26 +63,26 @@ def test_everyone_who_is_right_gets_a_time(backward):
 
 
 @pytest.mark.parametrize("backward", [False, True])
-def test_a_rival_that_is_wrong_gets_no_time(backward):
-    wrong = Rival("wrong", lambda x: 1.001 * x.sin())
-    [row] = of(run(problem(wrong), backward), "wrong").values()
-    assert row.metric == "left_out" and row.value is None
+def test_a_baseline_that_is_wrong_gets_no_time(backward):
+    wrong = Implementation("wrong", lambda x: 1.001 * x.sin())
+    [row] = of(run(experiment(wrong), backward), "wrong").values()
+    assert row.metric == "skipped" and row.value is None
     assert row.unit.startswith("parity is red: error 1.0e-03")
 
 
 def test_the_backward_is_what_it_adds_to_the_forward(monkeypatch):
     def interleaved(functions, *_, **__):
         assert set(functions) == {OURS, f"{OURS} forward"}
-        return {OURS: comparison.Times((7.0,)), f"{OURS} forward": comparison.Times((2.0,))}
+        return {OURS: Times((7.0,)), f"{OURS} forward": Times((2.0,))}
 
     monkeypatch.setattr(comparison, "interleaved", interleaved)
-    assert of(run(problem(), backward=True), OURS)["backward"].value == 5.0
+    assert of(run(experiment(), backward=True), OURS)["backward"].value == 5.0
 
 
-def test_a_rival_with_a_wrong_gradient_gets_no_time_with_backward():
-    rival = Rival("wrong slope", lambda x: x.sin() + 0.01 * (x - x.detach()))
-    assert "time_p50" in of(run(problem(rival)), "wrong slope")
-    [row] = of(run(problem(rival), backward=True), "wrong slope").values()
+def test_a_baseline_with_a_wrong_gradient_gets_no_time_with_backward():
+    baseline = Implementation("wrong slope", lambda x: x.sin() + 0.01 * (x - x.detach()))
+    assert "time_p50" in of(run(experiment(baseline)), "wrong slope")
+    [row] = of(run(experiment(baseline), backward=True), "wrong slope").values()
     assert row.unit.startswith("parity is red")
 
 
@@ -88,23 +93,23 @@ def test_the_rate_of_products_is_in_tflops():
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_the_intensity_is_of_inputs_outputs_and_their_gradients(backward):
-    rows, _ = compare("s", "c", problem(), Work(10**6, "TFLOP/s"), backward, FakeLimits(), 0.0, rounds=1)
+    rows = bench(experiment(), Work(10**6, "TFLOP/s"), backward).measure(FakeLimits(), 0.0, rounds=1)
     moved = 2 * 64 * 32 * 4 * (2 if backward else 1)
     assert of(rows, OURS)["intensity"].value == pytest.approx(10**6 / moved)
-    assert "intensity" not in of(run(problem()), OURS)
+    assert "intensity" not in of(run(experiment()), OURS)
 
 
-def test_a_rival_that_gives_nan_is_wrong():
-    [row] = of(run(problem(Rival("nan", lambda x: x.sin() / 0 * 0))), "nan").values()
+def test_a_baseline_that_gives_nan_is_wrong():
+    [row] = of(run(experiment(Implementation("nan", lambda x: x.sin() / 0 * 0))), "nan").values()
     assert row.unit.startswith("parity is red: error inf")
 
 
 def test_a_wrong_result_of_ours_has_no_row_at_all():
-    with pytest.raises(AssertionError, match="case: _max error"):
-        run(problem(ours=lambda x: 1.001 * x.sin()))
+    with pytest.raises(AssertionError, match="case forward: _max error"):
+        run(experiment(ours=lambda x: 1.001 * x.sin()))
 
 
-def test_a_rival_that_cannot_run_says_why():
+def test_a_baseline_that_cannot_run_says_why():
     def fails(x):
         raise RuntimeError("no kernel for this\nand more")
 
@@ -119,17 +124,17 @@ def test_a_rival_that_cannot_run_says_why():
         return x.sin()
 
     rows = run(
-        problem(
-            Rival("fails", fails),
-            Rival("has no memory", has_no_memory),
-            Rival("fails later", fails_later),
-            Rival("absent", None, obstacle="pip install it"),
+        experiment(
+            Implementation("fails", fails),
+            Implementation("has no memory", has_no_memory),
+            Implementation("fails later", fails_later),
+            Implementation("absent", None, obstacle="pip install it"),
         )
     )
-    assert of(rows, "fails")["left_out"].unit == "cannot run: no kernel for this"
-    assert of(rows, "has no memory")["left_out"].unit == "out of memory"
-    assert of(rows, "fails later")["left_out"].unit == "cannot run: ValueError"
-    assert of(rows, "absent")["left_out"].unit == "pip install it"
+    assert of(rows, "fails")["skipped"].unit == "cannot run: no kernel for this"
+    assert of(rows, "has no memory")["skipped"].unit == "out of memory"
+    assert of(rows, "fails later")["skipped"].unit == "cannot run: ValueError"
+    assert of(rows, "absent")["skipped"].unit == "pip install it"
 
 
 def test_an_error_of_ours_is_no_row():
@@ -141,7 +146,7 @@ def test_an_error_of_ours_is_no_row():
         return x.sin()
 
     with pytest.raises(RuntimeError, match="ours"):
-        run(problem(ours=fails_later))
+        run(experiment(ours=fails_later))
 
 
 def test_inputs_keep_their_values_and_their_strides():
@@ -153,15 +158,15 @@ def test_inputs_keep_their_values_and_their_strides():
 
     x = torch.randn(8, 64)[:, :32]
     before = x.clone()
-    rows = run(Problem([x], inplace, lambda x: 2 * x, [Rival("other", lambda x: x + x)]))
+    rows = run(Experiment([x], inplace, lambda x: 2 * x, [Implementation("other", lambda x: x + x)]))
     assert "time_p50" in of(rows, "other"), "the other saw what the first one wrote"
     assert set(seen) == {(64, 1)}
     assert torch.equal(comparison._results(inplace, [before.clone()], (), False)[0], 2 * before)
 
 
-def test_limits_are_measured_once_and_are_rows():
+def test_limits_are_measured_once_and_are_figures():
     limits = Limits("cpu", seconds=0.0)
-    rows = {(row.case, row.metric): row for row in limits.rows((torch.float32,))}
+    rows = {(row.case, row.metric): row for row in limits.figures((torch.float32,))}
     assert rows["copy", "rate"].value == limits.copy_rate() > 0
     assert rows["product float32", "rate"].value == limits.matrix_rate(torch.float32) > 0
     down = "down 2048 tokens float32"
@@ -170,13 +175,13 @@ def test_limits_are_measured_once_and_are_rows():
 
 def test_a_results_file_goes_on_where_it_was_cut_off(tmp_path):
     path = tmp_path / "new" / "r.csv"
-    Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.5, "ms", 0.25)])
+    ResultsFile(path, FACTS).add([Figure("s", "one", "i", "time_p50", 1.5, "ms", 0.25)])
     with path.open("a") as file:
         file.write("s,two,i,time_p")
     assert [row["case"] for row in results.read(path)] == ["one"]
-    again = Results(path, FACTS)
+    again = ResultsFile(path, FACTS)
     assert again.has("s", "one") and not again.has("s", "two")
-    again.add([Row("s", "two", "i", "left_out", None, "because, it says")])
+    again.add([Figure("s", "two", "i", "skipped", None, "because, it says")])
     assert again.has("s", "two")
     rows = results.read(path)
     assert [tuple(row) for row in rows] == [COLUMNS] * 2
@@ -186,30 +191,30 @@ def test_a_results_file_goes_on_where_it_was_cut_off(tmp_path):
 
 def test_another_commit_is_another_run(tmp_path):
     path = tmp_path / "r.csv"
-    Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
+    ResultsFile(path, FACTS).add([Figure("s", "one", "i", "time_p50", 1.0, "ms")])
     other = Machine(**{**FACTS.__dict__, "commit": "later"})
-    assert not Results(path, other).has("s", "one")
-    assert Results(path, Machine(**{**FACTS.__dict__, "command": "again"})).has("s", "one")
+    assert not ResultsFile(path, other).has("s", "one")
+    assert ResultsFile(path, Machine(**{**FACTS.__dict__, "command": "again"})).has("s", "one")
 
 
 def test_a_header_that_was_cut_off_is_written_again(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("suite,ca")
-    Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
+    ResultsFile(path, FACTS).add([Figure("s", "one", "i", "time_p50", 1.0, "ms")])
     assert [row["case"] for row in results.read(path)] == ["one"]
 
 
 def test_again_measures_what_is_there(tmp_path):
     path = tmp_path / "r.csv"
-    Results(path, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
-    assert not Results(path, FACTS, again=True).has("s", "one")
+    ResultsFile(path, FACTS).add([Figure("s", "one", "i", "time_p50", 1.0, "ms")])
+    assert not ResultsFile(path, FACTS, again=True).has("s", "one")
     assert len(results.read(path)) == 1
 
 
 def test_a_run_goes_on_in_its_file_on_another_day(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     yesterday = tmp_path / "gpu-2020-01-01.csv"
-    Results(yesterday, FACTS).add([Row("s", "one", "i", "time_p50", 1.0, "ms")])
+    ResultsFile(yesterday, FACTS).add([Figure("s", "one", "i", "time_p50", 1.0, "ms")])
     assert results.default_path(FACTS) == yesterday
     later = Machine(**{**FACTS.__dict__, "commit": "later"})
     assert results.default_path(later) != yesterday
@@ -230,20 +235,20 @@ def test_another_file_is_not_overwritten(tmp_path):
     path = tmp_path / "r.csv"
     path.write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="is no results file: its columns are a, b"):
-        Results(path, FACTS)
+        ResultsFile(path, FACTS)
     for text in ("a,b\n", "a,b"):
         path.write_text(text)
         with pytest.raises(ValueError, match="is no results file: its columns are a, b"):
-            Results(path, FACTS)
+            ResultsFile(path, FACTS)
         assert path.read_text() == text
     path.write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match="r.csv is no results file: it is not text"):
-        Results(path, FACTS)
+        ResultsFile(path, FACTS)
 
 
 @pytest.mark.parametrize("lengths", [(3, 5, 1), (4, 4)])
 def test_padding_is_put_on_and_taken_off(lengths):
-    padded = Padded(SeqLayout(lengths))
+    padded = PaddedLayout(SeqLayout(lengths))
     x = torch.randn(sum(lengths), 2, 3)
     [arranged] = padded.arrange(x)
     longest = 4 if padded.is_full else 16
@@ -255,12 +260,12 @@ def test_padding_is_put_on_and_taken_off(lengths):
 
 
 def test_padded_attention_equals_packed():
-    """The rivals on a padded batch, by the backend that a CPU has."""
+    """The baselines on a padded batch, by the backend that a CPU has."""
     case = next(c for c in ATTENTION_CASES if c.name == "ragged-gqa")
     q, k, v, layout = case.inputs("cpu", torch.float32)
-    padded = Padded(layout)
+    padded = PaddedLayout(layout)
     fn = torch.nn.functional.scaled_dot_product_attention
-    rival = Rival(
+    baseline = Implementation(
         "sdpa",
         lambda q, k, v: fn(q, k, v, attn_mask=padded.bias(q.dtype), enable_gqa=True),
         arrange=padded.arrange,
@@ -268,40 +273,40 @@ def test_padded_attention_equals_packed():
     )
     wanted = reference.flash_attention(q, k, v, layout)
     high = reference.flash_attention(q.double(), k.double(), v.double(), layout)
-    assert_parity(case.name, rival(q, k, v), wanted, high)
+    assert_parity(case.name, baseline(q, k, v), wanted, high)
 
 
-def test_a_package_that_cannot_be_imported_is_a_rival_that_cannot_run(tmp_path, monkeypatch):
+def test_a_package_that_cannot_be_imported_is_a_baseline_that_cannot_run(tmp_path, monkeypatch):
     (tmp_path / "liger_kernel.py").write_text("raise OSError('built for another torch')")
     monkeypatch.syspath_prepend(tmp_path)
     for name in [name for name in sys.modules if name.startswith("liger_kernel")]:
         monkeypatch.delitem(sys.modules, name)
-    factory = RivalFactory("cpu", compiles=False)
+    factory = Baselines("cpu", compiles=False)
     factory._gpu = ""
     gate_up = torch.randn(4, 6)
     swiglu = reference.swiglu
-    rows = run(Problem([gate_up], swiglu, swiglu, factory.swiglu(swiglu)))
-    assert of(rows, "liger-kernel")["left_out"].unit == "cannot run: built for another torch"
+    rows = run(Experiment([gate_up], swiglu, swiglu, factory.swiglu(swiglu)))
+    assert of(rows, "liger-kernel")["skipped"].unit == "cannot run: built for another torch"
 
 
 @pytest.mark.slow
-def test_compiled_rivals_run():
-    factory = RivalFactory("cpu", compiles=True)
+def test_compiled_baselines_run():
+    factory = Baselines("cpu", compiles=True)
     case = ROTARY_CASES[1]
     qkv, cos, sin, positions, turned = case.inputs("cpu", torch.float32)
 
     def wanted(x):
         return reference.rotary(x, cos.to(x.dtype), sin.to(x.dtype), positions, turned)
 
-    rivals = factory.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads)
-    rows = run(Problem([qkv], wanted, wanted, rivals))
+    baselines = factory.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads)
+    rows = run(Experiment([qkv], wanted, wanted, baselines))
     assert "time_p50" in of(rows, "torch.compile")
 
 
 def test_skewed_lengths():
     lengths = skewed_lengths(4096)
     assert lengths[:64] == skewed_lengths(64) and min(lengths) == 16 and max(lengths) <= 4096
-    assert max(skewed_lengths(100, most=200)) == 200
+    assert max(skewed_lengths(100, 128, 16, 200)) == 200
     ordered = sorted(lengths)
     # lognormal of sigma 1: the median, and e times as much one sigma above
     assert ordered[2048] == pytest.approx(128, rel=0.1)

@@ -1,8 +1,7 @@
-"""The encoder bench: its texts, its rivals, their parity, and the file itself from end to end."""
+"""The encoder bench: its texts, its baselines, their parity, and the suite from end to end."""
 
 import dataclasses
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -12,18 +11,15 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from bench import workloads
 from bench.baselines import encoders
-from bench.baselines.encoders import (
-    ENCODERS,
-    GPU,
-    SMALL,
-    SMALLEST,
-    Entry,
-    Mix,
-    ParityCheck,
-    fitting_batch_sizes,
-)
+from bench.baselines.encoders import ENCODERS
+from bench.baselines.parity import PARITY_BATCH, ParityCheck
+from bench.bench_encode import benches
+from bench.measure.passes import ENOUGH_SECONDS, Entry, fitting_batch_sizes, search_runs
 from bench.measure.results import read
+from bench.suites import Setting
+from bench.workloads import GPU, SMALL, SMALLEST, Workload
 from nvembed_fast import stream
 from nvembed_fast.tokenization import TextTokenizer
 
@@ -44,30 +40,30 @@ def bf16() -> ParityCheck:
 @pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
 def test_texts_have_exactly_their_tokens(scale):
     vocab_size = scale.config.text_config.vocab_size
-    tokenizer = TextTokenizer(encoders.word_tokenizer(vocab_size), encoders.EOS)
-    for mix in scale.mixes:
-        texts, instruction = mix.texts(vocab_size)
-        assert (texts, instruction) == mix.texts(vocab_size), "another call gives other texts"
-        tokenized = tokenizer(texts, instruction, encoders.MAX_LENGTH)
-        assert tuple(tokenized.lengths()) == mix.lengths
-        assert set(tokenized.first_pooled) == {mix.instruction_length}
+    tokenizer = TextTokenizer(workloads.word_tokenizer(vocab_size), workloads.EOS)
+    for workload in scale.workloads:
+        texts, instruction = workload.texts(vocab_size)
+        assert (texts, instruction) == workload.texts(vocab_size), "another call gives other texts"
+        tokenized = tokenizer(texts, instruction, workloads.MAX_LENGTH)
+        assert tuple(tokenized.lengths()) == workload.lengths
+        assert set(tokenized.first_pooled) == {workload.instruction_length}
         for ids in tokenized.ids:
-            assert ids[-1] == encoders.EOS_ID
-            assert (ids[:-1] > encoders.EOS_ID).all(), "a word that the tokenizer does not know"
+            assert ids[-1] == workloads.EOS_ID
+            assert (ids[:-1] > workloads.EOS_ID).all(), "a word that the tokenizer does not know"
 
 
 def test_texts_use_the_whole_vocabulary():
-    texts, _ = Mix("", (4096,) * 8).texts(1000)
+    texts, _ = Workload("", (4096,) * 8).texts(1000)
     assert {word for text in texts for word in text.split()} == {f"w{i}" for i in range(3, 1000)}
 
 
-def test_the_mixes_of_a_gpu_are_the_stated_ones():
-    mixes = {mix.name: mix for mix in GPU.mixes}
+def test_the_workloads_of_a_gpu_are_the_stated_ones():
+    workloads = {workload.name: workload for workload in GPU.workloads}
     for length in (32, 512, 4096):
-        assert set(mixes[f"all {length}"].lengths) == {length}
-    assert set(mixes["queries"].lengths) == {50} and mixes["queries"].instruction_length == 18
-    assert mixes["one query"].lengths == (50,) and mixes["one query"].instruction_length == 18
-    lengths = mixes["skewed"].lengths
+        assert set(workloads[f"all {length}"].lengths) == {length}
+    assert set(workloads["queries"].lengths) == {50} and workloads["queries"].instruction_length == 18
+    assert workloads["one query"].lengths == (50,) and workloads["one query"].instruction_length == 18
+    lengths = workloads["skewed"].lengths
     assert len(lengths) == 4096 and min(lengths) >= 16 and max(lengths) <= 4096
     assert statistics.median(lengths) == pytest.approx(128, rel=0.05)
     # between the clips: the quartiles of a lognormal lie 0.674 sigma from its median
@@ -85,10 +81,10 @@ def test_every_encoder_agrees_with_fp32(fp32, bf16, name):
     assert found.error > 1e-7, "as exact as fp32: this was no run in 16 bits"
 
 
-@pytest.mark.parametrize("rival", [encoders.Original, encoders.Sorted])
-def test_windows_keep_the_callers_order(fp32, rival, monkeypatch):
+@pytest.mark.parametrize("baseline", [encoders.Original, encoders.Sorted])
+def test_windows_keep_the_callers_order(fp32, baseline, monkeypatch):
     monkeypatch.setattr(stream, "WINDOW", stream.Window(2, 4))
-    assert fp32.of(rival).obstacle is None
+    assert fp32.of(baseline).obstacle is None
 
 
 def test_the_compiled_encoder_agrees_and_shares_its_graphs_between_layers(fp32, monkeypatch):
@@ -102,9 +98,9 @@ def test_the_compiled_encoder_agrees_and_shares_its_graphs_between_layers(fp32, 
 def test_the_parity_batches_are_ragged_equal_and_single():
     for scale in SCALES.values():
         lengths = sorted(scale.parity_lengths, reverse=True)
-        batches = [set(lengths[i : i + encoders.PARITY_BATCH]) for i in range(0, len(lengths), 4)]
+        batches = [set(lengths[i : i + PARITY_BATCH]) for i in range(0, len(lengths), 4)]
         assert [len(batch) > 1 for batch in batches] == [True, False, False]
-        assert len(lengths) == 2 * encoders.PARITY_BATCH + 1
+        assert len(lengths) == 2 * PARITY_BATCH + 1
 
 
 class Causal(encoders.Sorted):
@@ -158,8 +154,8 @@ def test_an_encoder_that_is_wrong_in_16_bits_alone_is_red(fp32, bf16):
     assert "cosine" in bf16.of(WrongIn16Bits).obstacle
 
 
-def test_rivals_hold_no_weights_of_their_own(fp32):
-    ours = encoders.random_encoder(SMALLEST.config, "cpu", torch.float32)
+def test_baselines_hold_no_weights_of_their_own(fp32):
+    ours = workloads.random_encoder(SMALLEST.config, "cpu", torch.float32)
     owned = {weight.untyped_storage().data_ptr() for weight in ours.model.parameters()}
     views = list(encoders.mistral_model(ours).parameters())
     assert {view.untyped_storage().data_ptr() for view in views} <= owned
@@ -200,33 +196,35 @@ def test_the_search_finds_the_fastest_batch_size():
     assert fitting_batch_sizes(device.encode, [texts], sizes, device.clock) == []
 
 
-def test_a_search_pads_as_much_as_the_whole_mix():
+def test_a_search_pads_as_much_as_the_whole_workload():
     """Of 128 texts alone, sorted, a batch of 128 would be all of them: 4.6 times the tokens."""
-    mix = next(mix for mix in GPU.mixes if mix.name == "skewed")
-    texts = [str(index) for index in range(len(mix.lengths))]
+    workload = next(workload for workload in GPU.workloads if workload.name == "skewed")
+    texts = [str(index) for index in range(len(workload.lengths))]
 
     def padding(batches):
-        batches = [[mix.lengths[int(text)] for text in batch] for batch in batches]
+        batches = [[workload.lengths[int(text)] for text in batch] for batch in batches]
         return sum(max(b) * len(b) for b in batches) / sum(map(sum, batches))
 
-    runs = encoders.search_runs(mix, texts, GPU, by_length=True)
+    runs = search_runs(workload, texts, GPU, by_length=True)
     assert [len(run) for run in runs] == [128] * 4
-    ranked = sorted(texts, key=lambda text: mix.lengths[int(text)])
+    ranked = sorted(texts, key=lambda text: workload.lengths[int(text)])
     for size in (8, 32, 128):
         searched = [run[i : i + size] for run in runs for i in range(0, 128, size)]
         whole = [ranked[i : i + size] for i in range(0, len(ranked), size)]
         assert padding(searched) == pytest.approx(padding(whole), rel=0.5), size
-    [first] = encoders.search_runs(mix, texts, GPU, by_length=False)
+    [first] = search_runs(workload, texts, GPU, by_length=False)
     assert first == texts[: len(first)]
 
 
 def test_texts_are_sorted_over_all_windows(fp32, monkeypatch):
     monkeypatch.setattr(stream, "WINDOW", stream.Window(3, 3))
-    rival = encoders.Sorted(fp32._wide)
+    baseline = encoders.Sorted(fp32._wide)
     seen = []
-    monkeypatch.setattr(rival, "embed", lambda ids, first: (seen.append(len(ids[0])), torch.zeros(1, 64))[1])
-    texts, _ = Mix("", (5, 9, 3, 8, 20, 4, 30)).texts(97)
-    rival.encode(texts, "", 1)
+    monkeypatch.setattr(
+        baseline, "embed", lambda ids, first: (seen.append(len(ids[0])), torch.zeros(1, 64))[1]
+    )
+    texts, _ = Workload("", (5, 9, 3, 8, 20, 4, 30)).texts(97)
+    baseline.encode(texts, "", 1)
     assert seen == sorted(seen, reverse=True)
 
 
@@ -244,7 +242,7 @@ def test_a_pass_that_runs_out_of_memory_goes_on_with_the_next_best_size():
 
 
 def test_an_encoder_that_had_its_seconds_sits_out():
-    device = Device(per_batch=encoders.ENOUGH_SECONDS * 0.75, per_text=0.0, most_texts=1)
+    device = Device(per_batch=ENOUGH_SECONDS * 0.75, per_text=0.0, most_texts=1)
     device.first_calls.add(1)
     entry = Entry(lambda size: device.encode(["text"], size), [1], clock=device.clock)
     for _ in range(4):
@@ -252,8 +250,8 @@ def test_an_encoder_that_had_its_seconds_sits_out():
     assert len(entry.seconds) == 2
 
 
-# the file itself runs with this rival broken
-BROKEN_RIVAL = """
+# the suite runs with this baseline broken
+BROKEN_BASELINE = """
 from bench.baselines import encoders
 
 class Wrong(encoders.Original):
@@ -264,54 +262,56 @@ encoders.ENCODERS["original"] = Wrong
 """
 
 
-def run_bench(results: Path, *options: str) -> str:
-    command = [sys.executable, "-m", "pytest", "bench/bench_encode.py", "-q", "-p", "no:cacheprovider"]
-    command += ["--smallest", "--results", str(results), "--commit", "test", *options]
-    # pytest-benchmark measures nothing where it finds itself in a worker of pytest-xdist
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    env["PYTHONPATH"] = str(results.parent)
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+def run_bench(results: Path, *options: str, before: str = "") -> str:
+    code = f"{before}\nimport sys\nfrom bench.__main__ import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--suites", "encode", "--no-report", "--smallest"]
+    command += ["--results", str(results), "--commit", "test", *options]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-2000:]
     return run.stdout
 
 
-def figures(results: Path, mix: Mix, name: str) -> dict[str, dict[str, str]]:
-    """The rows of one encoder on one mix, by metric."""
-    wanted = ("encode", mix.name, name)
+def figures(results: Path, workload: Workload, name: str) -> dict[str, dict[str, str]]:
+    """The rows of one encoder on one workload, by metric."""
+    wanted = ("encode", workload.name, name)
     return {r["metric"]: r for r in read(results) if (r["suite"], r["case"], r["impl"]) == wanted}
 
 
-def test_the_bench_writes_a_row_for_everyone_goes_on_where_it_was_and_times_nothing_red(tmp_path):
-    first, *others = SMALLEST.mixes
+def test_the_bench_writes_a_row_for_each_goes_on_where_it_was_and_times_nothing_red(tmp_path):
+    first, *others = SMALLEST.workloads
     results = tmp_path / "results.csv"
-    (tmp_path / "broken_rival.py").write_text(BROKEN_RIVAL)
-    run_bench(results, "-p", "broken_rival", "-k", first.name.replace(" ", " and "))
+    run_bench(results, "--cases", first.name, before=BROKEN_BASELINE)
+    assert {row["case"] for row in read(results) if row["suite"] == "encode"} == {first.name}
     found = figures(results, first, "original")
-    assert set(found) == {"left_out"} and found["left_out"]["unit"].startswith("parity is red")
+    assert set(found) == {"skipped"} and found["skipped"]["unit"].startswith("parity is red")
 
     before = results.read_text()
-    assert f"{len(others)} passed, 1 skipped" in run_bench(results)
+    assert "encode: 1 skipped: already in" in run_bench(results)
     assert results.read_text().startswith(before)
-    assert set(figures(results, first, "original")) == {"left_out"}, "measured again"
+    assert set(figures(results, first, "original")) == {"skipped"}, "measured again"
     timed = {"time_p20", "time_p50", "time_p80", "texts_rate", "tokens_rate", "parity_error"}
-    for mix in others:
+    for workload in others:
         for name in ENCODERS:
-            found = figures(results, mix, name)
-            if name == encoders.GRAPHED and len(mix.lengths) > 1:
+            found = figures(results, workload, name)
+            if name == encoders.GRAPHED and len(workload.lengths) > 1:
                 assert not found
                 continue
             if name in encoders.GPU_ONLY and not torch.cuda.is_available():
-                assert found["left_out"]["unit"] == encoders.GPU_ONLY[name] and len(found) == 1
+                assert found["skipped"]["unit"] == encoders.GPU_ONLY[name] and len(found) == 1
                 continue
-            assert timed <= set(found), (mix.name, name)
+            assert timed <= set(found), (workload.name, name)
             ms, rate = (float(found[metric]["value"]) for metric in ("time_p50", "tokens_rate"))
-            assert rate == pytest.approx(1e3 * mix.num_tokens / ms, rel=1e-4)
+            assert rate == pytest.approx(1e3 * workload.num_tokens / ms, rel=1e-4)
             assert float(found["tokens_rate"]["share_of_limit"]) > 0
             assert ("batch_size" in found) == (name != encoders.OURS)
 
 
 def test_scales_are_frozen_and_follow_the_device():
-    assert encoders.scale_for("cuda") is GPU and encoders.scale_for("cpu") is SMALL
-    assert encoders.scale_for("cuda", smallest=True) is SMALLEST
+    for setting, scale in (
+        (Setting("cuda"), GPU),
+        (Setting("cpu"), SMALL),
+        (Setting("cuda", smallest=True), SMALLEST),
+    ):
+        assert [bench.workload for bench in benches(setting)] == list(scale.workloads)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        GPU.mixes = ()
+        GPU.workloads = ()

@@ -288,11 +288,11 @@ def test_the_heads_limit_is_the_longer_of_its_operations_and_its_bytes(form, ope
 
 
 def test_a_step_holds_one_batch_unless_told_otherwise():
-    lengths = np.array(profiling.MIXES["all 512"].lengths)
+    lengths = np.array(profiling.WORKLOADS["all 512"].lengths)
     assert profiling._batches(lengths, None, 2048) == [[512] * 4]
     assert profiling._batches(lengths, 5, 2048) == [[512] * 4, [512]]
     # a text longer than the budget is a batch of its own
-    assert profiling._batches(np.array(profiling.MIXES["all 4096"].lengths), None, 2048) == [[4096]]
+    assert profiling._batches(np.array(profiling.WORKLOADS["all 4096"].lengths), None, 2048) == [[4096]]
 
 
 def _rows(path) -> dict[str, dict[str, str]]:
@@ -302,7 +302,7 @@ def _rows(path) -> dict[str, dict[str, str]]:
 
 def test_the_command_end_to_end(tmp_path, capsys):
     results, folder = tmp_path / "results.csv", tmp_path / "folder" / "deeper"
-    command = ["--mix", "queries", "--texts", "2", "--layers", "1", "-o", str(folder)]
+    command = ["--workload", "queries", "--texts", "2", "--layers", "1", "-o", str(folder)]
     command += ["--results", str(results), "--commit", "abc"]
     profiling.main(command)
     printed = capsys.readouterr().out
@@ -338,7 +338,7 @@ def test_the_command_end_to_end(tmp_path, capsys):
     [
         (["--layers", "3"], "--layers must be from 1 to 2, got 3"),
         (["--texts", "0"], "--texts must be from 1 to 128, got 0"),
-        (["--mix", "all 7"], "invalid choice: 'all 7'"),
+        (["--workload", "all 7"], "invalid choice: 'all 7'"),
     ],
 )
 def test_wrong_arguments_are_told_by_name(arguments, message, capsys):
@@ -350,4 +350,4 @@ def test_wrong_arguments_are_told_by_name(arguments, message, capsys):
 def test_help_has_examples():
     command = [sys.executable, "-m", "bench.profiling", "--help"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0 and "python -m bench.profiling --mix skewed" in run.stdout
+    assert run.returncode == 0 and "python -m bench.profiling --workload skewed" in run.stdout

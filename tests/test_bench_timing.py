@@ -1,4 +1,4 @@
-"""Whose time a sample is: turns, and on a GPU (a made-up one here) neither the host's nor the cache's."""
+"""Functions take turns, and on a GPU (a made-up one here) neither the host nor the cache is timed."""
 
 import contextlib
 import itertools
@@ -117,7 +117,7 @@ def test_a_call_that_cannot_be_captured_is_timed_by_itself(gpu):
     assert gpu.replays == 0 and times.ms == pytest.approx([0.02] * len(times.ms))
 
 
-def test_everyone_gets_its_seconds_spread_over_the_whole_time(gpu):
+def test_samples_are_spread_over_the_whole_time(gpu):
     order = []
 
     def call(name, ms):
@@ -133,7 +133,7 @@ def test_everyone_gets_its_seconds_spread_over_the_whole_time(gpu):
     assert max(map(len, gaps)) <= 11
 
 
-def test_beside_a_short_call_everyone_is_captured(gpu):
+def test_beside_a_short_call_all_are_captured(gpu):
     times = timing.interleaved({"short": gpu.call(0.02, 0.1), "long": gpu.call(1.0, 0.1)}, seconds=0.01)
     assert gpu.replays == sum(len(t.ms) for t in times.values())
     assert times["long"].ms == pytest.approx([1.0] * len(times["long"].ms))
@@ -148,7 +148,7 @@ def test_sustained_calls_follow_each_other(gpu):
     assert timing.sustained(gpu.call(2.0, 0.1), 0.1) == pytest.approx(2.0)
 
 
-def test_rivals_take_turns():
+def test_functions_take_turns():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
     times = timing.interleaved(calls, seconds=0.0, min_rounds=4, max_rounds=4)

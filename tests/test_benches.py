@@ -1,5 +1,6 @@
 """Every bench file runs once, with its smallest cases, so that none can rot."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.__main__ import SUITES
 from bench.measure import results
 from bench.measure.results import OURS
+from bench.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "bench").glob("bench_*.py"))
@@ -17,9 +18,7 @@ FILES = sorted((ROOT / "bench").glob("bench_*.py"))
 
 def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "bench", "--smallest", "--results", str(folder / "r.csv"), *options]
-    # pytest-benchmark measures nothing where it finds itself in a worker of pytest-xdist
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 def test_every_bench_file_is_a_suite():
@@ -49,7 +48,48 @@ def test_time_that_is_over_leaves_the_rest_to_the_next_run(tmp_path):
     assert late.returncode == 0 and "4 skipped" in late.stdout, late.stdout
 
 
-def test_a_file_that_holds_something_else_is_told_before_anything_runs(tmp_path):
+WRONG = """
+import sys
+from bench.__main__ import main
+from nvembed_fast import ops
+exact = ops.rms_norm
+ops.rms_norm = lambda *tensors: 1.001 * exact(*tensors)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_wrong_result_of_ours_fails_the_suite_and_has_no_row(tmp_path):
+    options = ["--suites", "rms_norm", "--no-report", "--smallest", "--results", str(tmp_path / "r.csv")]
+    wrong = subprocess.run([sys.executable, "-c", WRONG, *options], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 1 and "rms_norm: 2 failed: rms_norm one-token forward" in wrong.stdout
+    assert "_max error" in wrong.stderr
+    timed = {row["case"] for row in results.read(tmp_path / "r.csv") if row["suite"] == "rms_norm"}
+    assert timed == {"add_rms_norm one-token forward", "add_rms_norm one-token forward+backward"}
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_times_ours_and_the_baselines_as_a_group(tmp_path):
+    command = [sys.executable, "-m", "pytest", "bench/bench_rms_norm.py", "-q", "-p", "no:cacheprovider"]
+    command += ["--smallest", "--benchmark-only", "--benchmark-max-time=0.01"]
+    command += [f"--benchmark-json={tmp_path / 'b.json'}"]
+    # pytest-benchmark measures nothing where it finds itself in a worker of pytest-xdist
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+    timed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)
+    assert timed.returncode == 0, timed.stdout[-4000:] + timed.stderr[-2000:]
+    rows = json.loads((tmp_path / "b.json").read_text())["benchmarks"]
+    groups = {row["group"]: [] for row in rows}
+    for row in rows:
+        groups[row["group"]].append(row["name"])
+        # measured: no two samples of a real clock are equal for long
+        assert row["stats"]["min"] > 0 and row["stats"]["rounds"] >= 5
+        assert row["stats"]["min"] < row["stats"]["max"]
+    assert set(groups["rms_norm: rms_norm one-token forward"]) == {OURS, "F.rms_norm"}
+    assert len(groups) == 4 and len({row["fullname"] for row in rows}) == len(rows)
+    assert "skipped in 4 benches: liger-kernel: " in timed.stdout
+
+
+def test_a_file_of_another_kind_is_refused_before_anything_runs(tmp_path):
     (tmp_path / "r.csv").write_text("a,b\n1,2\n")
     refused = run(tmp_path)
     assert refused.returncode == 2 and refused.stdout == ""

@@ -1,219 +1,36 @@
-"""The whole encoder, and the ways of running the same weights that it is compared with.
+"""The whole encoder, and the other ways of running the same weights.
 
-Everyone gets texts and gives vectors in the caller's order, and everyone's texts are tokenised alike: window
-by window, in a thread, while the device computes. The rivals' weights are views of ours.
+Each takes texts and gives vectors in the caller's order. Texts are tokenised alike: window by window, in a
+thread, while the device computes. The weights of the baselines are views of ours.
 
-- `Original`: the order of the published code. Texts are padded in the caller's order, SDPA takes an additive
-  mask [B, 1, S, S], keys and values of the latents are computed for every text, and the feed-forward of the
-  head runs on padding too. Left out is what only slows it further: its key/value cache and fp32 weights under
-  autocast.
-- `Sorted`: transformers' MistralModel as well as it goes without changing it. Texts are sorted by length, a
-  batch of equal lengths has no mask at all, keys and values of the latents are kept, and the head sees no
-  padding.
-- `Compiled`: the same under torch.compile, layer by layer: all layers share one compiled graph.
+- `Original`: the order of the published code. Texts are padded in the caller's order. SDPA takes an additive
+  mask [B, 1, S, S]. Keys and values of the latents are computed for every text, and the feed-forward of the
+  head runs on padding too. Its key/value cache and its fp32 weights under autocast are missing here, because
+  they only slow it further.
+- `Sorted`: transformers' MistralModel, as fast as it runs unchanged. Texts are sorted by length, a batch of
+  equal lengths has no mask at all, keys and values of the latents are kept, and the head sees no padding.
+- `Compiled`: the same under torch.compile, layer by layer. All layers share one compiled graph.
 - `Ours`: `NVEmbed.encode`.
 
 Shape suffixes: B texts, S tokens of the longest one, T tokens without padding, D model width.
 """
 
-import copy
 import dataclasses
-import itertools
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
 from bench.baselines import latent_blocks
 from bench.measure.results import OURS
-from bench.measure.timing import peak_memory
+from bench.workloads import EOS_ID, MAX_LENGTH
 from nvembed_fast import NVEmbed
 from nvembed_fast.checkpoint import published_tensors
-from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.kernels.layout import to_device
-from nvembed_fast.kernels.testing import skewed_lengths
 from nvembed_fast.network.latent_head import LatentHead
-from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import Placement
-from nvembed_fast.tokenization import TextTokenizer
-
-EOS, EOS_ID = "</s>", 2
-MAX_LENGTH = 4096
-PARITY_LAYERS, PARITY_BATCH = 2, 4
-# of one text against the fp32 path, in 16 and in 32 bits
-LEAST_COSINE, MOST_DIFFERENCE = 0.999, 1e-4
-# on one mix; after that a rival sits out
-ENOUGH_SECONDS = 30.0
-
-
-@dataclass(frozen=True)
-class Mix:
-    """Texts of random words with given numbers of tokens.
-
-    Attributes:
-        name: the case of a result's row.
-        lengths: tokens per text, its end mark and the instruction included.
-        instruction_length: leading tokens of every text that are its instruction.
-        rounds: how often it is timed.
-    """
-
-    name: str
-    lengths: tuple[int, ...]
-    instruction_length: int = 0
-    rounds: int = 3
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(self.lengths)
-
-    def texts(self, vocab_size: int) -> tuple[list[str], str]:
-        """(texts, instruction) for `word_tokenizer(vocab_size)`; the same on every call."""
-        generator = np.random.default_rng(0)
-
-        def words(count: int) -> str:
-            return " ".join(map(_word, generator.integers(EOS_ID + 1, vocab_size, count).tolist()))
-
-        skipped = self.instruction_length
-        instruction = words(skipped) + " " if skipped else ""
-        return [words(length - skipped - 1) for length in self.lengths], instruction
-
-
-@dataclass(frozen=True)
-class Scale:
-    """What is measured on one kind of machine.
-
-    Attributes:
-        config: of the model.
-        mixes: of texts.
-        batch_sizes: among which every rival finds its best, mix by mix.
-        search_texts, search_tokens: how much of a mix that search looks at (`search_runs`).
-        parity_lengths: of the texts that rivals are compared on before they are timed. Sorted and four to a
-            batch they make a ragged batch, one of equal lengths and a single text.
-    """
-
-    config: NVEmbedConfig
-    mixes: tuple[Mix, ...]
-    batch_sizes: tuple[int, ...]
-    search_texts: int
-    search_tokens: int
-    parity_lengths: tuple[int, ...]
-
-
-GPU = Scale(
-    config=NVEmbedConfig(),
-    mixes=(
-        Mix("one query", (50,), instruction_length=18, rounds=50),
-        Mix("queries", (50,) * 1024, instruction_length=18),
-        Mix("all 32", (32,) * 2048),
-        Mix("all 512", (512,) * 128),
-        Mix("all 4096", (4096,) * 16),
-        Mix("skewed", skewed_lengths(4096)),
-    ),
-    batch_sizes=(1, 8, 32, 128),
-    search_texts=128,
-    search_tokens=65536,
-    parity_lengths=(41, 700, 128, 41, 300, 41, 129, 41, 40),
-)
-# SmolLM2-135M
-SMALL = Scale(
-    config=NVEmbedConfig(
-        BackboneConfig(
-            vocab_size=49152,
-            hidden_size=576,
-            intermediate_size=1536,
-            num_hidden_layers=30,
-            num_attention_heads=9,
-            num_key_value_heads=3,
-            rope_theta=100000.0,
-        ),
-        LatentConfig(cross_dim_head=64, hidden_dim=576, latent_dim=576),
-    ),
-    mixes=(
-        Mix("one query", (50,), instruction_length=18, rounds=10),
-        Mix("queries", (50,) * 8, instruction_length=18),
-        Mix("all 32", (32,) * 16),
-        Mix("all 256", (256,) * 2),
-        Mix("skewed", skewed_lengths(16, median=48, least=16, most=256)),
-    ),
-    batch_sizes=(1, 8, 32, 128),
-    search_texts=8,
-    search_tokens=512,
-    parity_lengths=(21, 100, 64, 21, 90, 21, 33, 21, 20),
-)
-# for the tests
-SMALLEST = Scale(
-    config=NVEmbedConfig(
-        BackboneConfig(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=80,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            rope_theta=500.0,
-        ),
-        LatentConfig(
-            num_latents_value=12, num_cross_heads=2, cross_dim_head=24, hidden_dim=64, latent_dim=64
-        ),
-    ),
-    mixes=(
-        Mix("one query", (9,), instruction_length=4, rounds=1),
-        Mix("queries", (9,) * 4, instruction_length=4, rounds=1),
-        Mix("all 4", (4,) * 4, rounds=1),
-        Mix("skewed", skewed_lengths(6, median=8, least=2, most=32), rounds=1),
-    ),
-    batch_sizes=(1, 2, 4),
-    search_texts=4,
-    search_tokens=64,
-    parity_lengths=(7, 23, 11, 7, 13, 7, 9, 7, 6),
-)
-
-
-def scale_for(device: str, smallest: bool = False) -> Scale:
-    """What is measured on "cuda" or on "cpu"."""
-    return SMALLEST if smallest else GPU if device == "cuda" else SMALL
-
-
-def _word(token: int) -> str:
-    return f"w{token}"
-
-
-def word_tokenizer(vocab_size: int) -> Tokenizer:
-    """A tokenizer of words w3, w4, ...: a text of n words has n tokens, and one more for its end mark."""
-    vocab = {"<unk>": 0, EOS: EOS_ID} | {_word(token): token for token in range(EOS_ID + 1, vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([EOS])
-    return tokenizer
-
-
-def draw_weights(model: nn.Module, width: int) -> None:
-    """Norms 1, all others from N(0, 0.02) at a width of 4096.
-
-    Narrower models draw wider, so that products keep their size.
-    """
-    torch.manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            weight.fill_(1.0)
-        else:
-            weight.normal_(0.0, 0.02 * (4096 / width) ** 0.5)
-
-
-def random_encoder(config: NVEmbedConfig, device: str, dtype: torch.dtype) -> NVEmbed:
-    """A model with weights of `draw_weights`, drawn on the device."""
-    with torch.device("meta"):
-        model = NVEmbedModel(config).to(dtype)
-    model.to_empty(device=device).requires_grad_(False)
-    draw_weights(model, config.hidden_size)
-    tokenizer = TextTokenizer(word_tokenizer(config.text_config.vocab_size), EOS, config.pooling_start)
-    return NVEmbed(model, tokenizer).eval()
 
 
 def mistral_model(ours: NVEmbed) -> nn.Module:
@@ -239,12 +56,12 @@ def mistral_model(ours: NVEmbed) -> nn.Module:
         if name.startswith(backbone)
     }
     model.load_state_dict(views, assign=True)
-    # its frequencies are in no state dict, and so still on meta
+    # its frequencies are in no state dict, so they are still on meta
     model.rotary_emb = type(model.rotary_emb)(config).to(ours.device)
     return model.eval().requires_grad_(False)
 
 
-class Padded:
+class PaddedEncoder:
     """Batches of a number of texts, padded at the right to their longest.
 
     Args:
@@ -293,7 +110,7 @@ class Padded:
         return to_device(torch.from_numpy(padded), self.device), real
 
 
-class Original(Padded):
+class Original(PaddedEncoder):
     """The published order of computation."""
 
     by_length = False
@@ -313,7 +130,7 @@ class Original(Padded):
         return F.normalize(mean_BD, dim=-1)
 
 
-class Sorted(Padded):
+class Sorted(PaddedEncoder):
     """Stock transformers on sorted texts, with a head that repeats nothing and sees no padding."""
 
     def __init__(self, ours: NVEmbed):
@@ -390,8 +207,8 @@ class Graphed:
 
 
 GRAPHED = f"{OURS}, CUDA graphs"
-# impl of a result's row -> its encoder; ours is the last
-ENCODERS: dict[str, type[Padded] | type[Ours] | type[Graphed]] = {
+# impl of a figure -> its encoder; ours is the last
+ENCODERS: dict[str, type[PaddedEncoder] | type[Ours] | type[Graphed]] = {
     "original": Original,
     "MistralModel, sorted": Sorted,
     "MistralModel, sorted, compiled": Compiled,
@@ -399,153 +216,6 @@ ENCODERS: dict[str, type[Padded] | type[Ours] | type[Graphed]] = {
     OURS: Ours,
 }
 GPU_ONLY = {
-    "MistralModel, sorted, compiled": "torch.compile is timed on a GPU alone",
+    "MistralModel, sorted, compiled": "timed on a GPU alone",
     GRAPHED: "needs a GPU",
 }
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How far the vectors of an encoder are from those of our fp32 path in plain PyTorch.
-
-    Attributes:
-        error: the largest of any text, in the dtype that is timed.
-        unit: "1 - cosine" in 16 bits, "relative" in fp32.
-        obstacle: why it must not be timed; None where it may.
-    """
-
-    error: float
-    unit: str
-    obstacle: str | None
-
-
-class ParityCheck:
-    """Our vectors on the first layers of a scale's model, for encoders to be compared with.
-
-    Texts are run with and without an instruction, PARITY_BATCH to a batch.
-    """
-
-    def __init__(self, scale: Scale, device: str, dtype: torch.dtype):
-        text = dataclasses.replace(scale.config.text_config, num_hidden_layers=PARITY_LAYERS)
-        self._timed = random_encoder(dataclasses.replace(scale.config, text_config=text), device, dtype)
-        self._wide = copy.deepcopy(self._timed).float()
-        skipped = min(scale.parity_lengths) // 2
-        mixes = [Mix("", scale.parity_lengths), Mix("", scale.parity_lengths, skipped)]
-        self._cases = [mix.texts(text.vocab_size) for mix in mixes]
-        oracle = dataclasses.replace(self._wide.placement, impl="torch")
-        self._wanted = self._vectors(Ours(NVEmbed(self._wide.model, self._wide.text_tokenizer, oracle)))
-
-    def _vectors(self, encoder: Padded | Ours) -> torch.Tensor:
-        return torch.cat([encoder.encode(*texts, PARITY_BATCH) for texts in self._cases])
-
-    def of(self, make: Callable[[NVEmbed], Padded | Ours]) -> Parity:
-        """The parity of the encoder that `make` builds: in fp32, then in the dtype that is timed."""
-        got = self._vectors(make(self._wide))
-        wanted = self._wanted
-        error = ((got - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
-        # not (a < b): NaN is red too
-        if not error < MOST_DIFFERENCE:
-            return Parity(error, "relative", f"parity is red: fp32 differs by {error:.2g}")
-        if self._timed.dtype == torch.float32:
-            return Parity(error, "relative", None)
-        got = self._vectors(make(self._timed))
-        error = 1.0 - F.cosine_similarity(got.double(), wanted.double()).min().item()
-        obstacle = None if error < 1 - LEAST_COSINE else f"parity is red: a cosine of {1 - error:.6f}"
-        return Parity(error, "1 - cosine", obstacle)
-
-
-def wall_clock() -> float:
-    """Seconds, when the device has done what it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def warm_up(encode: Callable[[list[str], int], object], texts: list[str]) -> None:
-    """Run whatever is compiled anew: one text, equal lengths and, where there are any, unequal ones."""
-    first = texts[0]
-    encode([first], 1)
-    encode([first, first], 2)
-    encode([first, max(texts, key=len), min(texts, key=len)], 3)
-
-
-def search_runs(mix: Mix, texts: list[str], scale: Scale, by_length: bool) -> list[list[str]]:
-    """Texts of a mix that show which batch size is the best on all of it.
-
-    Sorted by length, neighbours from four places of the order, because a few texts sorted alone would be far
-    more ragged than the whole; else the first texts.
-    """
-    most = scale.search_texts
-    if by_length and len(texts) > most and len(set(mix.lengths)) > 1:
-        ranked = sorted(range(len(texts)), key=mix.lengths.__getitem__)
-        firsts = [len(texts) * eighth // 8 - most // 2 for eighth in (1, 3, 5, 7)]
-        return [[texts[index] for index in ranked[first : first + most]] for first in firsts]
-    seen = itertools.accumulate(mix.lengths[:most])
-    return [texts[: max(sum(tokens <= scale.search_tokens for tokens in seen), 1)]]
-
-
-def fitting_batch_sizes(
-    encode: Callable[[list[str], int], object],
-    runs: Sequence[list[str]],
-    sizes: Sequence[int],
-    clock: Callable[[], float] = wall_clock,
-) -> list[int]:
-    """The batch sizes that fit in memory, the fastest first.
-
-    Args:
-        encode: of texts, in batches of a size.
-        runs: texts on which it is timed, run by run.
-        sizes: to try; those beyond the number of texts are the same.
-        clock: seconds; waits for the device.
-    """
-    seconds = {}
-    for size in sorted({min(size, len(runs[-1])) for size in sizes}):
-        try:
-            encode(runs[-1][:size], size)  # to have the memory
-            start = clock()
-            for run in runs:
-                encode(run, size)
-            seconds[size] = clock() - start
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    return sorted(seconds, key=seconds.get)
-
-
-@dataclass
-class Entry:
-    """An encoder on one mix.
-
-    Attributes:
-        encode: of a batch size: the whole mix, end to end.
-        sizes: batch sizes that are left, the fastest first; none is left when none fits in memory.
-        seconds: of every pass so far.
-        peak: MiB that the first pass took beside the weights; None on a CPU.
-    """
-
-    encode: Callable[[int], object]
-    sizes: list[int]
-    seconds: list[float] = field(default_factory=list)
-    peak: float | None = None
-    clock: Callable[[], float] = wall_clock
-
-    def take_turn(self) -> None:
-        """A pass, unless earlier ones took ENOUGH_SECONDS; out of memory, the next best size takes over."""
-        while self.sizes and sum(self.seconds) < ENOUGH_SECONDS:
-            try:
-                return self.run()
-            except torch.OutOfMemoryError:
-                torch.cuda.empty_cache()
-                del self.sizes[0]
-                self.seconds.clear()
-
-    def run(self) -> None:
-        """A pass at the best size."""
-        if self.seconds or not torch.cuda.is_available():
-            self._pass()
-        else:
-            self.peak = peak_memory(self._pass)
-
-    def _pass(self) -> None:
-        start = self.clock()
-        self.encode(self.sizes[0])
-        self.seconds.append(self.clock() - start)

@@ -1,7 +1,7 @@
-"""Who else does what the kernels do: PyTorch, its compiler, and the libraries people take for it.
+"""The baselines of the kernels: PyTorch, its compiler, and the libraries with the same operations.
 
-What a library may do once beforehand (a mask, a padded layout, cosines laid out its way) is done beforehand:
-nobody is timed for what their own model would not do.
+Preparation that a model does once (a mask, a padded layout, cosines in the layout of a library) is done
+beforehand. No baseline is timed for work that its own model would not do.
 """
 
 import functools
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.measure.comparison import Rival
+from bench.measure.comparison import Implementation
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.packing import pad_rows
 
@@ -25,12 +25,12 @@ ONE_BATCH = {
 }
 
 
-class RivalFactory:
-    """What all rivals of a run share.
+class Baselines:
+    """The baselines of every kernel.
 
     Args:
         device: "cuda" or "cpu".
-        compiles: whether torch.compile takes part; on a CPU it takes longer than all the rest.
+        compiles: whether torch.compile takes part. On a CPU it takes longer than all the rest.
     """
 
     def __init__(self, device: str, compiles: bool):
@@ -38,25 +38,31 @@ class RivalFactory:
         self._why_not = "" if compiles else "not asked for on a CPU: --compile"
         self._gpu = "" if device == "cuda" else NEEDS_GPU
 
-    def plain(self, reference: Callable) -> list[Rival]:
+    def plain(self, reference: Callable) -> list[Implementation]:
         """The reference in plain PyTorch, as it is and compiled. On a CPU ours is the reference."""
-        as_it_is = [Rival("torch", reference)] if self.device == "cuda" else []
+        as_it_is = [Implementation("torch", reference)] if self.device == "cuda" else []
         return [*as_it_is, self.compiled("torch.compile", reference)]
 
-    def compiled(self, name: str, fn: Callable) -> Rival:
-        return Rival(name, torch.compile(fn, dynamic=False), obstacle=self._why_not)
+    def compiled(self, name: str, fn: Callable) -> Implementation:
+        return Implementation(name, torch.compile(fn, dynamic=False), obstacle=self._why_not)
 
-    def _library(self, name: str, module: str, package: str, make: Callable[[], Callable], **layout) -> Rival:
-        """A rival from a package that may not be here, or not work here: `make` imports it."""
+    def _library(
+        self, name: str, module: str, package: str, make: Callable[[], Callable], **layout
+    ) -> Implementation:
+        """A baseline from a package that may be missing here, or not work here. `make` imports it."""
         missing = "" if importlib.util.find_spec(module) else f"pip install {package}"
-        # at the first call, where an error is a rival's own
+        # at the first call, where an error is a baseline's own
         made = functools.cache(make)
-        return Rival(name, lambda *tensors: made()(*tensors), obstacle=self._gpu or missing, **layout)
+        return Implementation(
+            name, lambda *tensors: made()(*tensors), obstacle=self._gpu or missing, **layout
+        )
 
-    def attention(self, reference: Callable, layout: SeqLayout, q_heads: int, kv_heads: int) -> list[Rival]:
-        """Rivals of packed bidirectional attention on q [T, N, H], k and v [T, G, H]."""
+    def attention(
+        self, reference: Callable, layout: SeqLayout, q_heads: int, kv_heads: int
+    ) -> list[Implementation]:
+        """Baselines of packed bidirectional attention on q [T, N, H], k and v [T, G, H]."""
         group = q_heads // kv_heads
-        padded = Padded(layout)
+        padded = PaddedLayout(layout)
 
         def flash_lengths() -> tuple:
             return layout.cu_seqlens, layout.cu_seqlens, layout.max_length, layout.max_length
@@ -83,11 +89,11 @@ class RivalFactory:
 
             return attend
 
-        # without a mask everything would be attended to, so only batches of equal lengths can do without
+        # without a mask padding would be attended to, so only batches of equal lengths need none
         ragged = not padded.is_full
         no_mask = self._gpu or ("takes no padding mask" if ragged else "")
         places = {"arrange": padded.arrange, "restore": padded.restore}
-        rivals = self.plain(reference)
+        baselines = self.plain(reference)
         for name, backend, masked, obstacle in (
             ("SDPA flash", SDPBackend.FLASH_ATTENTION, False, no_mask),
             ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, ragged, self._gpu),
@@ -97,17 +103,17 @@ class RivalFactory:
                 shown = f"{name}, K and V repeated" if group > 1 and not grouped else name
                 copies = 1 if grouped else group
                 fn = _sdpa(backend, copies, grouped, padded.bias if masked else None)
-                rivals.append(Rival(shown, fn, obstacle=obstacle, **places))
-        rivals.append(self._library("varlen_attn", "torch", "torch", varlen))
-        rivals.append(self._flex(layout, group))
-        rivals.append(self._library("flash-attn 2", "flash_attn", "flash-attn", flash_attn_2))
-        rivals.append(self._library("flash-attn 3", "flash_attn_interface", "flash-attn-3", flash_attn_3))
-        return rivals
+                baselines.append(Implementation(shown, fn, obstacle=obstacle, **places))
+        baselines.append(self._library("varlen_attn", "torch", "torch", varlen))
+        baselines.append(self._flex(layout, group))
+        baselines.append(self._library("flash-attn 2", "flash_attn", "flash-attn", flash_attn_2))
+        baselines.append(self._library("flash-attn 3", "flash_attn_interface", "flash-attn-3", flash_attn_3))
+        return baselines
 
-    def _flex(self, layout: SeqLayout, group: int) -> Rival:
+    def _flex(self, layout: SeqLayout, group: int) -> Implementation:
         """FlexAttention on the pack: one batch, and a mask of documents."""
         if self._why_not:
-            return Rival("FlexAttention", None, obstacle=self._why_not)
+            return Implementation("FlexAttention", None, obstacle=self._why_not)
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         document = _seq_of_token(layout)
@@ -123,20 +129,21 @@ class RivalFactory:
             make = torch.compile(create_block_mask)
             return make(same_document, None, None, tokens, tokens, device=self.device)
 
-        return Rival(
+        return Implementation(
             "FlexAttention",
             lambda q, k, v: flex(q, k, v, block_mask=mask(), enable_gqa=group > 1),
             **ONE_BATCH,
         )
 
-    def latent_attention(self, reference: Callable) -> list[Rival]:
-        """Rivals of the direct form on q [T, N, H], k and v [L, N, H]."""
+    def latent_attention(self, reference: Callable) -> list[Implementation]:
+        """Baselines of the direct form on q [T, N, H], k and v [L, N, H]."""
         backends = {"SDPA flash": SDPBackend.FLASH_ATTENTION, "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION}
         return self.plain(reference) + [
-            Rival(name, _sdpa(backend), obstacle=self._gpu, **ONE_BATCH) for name, backend in backends.items()
+            Implementation(name, _sdpa(backend), obstacle=self._gpu, **ONE_BATCH)
+            for name, backend in backends.items()
         ]
 
-    def rms_norm(self, reference: Callable, eps: float, residual: bool) -> list[Rival]:
+    def rms_norm(self, reference: Callable, eps: float, residual: bool) -> list[Implementation]:
         def functional(x, weight):
             return F.rms_norm(x, weight.shape, weight, eps)
 
@@ -155,11 +162,11 @@ class RivalFactory:
 
         return [
             *self.plain(reference),
-            Rival("F.rms_norm", add_functional if residual else functional),
+            Implementation("F.rms_norm", add_functional if residual else functional),
             self._library("liger-kernel", "liger_kernel", "liger-kernel", liger),
         ]
 
-    def swiglu(self, reference: Callable) -> list[Rival]:
+    def swiglu(self, reference: Callable) -> list[Implementation]:
         def liger():
             from liger_kernel.transformers.functional import liger_swiglu
 
@@ -179,7 +186,7 @@ class RivalFactory:
         positions: torch.Tensor,
         q_heads: int,
         kv_heads: int,
-    ) -> list[Rival]:
+    ) -> list[Implementation]:
         def liger():
             from liger_kernel.transformers.functional import liger_rope
 
@@ -191,7 +198,7 @@ class RivalFactory:
             return turn
 
         places = {
-            # it turns what it is given: a copy
+            # it turns its inputs in place: a copy
             "arrange": lambda x: tuple(
                 t.transpose(0, 1)[None].clone() for t in x.split((q_heads, kv_heads, kv_heads), dim=1)
             ),
@@ -228,7 +235,7 @@ def _seq_of_token(layout: SeqLayout) -> torch.Tensor:
     return torch.arange(len(layout), device=layout.device).repeat_interleave(layout.cu_seqlens.diff())
 
 
-class Padded:
+class PaddedLayout:
     """From packed tokens to the padded batch that models without packing compute on, and back."""
 
     def __init__(self, layout: SeqLayout):

@@ -1,39 +1,40 @@
-"""One comparison: this project and its rivals on the same inputs, parity first, then time.
+"""One bench: this project and its baselines on the same inputs, parity first, then time.
 
-1. Parity against float64. Ours has to meet `assert_parity`, or the bench fails. A rival whose error is far
-   beyond what its dtype costs computes something else: it is left out, with its error. So is one that cannot
-   run here, with the reason.
-2. Time of all that are left, interleaved (`bench.measure.timing`).
-3. Rows: times, the rate and its share of the limit measured in the same run, peak memory, parity error; of
-   "forward+backward" also "backward", what it takes beyond a forward that keeps nothing.
+1. Parity against float64. Ours has to meet `assert_parity`, or the bench fails. A baseline whose error is far
+   beyond the rounding of its dtype computes something else. It is skipped, and its error is the reason. A
+   baseline that cannot run here is skipped with the reason.
+2. Time of all the others, interleaved (`bench.measure.timing`).
+3. Figures: times, the rate and its share of the limit measured in the same run, peak memory, parity error.
+   "forward+backward" also has "backward": the time beyond a forward that keeps nothing.
 """
 
 import copy
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 
 from bench.measure.limits import Limits
-from bench.measure.results import LEFT_OUT, OURS, TIMES, Row
-from bench.measure.timing import L2_BYTES, Times, interleaved, peak_memory
+from bench.measure.results import OURS, SKIPPED, TIMES, Figure
+from bench.measure.timing import L2_BYTES, interleaved, peak_memory
 from nvembed_fast.kernels.testing import Tensors, as_tuple, assert_parity, gradients, upstream_of
 
-# a rival's RMS error, in eps of its dtype times the RMS of what is wanted
-RIVAL_EPS = 8.0
+# a baseline's RMS error, in eps of its dtype times the RMS of the exact result
+BASELINE_EPS = 8.0
 FORWARD = " forward"
 
 
 @dataclasses.dataclass(frozen=True)
-class Rival:
-    """Somebody else's way to the same result.
+class Implementation:
+    """One way to the result.
 
     Attributes:
-        name: what stands in the results.
+        name: the impl of a figure.
         fn: of the arranged tensors alone; one output or a tuple.
-        arrange: from the problem's tensors to those that `fn` takes (padded, split, repeated); not timed.
-        restore: from the outputs of `fn` to those of the reference; not timed.
+        arrange: from the experiment's tensors to those that `fn` takes (padded, split, repeated). Not timed.
+        restore: from the outputs of `fn` to those of the reference. Not timed.
         obstacle: why it cannot run here, such as "needs a GPU"; empty if it can.
     """
 
@@ -47,32 +48,32 @@ class Rival:
         return tuple(tensors) if self.arrange is None else self.arrange(*tensors)
 
     def __call__(self, *tensors: torch.Tensor):
-        """From the problem's tensors to the reference's outputs, arrangement included."""
+        """From the experiment's tensors to the reference's outputs, arrangement included."""
         outputs = self.fn(*self.arranged(tensors))
         return outputs if self.restore is None else self.restore(outputs)
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
-    """Inputs, and everyone who can turn them into outputs.
+class Experiment:
+    """Inputs, and all implementations that turn them into outputs.
 
     Attributes:
         tensors: those with a gradient.
         ours, reference: of the tensors alone. The reference also runs in float64.
-        rivals: in the order of the table.
+        baselines: in the order of the table.
         low: gradients with an honest kernel's roundings, as in `assert_gradient_parity`; or None.
     """
 
     tensors: Tensors
     ours: Callable
     reference: Callable
-    rivals: Sequence[Rival] = ()
+    baselines: Sequence[Implementation] = ()
     low: Callable | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a call does at least: `amount` operations ("TFLOP/s") or bytes ("GB/s")."""
+    """The minimum that a call does: `amount` operations ("TFLOP/s") or bytes ("GB/s")."""
 
     amount: int
     unit: str
@@ -84,114 +85,181 @@ class Work:
         return limits.matrix_rate(dtype) if self.unit == "TFLOP/s" else limits.copy_rate()
 
 
-def compare(
-    suite: str,
-    case: str,
-    problem: Problem,
-    work: Work,
-    backward: bool,
-    limits: Limits,
-    seconds: float,
-    rounds: int | None = None,
-    part: Problem | None = None,
-) -> tuple[list[Row], Times]:
-    """The rows of one comparison, and the times of ours.
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The implementations that passed the parity check and have run once.
 
-    Args:
-        suite, case: as in `results.Row`.
-        problem: what is timed.
+    Attributes:
+        calls: name -> the call that is timed, ours first.
+        skipped: name -> the reason.
+    """
+
+    calls: dict[str, Callable[[], object]]
+    skipped: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedKernels(Prepared):
+    """The same, and what the figures need beside the times.
+
+    Attributes:
+        experiment: of the calls.
+        forwards: with backward, name -> its forward alone.
+        errors: name -> the parity error.
+        peaks: name -> the peak memory of a call in MiB; None on a CPU.
+    """
+
+    experiment: Experiment
+    forwards: dict[str, Callable[[], object]]
+    errors: dict[str, float]
+    peaks: dict[str, float | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelBench:
+    """One case of a suite.
+
+    Attributes:
+        suite, shape: `case`, the case of its figures, is the shape and the direction.
+        experiment: makes what is timed. Nothing is made for a bench that does not run.
         work: of one call.
         backward: time the call and the gradients of all its tensors.
-        limits: measured in this run.
-        seconds: of device time for the slowest.
-        rounds: exactly so many samples each; None: as many as `seconds` give.
-        part: a smaller problem of the same kind and rivals, where float64 would not fit in memory.
-
-    Raises:
-        AssertionError: ours fails `assert_parity`.
+        part: makes a smaller experiment with the same baselines, where float64 would not fit in memory.
     """
-    part = part or problem
-    errors, left_out = _parity(case, part, backward)
-    functions, peaks = {}, {}
-    for rival in (Rival(OURS, problem.ours), *problem.rivals):
-        if rival.name in left_out:
-            continue
-        try:
-            calls = _calls(rival, problem.tensors, backward)
-            for call in calls.values():
+
+    suite: str
+    shape: str
+    experiment: Callable[[], Experiment]
+    work: Work
+    backward: bool = False
+    part: Callable[[], Experiment] | None = None
+
+    @property
+    def case(self) -> str:
+        return f"{self.shape} {'forward+backward' if self.backward else 'forward'}"
+
+    def prepare(self, only_ours: bool = False) -> PreparedKernels:
+        """Parity, then one call of each implementation that is right.
+
+        Args:
+            only_ours: skip the baselines.
+
+        Raises:
+            AssertionError: ours fails `assert_parity`.
+        """
+        # a function that was compiled for too many cases would silently run uncompiled
+        torch._dynamo.reset()
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        experiment = self.experiment()
+        part = self.part() if self.part else experiment
+        if only_ours:
+            experiment, part = (dataclasses.replace(e, baselines=()) for e in (experiment, part))
+        errors, skipped = _parity(self.case, part, self.backward)
+        calls, forwards, peaks = {}, {}, {}
+        for implementation in (Implementation(OURS, experiment.ours), *experiment.baselines):
+            name = implementation.name
+            if name in skipped:
+                continue
+            try:
+                call, forward = _calls(implementation, experiment.tensors, self.backward)
                 call()
-            peaks[rival.name] = peak_memory(calls[rival.name])
-        except Exception as error:
-            if rival.name == OURS:
-                raise
-            left_out[rival.name] = _obstacle(error)
-        else:
-            functions |= calls
-    bounds = {"min_rounds": rounds, "max_rounds": rounds} if rounds else {}
-    times = interleaved(functions, seconds, **bounds)
-    # what the backward takes is what it adds
-    forward = {name: times.pop(f"{name}{FORWARD}").median for name in peaks if backward}
+                if forward is not None:
+                    forward()
+                peaks[name] = peak_memory(call)
+            except Exception as error:
+                if name == OURS:
+                    raise
+                skipped[name] = _obstacle(error)
+                continue
+            calls[name] = call
+            if forward is not None:
+                forwards[name] = forward
+        return PreparedKernels(calls, skipped, experiment, forwards, errors, peaks)
 
-    limit = work.limit(limits, problem.tensors[0].dtype)
-    rows = []
-    for name, taken in times.items():
-        rows += [Row(suite, case, name, m, taken.percentile(int(m[-2:])), "ms") for m in TIMES]
-        rate = work.rate(taken.median)
-        rows.append(Row(suite, case, name, "rate", rate, work.unit, rate / limit))
-        if backward:
-            rows.append(Row(suite, case, name, "backward", taken.median - forward[name], "ms"))
-        rows.append(Row(suite, case, name, "parity_error", errors[name], "relative RMS"))
-        if peaks[name] is not None:
-            rows.append(Row(suite, case, name, "peak_memory", peaks[name], "MiB"))
-    rows.append(Row(suite, case, OURS, "limit", limit, work.unit))
-    if work.unit == "TFLOP/s":
-        intensity = work.amount / _least_bytes(problem, backward)
-        rows.append(Row(suite, case, OURS, "intensity", intensity, "FLOP/byte"))
-    rows += [Row(suite, case, name, LEFT_OUT, None, reason) for name, reason in left_out.items()]
-    return rows, times[OURS]
+    def measure(self, limits: Limits, seconds: float, rounds: int | None = None) -> list[Figure]:
+        """The figures of one comparison.
+
+        Args:
+            limits: measured in this run.
+            seconds: of device time for the slowest.
+            rounds: exactly so many samples each; None: as many as `seconds` give.
+
+        Raises:
+            AssertionError: ours fails `assert_parity`.
+        """
+        ready = self.prepare()
+        bounds = {"min_rounds": rounds, "max_rounds": rounds} if rounds else {}
+        functions = {}
+        for name, call in ready.calls.items():
+            functions[name] = call
+            if self.backward:
+                functions[f"{name}{FORWARD}"] = ready.forwards[name]
+        times = interleaved(functions, seconds, **bounds)
+        # the time of the backward is what it adds
+        forward = {name: times.pop(f"{name}{FORWARD}").median for name in ready.forwards}
+
+        experiment, work = ready.experiment, self.work
+        limit = work.limit(limits, experiment.tensors[0].dtype)
+        figures = []
+        for name, taken in times.items():
+            figure = functools.partial(Figure, self.suite, self.case, name)
+            figures += [figure(metric, taken.percentile(int(metric[-2:])), "ms") for metric in TIMES]
+            rate = work.rate(taken.median)
+            figures.append(figure("rate", rate, work.unit, rate / limit))
+            if self.backward:
+                figures.append(figure("backward", taken.median - forward[name], "ms"))
+            figures.append(figure("parity_error", ready.errors[name], "relative RMS"))
+            if ready.peaks[name] is not None:
+                figures.append(figure("peak_memory", ready.peaks[name], "MiB"))
+        figure = functools.partial(Figure, self.suite, self.case)
+        figures.append(figure(OURS, "limit", limit, work.unit))
+        if work.unit == "TFLOP/s":
+            intensity = work.amount / _min_bytes(experiment, self.backward)
+            figures.append(figure(OURS, "intensity", intensity, "FLOP/byte"))
+        return figures + [figure(name, SKIPPED, None, reason) for name, reason in ready.skipped.items()]
 
 
-def _least_bytes(problem: Problem, backward: bool) -> int:
+def _min_bytes(experiment: Experiment, backward: bool) -> int:
     """Of inputs and outputs; with backward also of the gradients of both."""
     with torch.no_grad():
-        outputs = as_tuple(problem.ours(*problem.tensors))
-    once = sum(t.nbytes for t in (*problem.tensors, *outputs))
+        outputs = as_tuple(experiment.ours(*experiment.tensors))
+    once = sum(t.nbytes for t in (*experiment.tensors, *outputs))
     return 2 * once if backward else once
 
 
-def _parity(case: str, problem: Problem, backward: bool) -> tuple[dict[str, float], dict[str, str]]:
-    """(error of everyone that is right, reason of everyone that is left out)."""
+def _parity(case: str, experiment: Experiment, backward: bool) -> tuple[dict[str, float], dict[str, str]]:
+    """(name -> error of all that are right, name -> reason of all that are skipped)."""
     with torch.no_grad():
-        upstream = upstream_of(as_tuple(problem.reference(*problem.tensors)))
-    wide = [t.double() for t in problem.tensors]
-    high = _results(problem.reference, wide, upstream, backward)
-    if backward and problem.low is not None:
-        low = problem.low(problem.tensors, upstream)
+        upstream = upstream_of(as_tuple(experiment.reference(*experiment.tensors)))
+    wide = [t.double() for t in experiment.tensors]
+    high = _results(experiment.reference, wide, upstream, backward)
+    if backward and experiment.low is not None:
+        low = experiment.low(experiment.tensors, upstream)
     else:
-        low = _results(problem.reference, problem.tensors, upstream, backward)
-    ours = _results(problem.ours, problem.tensors, upstream, backward)
+        low = _results(experiment.reference, experiment.tensors, upstream, backward)
+    ours = _results(experiment.ours, experiment.tensors, upstream, backward)
     for got, lo, hi in zip(ours, low, high, strict=True):
         assert_parity(case, got, lo, hi)
-    errors, left_out = {OURS: _error(ours, high)}, {}
-    bound = RIVAL_EPS * torch.finfo(problem.tensors[0].dtype).eps
-    for rival in problem.rivals:
-        if rival.obstacle:
-            left_out[rival.name] = rival.obstacle
+    errors, skipped = {OURS: _error(ours, high)}, {}
+    bound = BASELINE_EPS * torch.finfo(experiment.tensors[0].dtype).eps
+    for baseline in experiment.baselines:
+        if baseline.obstacle:
+            skipped[baseline.name] = baseline.obstacle
             continue
         try:
-            error = _error(_results(rival, problem.tensors, upstream, backward), high)
+            error = _error(_results(baseline, experiment.tensors, upstream, backward), high)
         except Exception as theirs:
-            left_out[rival.name] = _obstacle(theirs)
+            skipped[baseline.name] = _obstacle(theirs)
             continue
         if error <= bound:
-            errors[rival.name] = error
+            errors[baseline.name] = error
         else:
-            left_out[rival.name] = f"parity is red: error {error:.1e} > {bound:.1e}"
-    return errors, left_out
+            skipped[baseline.name] = f"parity is red: error {error:.1e} > {bound:.1e}"
+    return errors, skipped
 
 
 def _obstacle(error: Exception) -> str:
-    """Why a rival has no time. It may raise anything: others' code, on a machine it may not be made for."""
+    """Why a baseline has no time. It is the code of others on any machine, so it may raise anything."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
     first_line = next(iter(str(error).strip().splitlines()), "")
@@ -216,12 +284,14 @@ def _error(got: Tensors, high: Tensors) -> float:
     return max((e if e == e else float("inf") for e in errors), default=0.0)
 
 
-def _calls(rival: Rival, tensors: Tensors, backward: bool) -> dict[str, Callable]:
-    """What is timed, by name: the rival, and with backward also its forward alone.
+def _calls(
+    implementation: Implementation, tensors: Tensors, backward: bool
+) -> tuple[Callable[[], None], Callable[[], None] | None]:
+    """(the call that is timed, with backward also its forward alone).
 
     They take their inputs in turn from copies that do not fit the L2 cache together.
     """
-    arranged = [t.detach() for t in rival.arranged(tensors)]
+    arranged = [t.detach() for t in implementation.arranged(tensors)]
     size = sum(t.nbytes for t in arranged)
     copies = 1 if arranged[0].device.type == "cpu" else min(1 + 4 * L2_BYTES // max(size, 1), 64)
     inputs = [arranged, *(copy.deepcopy(arranged) for _ in range(copies - 1))]
@@ -229,17 +299,17 @@ def _calls(rival: Rival, tensors: Tensors, backward: bool) -> dict[str, Callable
 
     def forward():
         with torch.no_grad():
-            rival.fn(*next(turns))
+            implementation.fn(*next(turns))
 
     if not backward:
-        return {rival.name: forward}
+        return forward, None
     for leaf in itertools.chain(*inputs):
         leaf.requires_grad_()
     with torch.no_grad():
-        upstream = upstream_of(as_tuple(rival.fn(*arranged)))
+        upstream = upstream_of(as_tuple(implementation.fn(*arranged)))
 
     def forward_and_backward():
         leaves = next(turns)
-        torch.autograd.grad(as_tuple(rival.fn(*leaves)), leaves, upstream)
+        torch.autograd.grad(as_tuple(implementation.fn(*leaves)), leaves, upstream)
 
-    return {rival.name: forward_and_backward, f"{rival.name}{FORWARD}": forward}
+    return forward_and_backward, forward

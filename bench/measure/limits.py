@@ -1,9 +1,9 @@
-"""What this machine can do, measured in the run that its figures are compared with.
+"""The limits of this machine, measured in the same run as the figures that are compared with them.
 
-The matrix rate is that of one large cuBLAS product in the dtype, and the copy rate that of one large copy,
-both sustained, after a warm-up: a GPU that is kept busy lowers its clock. The products of the encoder itself
-follow, at the number of tokens of one batch: their sum is the time below which no encoder that leaves its
-products to cuBLAS can come.
+The matrix rate is that of one large cuBLAS product in the dtype, and the copy rate that of one large copy.
+Both are sustained, after a warm-up, because a GPU that is kept busy lowers its clock. The products of the
+encoder itself follow, at the number of tokens of one batch. An encoder that leaves its products to cuBLAS
+cannot be faster than their sum.
 
 Without a GPU the same is measured on the CPU, at the sizes of a small decoder.
 """
@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.measure.results import LEFT_OUT, Row
+from bench.measure.results import SKIPPED, Figure
 from bench.measure.timing import L2_BYTES, sustained
 from nvembed_fast.stream import BATCH_TOKENS
 
 SUITE, IMPL = "limits", "torch"
-# (rows of the weight, columns of the weight): what one layer of NV-Embed, and of the small decoder of a CPU,
-# multiplies each token by
+# (rows, columns) of the weights of one layer: of NV-Embed, and of the small decoder of a CPU
 LAYER_PRODUCTS = {
     "cuda": {
         "qkv": (6144, 4096),
@@ -62,29 +61,29 @@ class Limits:
         """Milliseconds of [tokens, columns] times the transpose of a [rows, columns] weight."""
         return _product_ms(self, tokens, weight, dtype)
 
-    def rows(self, dtypes: tuple[torch.dtype, ...]) -> list[Row]:
-        """All of it as rows of the suite "limits"."""
-        out = [Row(SUITE, "copy", IMPL, "rate", self.copy_rate(), "GB/s")]
+    def figures(self, dtypes: tuple[torch.dtype, ...]) -> list[Figure]:
+        """All of it as figures of the suite "limits"."""
+        out = [Figure(SUITE, "copy", IMPL, "rate", self.copy_rate(), "GB/s")]
         tokens = BATCH_TOKENS[self.device]
         for dtype in dtypes:
             name, limit = _name(dtype), self.matrix_rate(dtype)
-            out.append(Row(SUITE, f"product {name}", IMPL, "rate", limit, "TFLOP/s"))
+            out.append(Figure(SUITE, f"product {name}", IMPL, "rate", limit, "TFLOP/s"))
             for product, weight in LAYER_PRODUCTS[self.device].items():
                 ms = self.product_ms(tokens, weight, dtype)
                 rate = 2e-9 * tokens * weight[0] * weight[1] / ms
                 case = f"{product} {tokens} tokens {name}"
-                out.append(Row(SUITE, case, IMPL, "time_p50", ms, "ms"))
-                out.append(Row(SUITE, case, IMPL, "rate", rate, "TFLOP/s", rate / limit))
+                out.append(Figure(SUITE, case, IMPL, "time_p50", ms, "ms"))
+                out.append(Figure(SUITE, case, IMPL, "rate", rate, "TFLOP/s", rate / limit))
         if self.device == "cuda" and torch.cuda.get_device_capability() >= (8, 9):
-            out.append(self._fp8_row())
+            out.append(self._fp8_figure())
         return out
 
-    def _fp8_row(self) -> Row:
+    def _fp8_figure(self) -> Figure:
         case = "product float8_e4m3fn"
         try:
-            return Row(SUITE, case, IMPL, "rate", _fp8_rate(self), "TFLOP/s")
+            return Figure(SUITE, case, IMPL, "rate", _fp8_rate(self), "TFLOP/s")
         except RuntimeError as error:
-            return Row(SUITE, case, IMPL, LEFT_OUT, None, f"cannot run: {str(error).splitlines()[0][:120]}")
+            return Figure(SUITE, case, IMPL, SKIPPED, None, f"cannot run: {str(error).splitlines()[0][:120]}")
 
 
 def _name(dtype: torch.dtype) -> str:

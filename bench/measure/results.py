@@ -1,8 +1,8 @@
-"""The rows of a benchmark: what a figure is, where it is kept, and on what machine it was measured.
+"""Figures: what one is, where it is kept, and on which machine it was measured.
 
-All figures of one GPU and day stand in one file, `results/<gpu>-<date>.csv`, one figure a row. A comparison
-is written as a whole and flushed to disk, so an interrupted run loses the comparison it was in and nothing
-else; the next run of the same commit, with the same versions, leaves out what is there.
+All figures of one GPU and day are in one file, `results/<gpu>-<date>.csv`, one figure a row. A comparison is
+written as a whole and flushed to disk, so an interrupted run loses the comparison it was in and nothing else.
+The next run of the same commit, with the same versions, skips the comparisons in the file.
 """
 
 import csv
@@ -12,6 +12,7 @@ import functools
 import hashlib
 import importlib.metadata
 import io
+import math
 import os
 import platform
 import re
@@ -23,29 +24,31 @@ from pathlib import Path
 
 import torch
 
-FOLDER = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "bench" / "results"
 # the impl of this project
 OURS = "nvembed_fast"
 # metrics, with their units
 TIMES = ("time_p20", "time_p50", "time_p80")  # ms
-# a row without a value; its unit says why
-LEFT_OUT = "left_out"
+# has no value, and the reason as its unit
+SKIPPED = "skipped"
+NOT_MEASURED = "not measured"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One figure.
+class Figure:
+    """One measured value.
 
     Attributes:
-        suite: the bench file without its prefix, such as "flash_attention"; "limits": the machine's.
-        case: the problem, and "forward" or "forward+backward" behind it.
-        impl: who computed it; "nvembed_fast" is this project.
-        metric: what was measured: "time_p50", "rate", "peak_memory", "parity_error" ...; "left_out" has no
-            value, and the reason as its unit.
-        value: in `unit`; None for "left_out".
+        suite: the bench file without its prefix, such as "flash_attention"; "limits": those of the machine.
+        case: the shape, and "forward" or "forward+backward" behind it.
+        impl: the implementation; "nvembed_fast" is this project.
+        metric: "time_p50", "rate", "peak_memory", "parity_error" ...; "skipped" has no value, and the reason
+            as its unit.
+        value: in `unit`; None for "skipped".
         unit: such as "ms", "TFLOP/s", "GB/s", "texts/s", "MiB".
-        share_of_limit: of the limit measured in the same run (a copy is none for what only reads: above 1);
-            None where there is none.
+        share_of_limit: of the limit measured in the same run; None without a limit. It may be above 1 where
+            the limit is a copy and the operation only reads.
     """
 
     suite: str
@@ -56,10 +59,21 @@ class Row:
     unit: str
     share_of_limit: float | None = None
 
+    def __str__(self) -> str:
+        return f"{number(self.value)} {self.unit}"
+
+
+def number(value: float | None) -> str:
+    if value is None:
+        return NOT_MEASURED
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a figure depends on beside the code under test."""
+    """The machine and the versions that a figure depends on beside the code under test."""
 
     gpu: str  # the CPU's name where there is no GPU
     driver: str
@@ -70,13 +84,13 @@ class Machine:
     command: str
 
 
-COLUMNS = (*(f.name for f in dataclasses.fields(Row)), *(f.name for f in dataclasses.fields(Machine)))
+COLUMNS = (*(f.name for f in dataclasses.fields(Figure)), *(f.name for f in dataclasses.fields(Machine)))
 _HEADER = ",".join(COLUMNS) + "\n"
 _SAME_RUN = tuple(f.name for f in dataclasses.fields(Machine) if f.name != "command")
 
 
 def machine(commit: str | None = None) -> Machine:
-    """This machine; `commit` where there is no git to ask."""
+    """This machine. Give the commit where there is no git to ask."""
     return Machine(
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
         driver=_driver(),
@@ -89,10 +103,10 @@ def machine(commit: str | None = None) -> Machine:
 
 
 def warn_if_busy() -> None:
-    """Say so on a CPU that has other work: its figures would be those of both."""
+    """Warn if the CPU is busy, because other processes would distort the timings."""
     if not torch.cuda.is_available() and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         print(
-            f"this machine is busy (load {os.getloadavg()[0]:.1f}): what is measured now is too slow",
+            f"this machine is busy (load {os.getloadavg()[0]:.1f}): timings will be too slow",
             file=sys.stderr,
         )
 
@@ -121,14 +135,12 @@ def _driver() -> str:
 
 @functools.cache
 def _commit() -> str:
-    root = Path(__file__).parents[2]
-    commit = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD")
+    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
     if not commit:
-        sources = sorted(
-            path for folder in ("kernels", "nvembed_fast", "bench") for path in root.glob(f"{folder}/*.py")
-        )
+        folders = ("kernels", "nvembed_fast", "bench")
+        sources = sorted(path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py"))
         return f"sources-{_hash(b''.join(path.read_bytes() for path in sources))}"
-    changes = _output("git", "-C", str(root), "diff", "HEAD", "--", "kernels", "nvembed_fast", "bench/*.py")
+    changes = _output("git", "-C", str(ROOT), "diff", "HEAD", "--", "kernels", "nvembed_fast", "bench/*.py")
     return f"{commit}+{_hash(changes.encode())}" if changes else commit
 
 
@@ -157,7 +169,7 @@ def _is_of_run(row: dict[str, str], machine: Machine) -> bool:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a results file, each a dictionary of COLUMNS; a last line that was cut off is left out."""
+    """The rows of a results file, each a dictionary of COLUMNS. A last line that was cut off is skipped."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -169,13 +181,13 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
 
 
-class Results:
+class ResultsFile:
     """A results file that grows by whole comparisons.
 
     Args:
         path: made if it is not there.
-        machine: of the rows to come.
-        again: forget what the file has already.
+        machine: of the figures to come.
+        again: measure the comparisons in the file again.
 
     Raises:
         OSError, ValueError: the file cannot be written, or is no results file.
@@ -198,15 +210,15 @@ class Results:
         """Whether this run, or an earlier one of the same commit and versions, has measured it."""
         return (suite, case) in self._done
 
-    def add(self, rows: Iterable[Row]) -> None:
-        """Write the rows of one comparison to disk."""
-        rows = list(rows)
+    def add(self, figures: Iterable[Figure]) -> None:
+        """Write the figures of one comparison to disk."""
+        figures = list(figures)
         facts = dataclasses.asdict(self.machine)
         buffer = io.StringIO()
         writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-        writer.writerows({k: _text(v) for k, v in (dataclasses.asdict(r) | facts).items()} for r in rows)
+        writer.writerows({k: _text(v) for k, v in (dataclasses.asdict(f) | facts).items()} for f in figures)
         self._append(buffer.getvalue())
-        self._done |= {(r.suite, r.case) for r in rows}
+        self._done |= {(f.suite, f.case) for f in figures}
 
     def _append(self, text: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -1,12 +1,12 @@
 """How long functions take on the device, side by side.
 
-1. Rivals take turns, sample by sample, so that a clock that drifts drifts for all of them.
+1. Functions take turns, sample by sample, so that a clock that drifts drifts for all of them.
 2. On a GPU a sample lies between two device events. In front of it a buffer larger than the L2 cache is
-   written, often enough to keep the device busy until the host has launched the whole call: neither a warm
+   written, often enough to keep the device busy until the host has launched the whole call. So neither a warm
    cache nor the host is timed.
-3. Where a call takes less than 50 microseconds, too short for events, it and all it is compared with are
-   captured in CUDA graphs, many calls in each; a sample is a replay divided by their number. Such functions
-   should take their inputs in turn from copies that do not fit the L2 cache together.
+3. A call of less than 50 microseconds is too short for events. It and all functions beside it are captured in
+   CUDA graphs, many calls in each, and a sample is a replay divided by their number. Such functions should
+   take their inputs in turn from copies that do not fit the L2 cache together.
 4. On a CPU a sample is wall time.
 """
 
@@ -24,9 +24,9 @@ from nvembed_fast.graphs import captured
 GRAPH_BELOW_MS = 0.05
 GRAPH_MS = 2.0  # a graph holds about as many calls
 FLUSH_BYTES = 256 * 2**20
-L2_BYTES = 100 * 2**20  # at least as much as any
+L2_BYTES = 100 * 2**20  # as large as the largest
 # a call that takes the host longer than this waits for the device itself
-MOST_HOST_MS = 20.0
+MAX_HOST_MS = 20.0
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ def interleaved(
 ) -> dict[str, Times]:
     """The times of functions that take turns.
 
-    Every function must have run before: what it compiles is not to be timed.
+    Every function must have run before, because compilation is not to be timed.
 
     Args:
         functions: name -> call without arguments.
-        seconds: of device time for each; the samples of a faster one lie evenly among those of a slower.
+        seconds: of device time for each. The samples of a faster one lie evenly among those of a slower.
         min_rounds, max_rounds: bounds of the number of samples of each.
     """
-    samplers = {name: _sampler(fn) for name, fn in functions.items()}
+    samplers = {name: make_sampler(fn) for name, fn in functions.items()}
     if min(sampler.estimate_ms for sampler in samplers.values()) < GRAPH_BELOW_MS:
-        # all of them, or some would be timed with a cold cache and others without
+        # all of them, or some would be timed with a cold cache and others with a warm one
         for sampler in samplers.values():
             sampler.capture()
     counts = {
@@ -80,7 +80,7 @@ def interleaved(
 
 def sustained(fn: Callable, seconds: float) -> float:
     """Milliseconds per call of `fn`, called without a pause: the first half of `seconds` warms up."""
-    sampler = _sampler(fn, flush=False)
+    sampler = make_sampler(fn, flush=False)
     if sampler.estimate_ms < GRAPH_BELOW_MS:
         sampler.capture()
     count = max(math.ceil(500 * seconds / max(sampler.sample_ms, 1e-3)), 1)
@@ -88,6 +88,13 @@ def sustained(fn: Callable, seconds: float) -> float:
         sampler.sample()
     first, *_, last = [sampler.sample() for _ in range(count + 1)]
     return sampler.between(first, last) / (count * sampler.calls)
+
+
+def wall_clock() -> float:
+    """Seconds, once the device has finished its work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_memory(fn: Callable) -> float | None:
@@ -138,7 +145,7 @@ class _GPUSampler:
         host_ms = 1e3 * (time.perf_counter() - started)
         self.estimate_ms = self.read(taken)
         if flush:
-            self._flushes = 1 + math.ceil(min(host_ms, MOST_HOST_MS) / _flush_ms())
+            self._flushes = 1 + math.ceil(min(host_ms, MAX_HOST_MS) / _flush_ms())
             self.estimate_ms = self.read(self.sample())
 
     @property
@@ -151,7 +158,7 @@ class _GPUSampler:
         try:
             self._run, self.calls = _captured(self._fn, calls), calls
         except RuntimeError:
-            # what waits for the device cannot be captured; its samples are single calls
+            # a call that waits for the device cannot be captured: its samples are single calls
             torch.cuda.synchronize()
 
     def sample(self) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -173,7 +180,7 @@ class _GPUSampler:
         return first[1].elapsed_time(last[1])
 
 
-def _sampler(fn: Callable, flush: bool = True) -> _CPUSampler | _GPUSampler:
+def make_sampler(fn: Callable, flush: bool = True) -> _CPUSampler | _GPUSampler:
     return _GPUSampler(fn, flush) if torch.cuda.is_available() else _CPUSampler(fn)
 
 
@@ -189,7 +196,7 @@ def _flush_ms() -> float:
 
 def _captured(fn: Callable, calls: int) -> Callable:
     """The replay of a CUDA graph of so many calls."""
-    # one that waits for the device is found before a capture, which it would leave broken
+    # a call that waits for the device is found before a capture, which it would leave broken
     torch.cuda.set_sync_debug_mode("error")
     try:
         fn()
@@ -197,7 +204,7 @@ def _captured(fn: Callable, calls: int) -> Callable:
         torch.cuda.set_sync_debug_mode("default")
 
     def run() -> None:
-        # results that were kept would take another place in memory each
+        # results that were kept would each take another place in memory
         for _ in range(calls):
             fn()
 
