@@ -15,10 +15,10 @@ help:
 	@echo "make test-cpus the kernel tests with the CPU libraries of other CPUs; ARGS='Haswell Nehalem': these alone"
 	@echo "make check     format, lint, layers, and what the compiler makes of every kernel"
 	@echo "make test-gpu  the kernel tests and the full-size tests on a CUDA GPU"
-	@echo "make bench     every kernel and the encoder beside their rivals and the limit; goes on where it stopped"
-	@echo "make profile   where the time of a step goes: table, picture and trace; ARGS='--mix skewed'"
+	@echo "make bench     every kernel and the encoder beside their baselines and the limit; goes on where it stopped"
+	@echo "make profile   where the time of a step goes: table, picture and trace; ARGS='--workload skewed'"
 	@echo "make bench-report                        one HTML page of bench/results/"
-	@echo "make bench-compare A=old.csv B=new.csv   what became slower; FILE.csv@COMMIT for one commit"
+	@echo "make bench-compare BASE=COMMIT           this tree and that commit take turns: which cases became slower?"
 	@echo "make tune      measure launch configurations on a GPU, keep the fastest in kernels/tuned.toml; ARGS=--list: which"
 	@echo "make mutate    break the code in every way of tests/mutations/ and see tests fail; STEM=gated, N=3 at random"
 	@echo "make gpu-run OUT=DIR  all that a GPU has to decide, in slices below 9 minutes; goes on where it stopped"
@@ -59,7 +59,7 @@ bench-report: $(STAMP)
 	$(PY) -m bench.report $(ARGS)
 
 bench-compare: $(STAMP)
-	$(PY) -m bench.compare $(A) $(B)
+	$(PY) -m bench --base $(BASE) $(ARGS)
 
 profile: $(STAMP)
 	$(PY) -m bench.profiling $(ARGS)

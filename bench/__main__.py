@@ -3,7 +3,7 @@
     python -m bench                                   # all that is not in the results yet
     python -m bench --suites rms_norm flash_attention
     python -m bench --suites encode --cases skewed
-    python -m bench --again --compile                 # anew; on a CPU with torch.compile among the baselines
+    python -m bench --again --compile                 # anew, and torch.compile also on a CPU
     python -m bench --commit 1a2b3c4 --results bench/results/my-gpu.csv
     python -m bench --base main~1 --suites rms_norm   # is this tree slower than that commit?
 

@@ -1,6 +1,6 @@
 """Texts and tokens per second of the whole encoder, beside its baselines: see `bench/baselines/encoders.py`.
 
-    python -m bench --suites encode                    # a GPU: the real shape; a CPU: SmolLM2-135M
+    python -m bench --suites encode                    # the real shape, on a CPU SmolLM2-135M
     python -m bench --suites encode --cases skewed
     python -m bench --suites encode --smallest         # a tiny model, once
 

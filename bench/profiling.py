@@ -10,12 +10,12 @@ A step packs the token ids of a workload, runs the model on them and waits for t
    belongs to the category of the mark in which it was launched. Idle time is host work before the first
    kernel of the model, behind the last and while the host packs, and a launch gap everywhere else (on a CPU:
    Python, and the freeing of memory). So the categories cover every moment of a step exactly once, and sum to
-   it; "other" is work outside of all parts that have a category.
-3. Compare (`limits_ms`): what each category would take at the rates that `bench.measure.limits` measures in
-   this run.
+   it. "other" is work outside of all parts that have a category.
+3. Compare (`limits_ms`): the time of each category at the rates that `bench.measure.limits` measures in this
+   run.
 
-Marks and profiler cost host time, for which a GPU with little to do waits: the time of a step without them
-stands below the table.
+Marks and profiler cost host time, and a GPU with little to do waits for the host. So the time of a step
+without them is printed below the table.
 """
 
 import argparse
@@ -67,7 +67,7 @@ CATEGORY_OF_MARK = {
     "swiglu": ELEMENTWISE,
     "head": HEAD,
 }
-# whatever runs inside these is theirs
+# all work inside these is theirs
 WHOLE = (HEAD, HOST)
 
 # by device
@@ -264,17 +264,17 @@ def _parts(
 def limits_ms(
     model: NVEmbedModel, batches: Sequence[Sequence[int]], limits: Limits
 ) -> dict[str, float | None]:
-    """The least milliseconds that each category could take; None for "other", which has no limit.
+    """The minimum milliseconds of each category, or None for "other", which has no limit.
 
     With T tokens in a batch, b bytes an element, and the letters of `nvembed_fast.network.mistral`:
 
-    - products: each product of each layer by itself at this T, as cuBLAS (on a CPU its library) takes it;
-    - attention: 4 N H n^2 operations for a text of n tokens in each layer, at the rate of a large product;
-    - element-wise: what fused kernels read and write, at the rate of a large copy. Per token and layer
+    - products: each product of each layer by itself at this T, as cuBLAS (on a CPU its library) takes it.
+    - attention: 4 N H n^2 operations for a text of n tokens in each layer, at the rate of a large product.
+    - element-wise: the bytes of fused kernels, at the rate of a large copy. Per token and layer
       2 * 4 D b (residual add and norm) + 2 (N + G) H b (rotary) + 3 F b (SwiGLU). In all 2 L + 1 norms, the
-      first of which has no residual and moves 2 D b; the embedding moves 2 D b;
-    - latent head: its operations at the rate of a large product, or one reading of its weights and input and
-      one writing of the vectors at the rate of a large copy: whichever is longer;
+      first of which has no residual and moves 2 D b. The embedding moves 2 D b.
+    - latent head: the longer of its operations at the rate of a large product, and of one reading of its
+      weights and input and one writing of the vectors at the rate of a large copy.
     - launch gaps and host work: nothing.
     """
     total = dict.fromkeys(CATEGORIES, 0.0)
@@ -316,15 +316,15 @@ def _head_work(model: NVEmbedModel, tokens: int, texts: int, dtype: torch.dtype)
 
 
 def share(limit: float | None, ms: float) -> float | None:
-    """limit / ms; None without a limit, and for a category that took no time."""
+    """limit / ms, or None without a limit and for a category that took no time."""
     return None if limit is None or ms == 0 else limit / ms
 
 
 def table(parts: dict[str, float], limits: dict[str, float | None]) -> str:
     """One line per category, and their sum."""
-    step, least = sum(parts.values()), sum(limit or 0.0 for limit in limits.values())
+    step, bound = sum(parts.values()), sum(limit or 0.0 for limit in limits.values())
     lines = [f"{'':14}{'ms':>10}{'of step':>10}{'limit ms':>10}{'limit/ms':>10}"]
-    for name, ms, limit in [*((c, parts[c], limits[c]) for c in CATEGORIES), (STEP, step, least)]:
+    for name, ms, limit in [*((c, parts[c], limits[c]) for c in CATEGORIES), (STEP, step, bound)]:
         part = share(limit, ms)
         lines.append(
             f"{name:14}{ms:10.3f}{ms / step:10.1%}"
@@ -335,7 +335,7 @@ def table(parts: dict[str, float], limits: dict[str, float | None]) -> str:
 
 
 def _wall_times(step: Step) -> Times:
-    """Of STEPS steps without profiler and marks; the step waits for the device."""
+    """Of STEPS steps without profiler and marks. The step waits for the device."""
     taken = []
     for _ in range(STEPS):
         start = time.perf_counter()
@@ -398,11 +398,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = _parser()
     args = parser.parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    most = SCALES[device].config.text_config.num_hidden_layers
+    all_layers = SCALES[device].config.text_config.num_hidden_layers
     layers = LAYERS[device] if args.layers is None else args.layers
     workload = WORKLOADS[args.workload]
     lengths, instruction = np.array(workload.lengths), workload.instruction_length
-    for name, value, bound in (("--layers", layers, most), ("--texts", args.texts, len(lengths))):
+    for name, value, bound in (("--layers", layers, all_layers), ("--texts", args.texts, len(lengths))):
         if value is not None and not 1 <= value <= bound:
             parser.error(f"{name} must be from 1 to {bound}, got {value}")
     if importlib.util.find_spec("matplotlib") is None:
@@ -417,7 +417,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warn_if_busy()
     case = args.workload
     case += f", {args.texts} text{'s' * (args.texts > 1)}" if args.texts else ""
-    case += f", {layers} of {most} layers" if layers < most else ""
+    case += f", {layers} of {all_layers} layers" if layers < all_layers else ""
     batches = _batches(lengths, args.texts, BATCH_TOKENS[device])
 
     with tqdm(total=4, bar_format="{n_fmt}/{total_fmt} {desc} [{elapsed}]") as progress:
@@ -455,8 +455,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Figure(SUITE, case, OURS, f"time:{name}", ms, "ms", share(limits[name], ms))
         for name, ms in parts.items()
     ]
-    least = sum(limit or 0.0 for limit in limits.values())
-    figures.append(Figure(SUITE, case, OURS, "time_p50", times.median, "ms", least / times.median))
+    bound = sum(limit or 0.0 for limit in limits.values())
+    figures.append(Figure(SUITE, case, OURS, "time_p50", times.median, "ms", bound / times.median))
     results.add(figures)
     print(f"added {len(figures)} rows to {results.path}")
     picture = args.folder / "waterfall.png"

@@ -1,4 +1,4 @@
-"""The suites by name, and what a run measures them on."""
+"""The suites by name, and the setting of a run."""
 
 import contextlib
 import importlib
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Setting:
-    """What a run measures on.
+    """The device and the extent of a run.
 
     Attributes:
         device: "cuda" or "cpu".
@@ -77,7 +77,7 @@ class Bench(Protocol):
     case: str
 
     def prepare(self, only_ours: bool = False) -> Prepared:
-        """Parity first, then what can be timed."""
+        """Parity first, then the calls that can be timed."""
 
     def measure(self, limits: Limits, seconds: float, rounds: int | None = None) -> list[Figure]:
         """The figures of a comparison."""
@@ -94,5 +94,5 @@ def add_options(add: Callable) -> None:
 
 
 def selected(found: Sequence[Bench], words: Sequence[str]) -> list[Bench]:
-    """The benches whose case contains one of the words; all without words."""
+    """The benches whose case contains one of the words, or all without words."""
     return [bench for bench in found if not words or any(word in bench.case for word in words)]

@@ -55,7 +55,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Scale:
-    """What is measured on one kind of machine.
+    """The model and the workloads of one kind of machine.
 
     Attributes:
         config: of the model.

@@ -217,7 +217,7 @@ def test_sweeps_show_rates_or_where_one_is_missing_times(write, has_rates):
     ours = [500, 250] if has_rates else [2, 4]
     assert lines["nvembed_fast"] == ([128, 2048], ours)
     assert lines["torch"] == ([2048], [125 if has_rates else 8])
-    assert ax.get_ylabel().startswith("TFLOP/s, more" if has_rates else "ms, less")
+    assert ax.get_ylabel().startswith("TFLOP/s, higher" if has_rates else "ms, lower")
 
 
 def test_what_else_is_swept_has_a_panel_of_its_own(write):

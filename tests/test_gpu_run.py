@@ -172,13 +172,13 @@ def test_the_modules_know_the_options_that_slices_give_them(module):
 
 def test_slices_name_suites_workloads_and_test_files_that_exist():
     from bench import profiling
-    from bench.__main__ import SUITES
+    from bench.suites import SUITES
 
     assert set(gpu_run.SUITES) == set(SUITES)
     for one in gpu_run.slices():
         for option, value in itertools.pairwise(one.command):
-            if option == "--mix":
-                assert value in profiling.MIXES, one.name
+            if option == "--workload":
+                assert value in profiling.WORKLOADS, one.name
             if (path := value.removeprefix("--ignore=")).startswith("tests/"):
                 assert (ROOT / path).exists(), path
 

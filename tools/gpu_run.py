@@ -97,14 +97,14 @@ def slices() -> list[Slice]:
         Slice("parity-rest", (*pytest, "-m", "gpu", "tests", *rest), 4),
         *(Slice(f"repeats-{stem}", (*check, "repeats", stem), 2) for stem in KERNELS),
         *(Slice(f"variants-{k}", tuned(f"flash_attention.{k}"), 4) for k in ("fwd", "dq", "dkv")),
-        Slice("one-query", (*profile, "--mix", "one query", "-o", "{scratch}"), 3),
+        Slice("one-query", (*profile, "--workload", "one query", "-o", "{scratch}"), 3),
         Slice("graphs", (*pytest, "-m", "gpu", "tests/test_gpu.py", "-k", "graphs"), 1),
         Slice("threads", (*check, "threads"), 1),
         Slice("streams", (*check, "threads", "--streams"), 1),
         *(Slice(f"bench-{suite}", (*bench, "--suites", suite), 8) for suite in SUITES),
         *(
-            Slice(f"profile-{mix.replace(' ', '-')}", (*profile, "--mix", mix, "-o", "{scratch}"), 4)
-            for mix in ("all 512", "skewed", "all 4096")
+            Slice(f"profile-{name.replace(' ', '-')}", (*profile, "--workload", name, "-o", "{scratch}"), 4)
+            for name in ("all 512", "skewed", "all 4096")
         ),
         *(Slice(f"tune-{stem}", tuned(stem), 5) for stem in ("latent_attention", "mean_pool", "rms_norm")),
         *(

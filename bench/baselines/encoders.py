@@ -187,7 +187,7 @@ class Ours:
         self.ours = ours
 
     def encode(self, texts: list[str], instruction: str, batch_size: int) -> torch.Tensor:
-        """[N, D] fp32 on the device; `batch_size` is not used."""
+        """[N, D] fp32 on the device. `batch_size` is not used."""
         return self.ours.encode(texts, instruction, MAX_LENGTH, show_progress=False)
 
 

@@ -247,7 +247,7 @@ class PaddedLayout:
         self._bias: dict[torch.dtype, torch.Tensor] = {}
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor:
-        """[B, 1, S, S] additive mask, 0 where a token may be seen; made once."""
+        """[B, 1, S, S] additive mask, 0 where a token may be seen. Made once."""
         if dtype not in self._bias:
             batch, longest = self.shape
             bias = torch.full((batch * longest,), torch.finfo(dtype).min, dtype=dtype)

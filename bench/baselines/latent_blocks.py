@@ -1,7 +1,7 @@
-"""The latent block behind the same weights in the ways it is compared in.
+"""The latent block on the same weights, in the forms that are compared.
 
 - `original`: the published order. Every text computes keys and values of the latents again.
-- `Hoisted`: keys and values are computed once and kept; no padding. What a careful user writes.
+- `Hoisted`: keys and values are computed once and kept, and there is no padding. A careful user writes this.
 - `Absorbed`: `nvembed_fast`'s algebra (see `latent_head`) by library products and softmax alone.
 
 Shape suffixes: B texts, S tokens of the longest one, T tokens without padding, D model width, N heads, H head

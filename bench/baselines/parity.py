@@ -24,7 +24,7 @@ class Parity:
     Attributes:
         error: the largest of any text, in the dtype that is timed.
         unit: "1 - cosine" in 16 bits, "relative" in fp32.
-        obstacle: why it must not be timed; None where it may.
+        obstacle: why it must not be timed, or None.
     """
 
     error: float

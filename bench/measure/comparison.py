@@ -32,10 +32,10 @@ class Implementation:
 
     Attributes:
         name: the impl of a figure.
-        fn: of the arranged tensors alone; one output or a tuple.
+        fn: of the arranged tensors alone, to one output or a tuple.
         arrange: from the experiment's tensors to those that `fn` takes (padded, split, repeated). Not timed.
         restore: from the outputs of `fn` to those of the reference. Not timed.
-        obstacle: why it cannot run here, such as "needs a GPU"; empty if it can.
+        obstacle: why it cannot run here, such as "needs a GPU", or empty.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Experiment:
         tensors: those with a gradient.
         ours, reference: of the tensors alone. The reference also runs in float64.
         baselines: in the order of the table.
-        low: gradients with an honest kernel's roundings, as in `assert_gradient_parity`; or None.
+        low: gradients with an honest kernel's roundings, as in `assert_gradient_parity`, or None.
     """
 
     tensors: Tensors
@@ -100,13 +100,13 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedKernels(Prepared):
-    """The same, and what the figures need beside the times.
+    """The same, and the facts that the figures need beside the times.
 
     Attributes:
         experiment: of the calls.
         forwards: with backward, name -> its forward alone.
         errors: name -> the parity error.
-        peaks: name -> the peak memory of a call in MiB; None on a CPU.
+        peaks: name -> the peak memory of a call in MiB, or None on a CPU.
     """
 
     experiment: Experiment
@@ -182,7 +182,7 @@ class KernelBench:
         Args:
             limits: measured in this run.
             seconds: of device time for the slowest.
-            rounds: exactly so many samples each; None: as many as `seconds` give.
+            rounds: exactly so many samples each. None: as many as `seconds` give.
 
         Raises:
             AssertionError: ours fails `assert_parity`.
@@ -195,7 +195,7 @@ class KernelBench:
             if self.backward:
                 functions[f"{name}{FORWARD}"] = ready.forwards[name]
         times = interleaved(functions, seconds, **bounds)
-        # the time of the backward is what it adds
+        # the backward takes the time that it adds
         forward = {name: times.pop(f"{name}{FORWARD}").median for name in ready.forwards}
 
         experiment, work = ready.experiment, self.work
@@ -220,7 +220,7 @@ class KernelBench:
 
 
 def _min_bytes(experiment: Experiment, backward: bool) -> int:
-    """Of inputs and outputs; with backward also of the gradients of both."""
+    """Of inputs and outputs, and with backward also of the gradients of both."""
     with torch.no_grad():
         outputs = as_tuple(experiment.ours(*experiment.tensors))
     once = sum(t.nbytes for t in (*experiment.tensors, *outputs))
@@ -276,7 +276,7 @@ def _results(fn: Callable, tensors: Tensors, upstream: Tensors, backward: bool) 
 
 
 def _error(got: Tensors, high: Tensors) -> float:
-    """The largest relative RMS error among them; infinite for what is not finite."""
+    """The largest relative RMS error among them. It is infinite where a result is not finite."""
     errors = [
         ((g.double() - h).square().mean() / h.square().mean()).sqrt().item()
         for g, h in zip(got, high, strict=True)

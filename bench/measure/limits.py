@@ -54,7 +54,7 @@ class Limits:
         return _matrix_rate(self, dtype)
 
     def copy_rate(self) -> float:
-        """GB/s of a large copy, counting what is read and what is written."""
+        """GB/s of a large copy, bytes read and bytes written together."""
         return _copy_rate(self)
 
     def product_ms(self, tokens: int, weight: tuple[int, int], dtype: torch.dtype) -> float:

@@ -48,7 +48,7 @@ def fitting_batch_sizes(
         encode: of texts, in batches of a size.
         runs: texts on which it is timed, run by run.
         sizes: to try. Those beyond the number of texts are the same.
-        clock: seconds; waits for the device.
+        clock: in seconds. It waits for the device.
     """
     seconds = {}
     for size in sorted({min(size, len(runs[-1])) for size in sizes}):
@@ -69,9 +69,9 @@ class Entry:
 
     Attributes:
         encode: of a batch size: the whole workload, end to end.
-        sizes: batch sizes that are left, the fastest first; none is left when none fits in memory.
+        sizes: batch sizes that are left, the fastest first. None is left when none fits in memory.
         seconds: of every pass so far.
-        peak: MiB that the first pass took beside the weights; None on a CPU.
+        peak: MiB that the first pass took beside the weights, or None on a CPU.
     """
 
     encode: Callable[[int], object]
@@ -81,7 +81,7 @@ class Entry:
     clock: Callable[[], float] = wall_clock
 
     def take_turn(self) -> None:
-        """A pass, unless earlier ones took ENOUGH_SECONDS; out of memory, the next best size takes over."""
+        """A pass, unless earlier ones took ENOUGH_SECONDS. Out of memory, the next best size takes over."""
         while self.sizes and sum(self.seconds) < ENOUGH_SECONDS:
             try:
                 return self.run()

@@ -40,15 +40,15 @@ class Figure:
     """One measured value.
 
     Attributes:
-        suite: the bench file without its prefix, such as "flash_attention"; "limits": those of the machine.
+        suite: the bench file without its prefix, such as "flash_attention", or "limits".
         case: the shape, and "forward" or "forward+backward" behind it.
-        impl: the implementation; "nvembed_fast" is this project.
-        metric: "time_p50", "rate", "peak_memory", "parity_error" ...; "skipped" has no value, and the reason
+        impl: the implementation. "nvembed_fast" is this project.
+        metric: "time_p50", "rate", "peak_memory", "parity_error" ... "skipped" has no value, and the reason
             as its unit.
-        value: in `unit`; None for "skipped".
+        value: in `unit`, or None for "skipped".
         unit: such as "ms", "TFLOP/s", "GB/s", "texts/s", "MiB".
-        share_of_limit: of the limit measured in the same run; None without a limit. It may be above 1 where
-            the limit is a copy and the operation only reads.
+        share_of_limit: of the limit measured in the same run, or None without a limit. It may be above 1
+            where the limit is a copy and the operation only reads.
     """
 
     suite: str

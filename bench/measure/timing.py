@@ -98,7 +98,7 @@ def wall_clock() -> float:
 
 
 def peak_memory(fn: Callable) -> float | None:
-    """MiB that a call of `fn` takes on the GPU beyond what was allocated before; None on a CPU."""
+    """MiB that a call of `fn` takes on the GPU beyond the memory allocated before, or None on a CPU."""
     if not torch.cuda.is_available():
         return None
     torch.cuda.synchronize()

@@ -40,7 +40,7 @@ class Comparison:
 
     Attributes:
         run: the machine's columns without the command, and the date.
-        impls: who -> metric -> figure.
+        impls: impl -> metric -> figure.
     """
 
     suite: str
@@ -50,7 +50,7 @@ class Comparison:
 
     @property
     def metric(self) -> str:
-        """What decides who is faster."""
+        """The metric that decides which implementation is faster."""
         has_rate = any("texts_rate" in figures for figures in self.impls.values())
         return "texts_rate" if has_rate else "time_p50"
 
@@ -64,7 +64,7 @@ class Comparison:
         return figure.unit if figure else None
 
     def figure(self, impl: str, metric: str | None = None) -> Figure | None:
-        """None where it was not measured, or not to be shown; without `metric` what decides who is faster."""
+        """None where it was not measured, or is not to be shown. The default is the metric that decides."""
         figure = self.impls.get(impl, {}).get(metric or self.metric)
         if figure is None or self.skipped(impl) or figure.value is None:
             return None
@@ -90,17 +90,11 @@ class Comparison:
         return theirs.value / ours.value if self.metric == "time_p50" else ours.value / theirs.value
 
 
-def load(paths: Iterable[Path], commit: str = "") -> dict[str, list[Comparison]]:
-    """GPU -> the newest comparison of every case, GPUs before CPUs; a file's date stands in its name.
-
-    Args:
-        commit: leave out the rows of commits that do not start with it.
-    """
+def load(paths: Iterable[Path]) -> dict[str, list[Comparison]]:
+    """GPU -> the newest comparison of every case, GPUs before CPUs. The date of a file is in its name."""
     newest: dict[tuple, Comparison] = {}
     for path in sorted(paths, key=_date):
         for row in results.read(path):
-            if not row["commit"].startswith(commit):
-                continue
             key = row["gpu"], row["suite"], row["case"]
             run = {name: row[name] for name in ("driver", "torch", "triton", "transformers", "commit")}
             run["date"] = _date(path) or "unknown"
@@ -156,7 +150,7 @@ def by_suite(comparisons: Sequence[Comparison]) -> dict[str, list[Comparison]]:
 
 
 def not_measured_gpus(gpus: Iterable[str]) -> str:
-    """Which GPUs the kernels are compiled for and no file is of, as a sentence; empty if there is none."""
+    """A sentence on the GPUs that the kernels are compiled for and that have no file, or empty."""
     gpus = list(gpus)
     names = [n for n in COMPILED_FOR if not any(re.search(rf"\b{n}\b", gpu) for gpu in gpus)]
     return f"{_and(names)}: compiled for, not measured." if names else ""

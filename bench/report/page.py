@@ -58,8 +58,9 @@ def page(machines: dict[str, list[Comparison]]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>nvembed_fast: how fast</title><style>{STYLE}</style></head><body>
 <h1>nvembed_fast: how fast</h1>
-<p>Baselines took turns on the same inputs in the same run; whoever computes something else has no time.
-The limit is what the machine's own products or copies reached in that run. Page of {today}.
+<p>Implementations took turns on the same inputs in the same run. One that computes something else has
+no time.
+The limit is the rate of the machine's own products or copies in that run. Page of {today}.
 {escape(not_measured_gpus(machines))}</p>
 {sections}</body></html>
 """
@@ -114,7 +115,7 @@ def _picture(draw: Callable, comparisons: Sequence[Comparison], title: str) -> s
 
 
 def _skipped(comparisons: Sequence[Comparison]) -> str:
-    """Who is missing from the pictures, by reason."""
+    """The implementations that are missing from the pictures, by reason."""
     by_reason: dict[str, dict[str, None]] = {}
     for c in comparisons:
         for impl in c.impls:
@@ -131,7 +132,9 @@ def _table(comparisons: Sequence[Comparison]) -> str:
         return f"<p>{NOT_MEASURED}</p>"
     present = dict.fromkeys(metric for f in figures for metric in f)
     metrics = sorted(present, key=lambda m: m == results.SKIPPED)
-    head = "".join(f"<th>{escape(METRICS.get(m, m))}</th>" for m in ("case", "who", *metrics, "commit"))
+    head = "".join(
+        f"<th>{escape(METRICS.get(m, m))}</th>" for m in ("case", "implementation", *metrics, "commit")
+    )
     rows = []
     for c in comparisons:
         for impl, found in c.impls.items():
@@ -155,7 +158,7 @@ def _cell(metric: str, figure: Figure | None) -> str:
 
 
 def _headlines(comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
-    """(what, how fast) for every workload of the encoder, and every kernel and direction."""
+    """(title, how fast) for every workload of the encoder, and every kernel and direction."""
     lines = []
     for suite, found in by_suite(comparisons).items():
         groups: dict[str, list[Comparison]] = {}

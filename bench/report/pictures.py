@@ -34,7 +34,7 @@ def _beside(ax, y: int, text: str) -> None:
 
 
 def draw_baselines(comparisons: Sequence[Comparison]):
-    """Bars, a panel for every case; the ends of the line through a bar are the 20th and 80th percentile."""
+    """Bars, a panel for every case. The line through a bar reaches from the 20th to the 80th percentile."""
     cases = [c for c in comparisons if not c.is_sweep and any(c.figure(i) for i in c.impls)]
     if not cases:
         return None
@@ -55,12 +55,12 @@ def draw_baselines(comparisons: Sequence[Comparison]):
         ax.set_ylim(len(fastest_first) - 0.4, -0.6)
         ax.set_xlim(0, 1.15 * longest)
         ax.set_title(c.case, fontsize=9, loc="left")
-        ax.set_xlabel("ms, less is better" if is_time else "texts/s, more is better", fontsize=8)
+        ax.set_xlabel("ms, lower is better" if is_time else "texts/s, higher is better", fontsize=8)
     return figure
 
 
 def _ends(c: Comparison, impl: str) -> tuple[float, float]:
-    """The least and the greatest value by the percentiles of the time; without them the value itself."""
+    """The smallest and the largest value by the percentiles of the time, or twice the value without them."""
     main = c.figure(impl).value
     times = [c.figure(impl, metric) for metric in results.TIMES]
     if None in times:
@@ -74,7 +74,7 @@ def _ends(c: Comparison, impl: str) -> tuple[float, float]:
 
 
 def draw_sweeps(comparisons: Sequence[Comparison]):
-    """Rate, or time where there is no rate, against what is swept; a panel for each and every direction."""
+    """Rate, or time where there is no rate, against the swept size. A panel for each and every direction."""
     panels: dict[tuple[str, str], dict[int, Comparison]] = {}
     for c in comparisons:
         found = SWEEP.fullmatch(c.case)
@@ -114,7 +114,7 @@ def draw_sweeps(comparisons: Sequence[Comparison]):
             ax.set_yscale("log")
         ax.grid(alpha=0.3)
         unit = next(c.figure(i, metric).unit for c in cases for i in impls if c.figure(i, metric))
-        ax.set_ylabel(unit + (", more is better" if metric == "rate" else ", less is better"), fontsize=8)
+        ax.set_ylabel(unit + (", higher is better" if metric == "rate" else ", lower is better"), fontsize=8)
         ax.set_xlabel(swept, fontsize=8)
         ax.set_title(title, fontsize=9, loc="left")
         ax.legend(fontsize=7, frameon=False)
@@ -122,7 +122,7 @@ def draw_sweeps(comparisons: Sequence[Comparison]):
 
 
 def draw_shares(comparisons: Sequence[Comparison]):
-    """What each of our kernels reaches of its limit, and the best baseline beside it."""
+    """The share of its limit that each of our kernels reaches, and the best baseline beside it."""
     kernels = [c for found in by_suite(comparisons).values() for c in found if not c.is_sweep]
     cases = [c for c in kernels if c.figure(OURS) and c.share(OURS) is not None]
     if not cases:

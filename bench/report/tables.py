@@ -92,7 +92,7 @@ def with_tables(path: Path, tables: str) -> str:
 
 
 def known_to_git(folder: Path) -> list[Path]:
-    """The results that are committed or added; all of them where there is no git."""
+    """The results that are committed or added, or all of them where there is no git."""
     everything = sorted(folder.glob("*.csv"))
     try:
         git = subprocess.run(["git", "-C", str(folder), "ls-files"], capture_output=True, text=True)
