@@ -254,7 +254,10 @@ def test_a_cpu_is_called_one(write):
     text = text_of(page(machines))
     assert "CPU (PyTorch path): Some x2" in text and "nothing below is the speed of a GPU kernel" in text
     tables = speed_tables(machines)
-    assert "**CPU (PyTorch path): Some x2.** Not the speed of a GPU kernel:" in tables
+    assert (
+        "**CPU (PyTorch path): Some x2.** Not the speed of a GPU kernel, and a model in the shape of SmolLM2"
+        in tables
+    )
     assert "| Whole encoder: skewed | 12 texts/s | original | 6 texts/s | 2.00 | 2.00 | 1 % |" in tables
     assert "A100, H100 and H200: compiled for, not measured." in tables
 
@@ -282,7 +285,10 @@ def test_readme_tables_are_rewritten_and_checked(write, readme, whole):
     assert written.endswith("<!-- bench:end -->\n\n## Next\n") and "old" not in written
     assert f"| Attention: {ATTENTION} | 2 ms | SDPA cuDNN | 3 ms | 1.50 |  | 61 % |" in written
     assert "| Whole encoder: skewed | 240 texts/s | sorted | 160 texts/s | 1.50 | 4.00 | 24 % |" in written
-    assert "**NVIDIA H200.** Measured: 2026-01-02, commit c0ffee, torch 2.13.0" in written
+    assert (
+        "**NVIDIA H200.** A model in the shape of NV-Embed in bf16: 2026-01-02, commit c0ffee, torch 2.13.0"
+        in written
+    )
     assert "sweep" not in written
     main(["--check", str(whole)])
     main(["--readme", str(whole)])

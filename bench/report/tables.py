@@ -35,7 +35,11 @@ def speed_tables(machines: dict[str, list[Comparison]]) -> str:
             if c.suite == suite
             and (suite == "encode" or any(word.startswith(REAL_SIZES) for word in c.case.split()))
         ]
-        kind = "Not the speed of a GPU kernel" if is_cpu(gpu) else "Measured"
+        kind = (
+            "Not the speed of a GPU kernel, and a model in the shape of SmolLM2-135M in fp32"
+            if is_cpu(gpu)
+            else "A model in the shape of NV-Embed in bf16"
+        )
         lines = [f"**{machine_title(gpu)}.** {kind}: "]
         if cases:
             names = ("torch", "triton", "transformers")
