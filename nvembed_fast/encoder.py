@@ -113,7 +113,7 @@ class NVEmbed(nn.Module):
         return cls(model, tokenizer, placement).eval().requires_grad_(False)
 
     def save_pretrained(self, directory: str | PathLike, *, dtype: torch.dtype | None = None) -> None:
-        """Write weights, config and tokenizer in the published layout; `from_pretrained` reads it back."""
+        """Write weights, config and tokenizer in the published layout, for `from_pretrained`."""
         files = checkpoint.tokenizer_files(self.text_tokenizer.directory)
         checkpoint.save_model(self.model, directory, dtype=dtype, tokenizer_files=files)
 
@@ -123,7 +123,7 @@ class NVEmbed(nn.Module):
 
     @property
     def placement(self) -> Placement:
-        """How the model computes, as it was decided; device and dtype follow the weights."""
+        """How the model computes, as decided at loading. Device and dtype follow the weights."""
         return dataclasses.replace(self._placement, device=self.device, dtype=self.dtype)
 
     @property

@@ -15,7 +15,7 @@ from nvembed_fast.packing import from_padded, pad_rows
 
 __all__ = ["encoding_output", "loading_place", "padded_forward"]
 
-# what else each function accepts; a keyword that is not read below is not needed
+# keywords that each function accepts beside ours. Those that no code below reads have no effect
 OLD_KEYWORDS = {
     "from_pretrained": ("torch_dtype", "device_map", "trust_remote_code"),
     "encode": ("num_workers", "batch_size", "return_numpy"),
@@ -28,7 +28,7 @@ _warned: set[tuple[str, str]] = set()
 def loading_place(
     function: Callable, device: Any, dtype: torch.dtype | str | None, keywords: dict[str, Any]
 ) -> tuple[str | int | torch.device | None, torch.dtype | str | None]:
-    """The (device, dtype) that a call of `from_pretrained` asks for; None leaves the choice to us.
+    """The (device, dtype) that a call of `from_pretrained` asks for. None leaves the choice to us.
 
     Args:
         function: `from_pretrained`, for the warning about unknown keywords.
@@ -86,7 +86,7 @@ def _check_pooled(pooled: torch.Tensor) -> None:
 
 
 def _warn_of_unknown(function: Callable, keywords: dict[str, Any]) -> None:
-    """Warn once per keyword that nobody knows, and name those that are known."""
+    """Warn once per unknown keyword, and name the known ones."""
     name, old = function.__name__, OLD_KEYWORDS[function.__name__]
     for keyword in keywords:
         if keyword in old or (name, keyword) in _warned:

@@ -1,4 +1,4 @@
-"""Texts in, vectors out: what `NVEmbed.encode` and every other caller with many texts goes through.
+"""Texts in, vectors out, for `NVEmbed.encode` and every other caller with many texts.
 
 1. Texts are taken in windows. While one window is on the device, a thread tokenizes the next.
 2. A window is sorted by length and cut into batches by a budget of tokens, longest first.
@@ -94,8 +94,8 @@ class TextStream:
             An iterator over (indices into texts, their vectors), in which every text comes once.
 
         Raises:
-            TypeError, ValueError: an argument is wrong. This is raised by the call.
-            ValueError: a text's instruction leaves nothing to pool. This is raised by the iterator.
+            TypeError, ValueError: an argument is wrong. The call raises it.
+            ValueError: the instruction leaves nothing of a text to pool. The iterator raises it.
         """
         if max_batch_tokens is None:
             max_batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
@@ -198,7 +198,7 @@ class Progress:
     """A bar over the characters of the texts, which measure the work better than the number of texts does."""
 
     def __init__(self, texts: list[str], max_length: int, show: bool | None):
-        # the part beyond max_length costs nothing; a token is about four characters
+        # the part beyond max_length costs nothing, and a token is about four characters
         self.work = [1 + min(len(text), 4 * max_length) for text in texts]
         self.done = 0
         self.bar = tqdm(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_encoder import relative
 
-from nvembed_fast import NVEmbed, query_instruction
+from nvembed_fast import NVEmbed, legacy, query_instruction
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +38,21 @@ def test_loading_calls_written_for_the_original_run_unchanged(tiny_directory):
     assert (model.dtype, model.device.type, model.training) == (torch.bfloat16, "cpu", False)
     assert model.float().dtype == torch.float32
     assert model.config.hidden_size == 64
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "old", "wanted"),
+    [
+        (None, None, {}, (None, None)),
+        ("cpu", "fp16", {"device_map": "cuda", "torch_dtype": "bfloat16"}, ("cpu", "fp16")),
+        (None, None, {"device_map": 1, "torch_dtype": torch.float16}, (1, torch.float16)),
+        ("auto", "auto", {}, (None, None)),
+        (None, None, {"device_map": "balanced", "torch_dtype": "auto"}, (None, None)),
+        ({"": "cuda:1"}, None, {}, ("cuda:1", None)),
+    ],
+)
+def test_old_names_give_way_to_ours(device, dtype, old, wanted):
+    assert legacy.loading_place(NVEmbed.from_pretrained, device, dtype, old) == wanted
 
 
 def test_an_unknown_keyword_warns_once_and_names_what_is_known(model):

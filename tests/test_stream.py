@@ -10,7 +10,8 @@ import torch
 from test_encoder import TEXTS, relative
 
 from nvembed_fast import NVEmbed, stream
-from nvembed_fast.stream import Window
+from nvembed_fast.stream import TextStream, Window
+from nvembed_fast.tokenization import TokenizedTexts
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,27 @@ def test_an_interrupt_leaves_the_model_usable(model, monkeypatch):
     assert relative(model.encode(TEXTS), wanted) < 1e-6
     time.sleep(0.2)
     assert not [t for t in threading.enumerate() if t.name.startswith("nvembed-tokenize")]
+
+
+def test_an_interrupt_does_not_wait_for_the_next_window():
+    release = threading.Event()
+
+    class SlowTokenizer:
+        def max_characters(self, max_length):
+            return 100
+
+        def __call__(self, texts, instruction, max_length):
+            if texts != ["first"]:
+                release.wait(5)
+            return TokenizedTexts([np.array([1, 2])], [0])
+
+    texts = TextStream(SlowTokenizer(), None, torch.device("cpu"), Window(1, 1))
+    windows = texts.tokenized(["first", "second", "third"], "", 16)
+    next(windows)
+    windows.close()
+    still_running = [t for t in threading.enumerate() if t.name.startswith("nvembed-tokenize")]
+    release.set()
+    assert still_running
 
 
 def test_a_stream_gives_every_text_once_with_its_vector(model):
