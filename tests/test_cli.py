@@ -74,13 +74,28 @@ def test_json_lines_on_standard_input_and_blank_lines_between(tiny_directory, tm
     np.testing.assert_allclose(np.load(tmp_path / "o.npy"), wanted, atol=1e-6)
 
 
-def test_search_ranks_a_text_equal_to_the_question_first(tiny_directory, texts_file, tmp_path, capsys):
-    status, printed, _ = run(
-        capsys, "search", texts_file, "a judo throw", "--top", 2, "--model", tiny_directory
+def test_search_prints_the_texts_nearest_to_the_question(tiny_directory, texts_file, tmp_path, capsys):
+    arguments = (
+        "search",
+        texts_file,
+        "a judo throw",
+        "--top",
+        2,
+        "--task",
+        "find",
+        "--model",
+        tiny_directory,
     )
+    status, printed, _ = run(capsys, *arguments)
     assert status == 0 and printed.count("\n  ") == 2
+    model = NVEmbed.from_pretrained(tiny_directory)
+    scores = model.encode_document(TEXTS) @ model.encode_query("a judo throw", "find")
+    best, second = scores.argsort(descending=True)[:2].tolist()
+    lines = [line.split(maxsplit=2) for line in printed.splitlines() if line.startswith("  ")]
+    assert [rank for rank, *_ in lines] == ["1.", "2."]
+    assert [text for *_, text in lines] == [" ".join(TEXTS[i].split()) for i in (best, second)]
+    assert [float(score) for _, score, _ in lines] == pytest.approx(scores[[best, second]].tolist(), abs=1e-4)
     run(capsys, "encode", texts_file, "-o", tmp_path / "e.npy", "--model", tiny_directory)
-    arguments = ("search", texts_file, "a judo throw", "--top", 2, "--model", tiny_directory)
     assert run(capsys, *arguments, "--embeddings", tmp_path / "e.npy")[1] == printed
 
 
