@@ -1,6 +1,5 @@
 """Texts out of a file: one a line, or a field of JSON lines."""
 
-import io
 import json
 import sys
 from collections.abc import Iterator
@@ -43,7 +42,6 @@ def read_texts(file: str, field: str | None = None) -> list[str]:
 @contextmanager
 def _opened(file: str) -> Iterator[TextIO]:
     if file == "-":
-        assert isinstance(sys.stdin, io.TextIOWrapper)
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
         yield sys.stdin
     else:

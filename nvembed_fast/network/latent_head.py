@@ -81,16 +81,14 @@ class LatentHead(AttentionHead):
             )
         with torch.enable_grad():
             built = self._build()
-        one, other = (t.detach().requires_grad_(t.requires_grad) for t in built)
-        self._shared = shared = one, other
+        self._shared = tuple(t.detach().requires_grad_(t.requires_grad) for t in built)
         try:
             yield
-            reached = [(t, s.grad) for t, s in zip(built, shared, strict=True) if s.grad is not None]
+            reached = [(t, s.grad) for t, s in zip(built, self._shared, strict=True) if s.grad is not None]
         finally:
             self._shared = None
         if reached:
-            tensors, grads = zip(*reached, strict=True)
-            torch.autograd.backward(tensors, grads)
+            torch.autograd.backward(*zip(*reached, strict=True))
 
     def attention(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
         x_TD = self.cross_norm(h_TD)
@@ -105,8 +103,7 @@ class LatentHead(AttentionHead):
 
     def form(self) -> LatentForm:
         """The form the shapes make cheaper, or the one that `mode` forces."""
-        mode = check_latents(self.mode)
-        return self.config.cheaper_form if mode == "auto" else mode
+        return self.config.cheaper_form if check_latents(self.mode) == "auto" else self.mode
 
     def cached(self) -> dict:
         return self._cache.copy()
