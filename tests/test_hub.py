@@ -35,6 +35,7 @@ def test_only_weights_config_and_tokenizer_are_fetched(monkeypatch, tmp_path):
 
     import huggingface_hub
 
+    (tmp_path / "model.safetensors").touch()
     asked = {}
     monkeypatch.setattr(
         huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k, name=name) or tmp_path
@@ -61,6 +62,17 @@ def test_a_hub_out_of_reach(tmp_path):
             FileNotFoundError, match=r"'nobody/nothing' is neither cached .*hf download nobody"
         ):
             resolve("nobody/nothing", cache_dir=tmp_path, **options)
+
+
+def test_a_config_alone_is_no_model(monkeypatch, tmp_path):
+    """A hub out of reach gives the snapshot as it is cached, whatever was fetched of it."""
+    import huggingface_hub
+
+    (tmp_path / "config.json").touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tmp_path)
+    assert resolve("a/b", config_only=True) == tmp_path
+    with pytest.raises(FileNotFoundError, match=r"'a/b' has no safetensors .*out of reach.*hf download a/b"):
+        resolve("a/b")
 
 
 @pytest.mark.parametrize(

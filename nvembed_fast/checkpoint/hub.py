@@ -9,6 +9,10 @@ from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, TOKENIZER_FIL
 __all__ = ["resolve"]
 
 _FETCHED = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
+_DOWNLOAD = (
+    "Where there is a network, run: hf download {} --local-dir DIRECTORY, and pass that directory "
+    "(NVIDIA's need their terms accepted on the hub, and hf auth login)"
+)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -54,7 +58,14 @@ def resolve(
         raise FileNotFoundError(f"no directory {name}, and no hub id either: {error}") from error
     except OSError as error:  # all errors of the hub's client and of the network are OSErrors
         raise FileNotFoundError(_why_not_fetched(name, revision, error)) from error
-    return Path(snapshot)
+    directory = Path(snapshot)
+    # a config fetched alone makes a snapshot, and a hub out of reach returns it as it is
+    if not config_only and not any(directory.glob("model*.safetensors*")):
+        raise FileNotFoundError(
+            f"hub id {name!r} has no safetensors files, or only its config is cached and the hub is out of "
+            f"reach. {_DOWNLOAD.format(name)}"
+        )
+    return directory
 
 
 def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:
@@ -70,6 +81,5 @@ def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:
     return (
         f"no directory {name}, and hub id {model} is neither cached nor within reach "
         f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
-        f"Where there is a network, run: hf download {name} --local-dir DIRECTORY, and pass that directory "
-        "(NVIDIA's need their terms accepted on the hub, and hf auth login)"
+        f"{_DOWNLOAD.format(name)}"
     )
