@@ -1,9 +1,9 @@
 """Where the sequences of a packed batch lie.
 
-Packed means: the tokens of all sequences one after another in one [T, ...]
-tensor, nothing between them. The lengths are known on the host, where the
-texts were tokenised, so every list a kernel or a CPU path needs is made there,
-once per batch, and read by all layers: no kernel ever asks the device.
+In a packed batch the tokens of all sequences stand one after another in one
+[T, ...] tensor, with no padding. The lengths are known on the host, where the
+texts were tokenised. So every list that a kernel or a CPU path needs is made
+there, once per batch, and all layers read it. No kernel ever asks the device.
 
 A registered operation (torch.library) takes tensors only. There the layout
 travels as its `host_lengths`, and `layout_of` finds the lists again.
@@ -42,15 +42,15 @@ class SeqLayout:
     """Lengths on the host, cu_seqlens on the device, and lists made from them on first use.
 
     Attributes:
-        lengths: tokens per sequence, in packed order; zero is allowed.
+        lengths: tokens per sequence, in packed order. Zero is allowed.
         host_lengths: [B] int32 on the CPU: the same.
-        cu_seqlens: [B + 1] int32 on `device`; sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1].
+        cu_seqlens: [B + 1] int32 on `device`. Sequence b owns rows cu_seqlens[b] to cu_seqlens[b + 1].
         positions: [T] int32 on `device`: the place of each token in its own sequence.
         num_tokens: T.
         max_length: the longest sequence, 0 for none.
     """
 
-    def __init__(self, lengths: Sequence[int], device: torch.device | str = "cpu"):
+    def __init__(self, lengths: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"):
         self.lengths = tuple(int(n) for n in lengths)
         if any(n < 0 for n in self.lengths):
             raise ValueError(f"lengths must not be negative, got {min(self.lengths)}")
@@ -73,34 +73,34 @@ class SeqLayout:
         return f"SeqLayout({len(self)} sequences, {self.num_tokens} tokens, {self.device})"
 
     def tiles(self, block: int) -> torch.Tensor:
-        """[num_tiles, 2] int32: (sequence, first token inside it) of every piece of at most `block` tokens.
+        """[num_tiles, 2] int32: (sequence, first token inside it) of every chunk of at most `block` tokens.
 
-        Longest sequences first, so that no long one starts last; empty sequences have no tile.
+        The longest sequences stand first, so that no long one starts last. Empty sequences have no tile.
         """
         return self._once(("tiles", block), lambda: self._tiles(block))
 
     def tile_blocks(self) -> tuple[int, ...]:
-        """The blocks that `tiles` was asked for so far."""
+        """The values of `block` for which `tiles` has a list so far."""
         return tuple(key[1] for key in self._cache if key[0] == "tiles")
 
     def split_seqs(self, block: int) -> torch.Tensor:
         """[num_split, 2] int32: (sequence, its first row in `tiles(block)`) of those with more than one tile.
 
-        They are the longest, so their tiles open that list; the tiles of one sequence follow one another.
+        They are the longest, so their tiles open that list. The tiles of one sequence follow one another.
         """
         return self._once(("split_seqs", block), lambda: self._split_seqs(block))
 
     def runs(self) -> list[Run]:
-        """Neighbouring sequences of equal length, merged; empty ones left out. Few when sorted by length."""
-        if ("runs",) not in self._cache:
+        """Neighbouring sequences of equal length, merged. Empty ones are skipped. Sorted lengths make few."""
+        if "runs" not in self._cache:
             runs: list[Run] = []
             for seq, (start, length) in enumerate(zip(self._starts.tolist(), self.lengths, strict=False)):
                 if runs and runs[-1].length == length and runs[-1].seqs.stop == seq:
                     runs[-1] = runs[-1]._replace(num_seqs=runs[-1].num_seqs + 1)
                 elif length:
                     runs.append(Run(seq, 1, length, start))
-            self._cache["runs",] = runs
-        return self._cache["runs",]
+            self._cache["runs"] = runs
+        return self._cache["runs"]
 
     def _tiles(self, block: int) -> np.ndarray:
         lengths = np.asarray(self.lengths, dtype=np.int64)
@@ -125,7 +125,7 @@ class SeqLayout:
 
 
 def layout_of(host_lengths: torch.Tensor, device: torch.device) -> SeqLayout:
-    """The layout of these lengths; the same object for the last few batches, so that lists are made once."""
+    """The layout of these lengths. The last few batches get the same object, so that lists are made once."""
     return _layout_of(host_lengths.numpy().tobytes(), device)
 
 

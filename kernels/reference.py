@@ -1,8 +1,9 @@
-"""What every kernel must compute, in plain PyTorch.
+"""The contract of every kernel, in plain PyTorch.
 
-One function per public kernel, same name, same signature. It is the CPU path,
-the oracle of the tests (run in float64) and the baseline of the benchmarks:
-there is no other reference in the repository.
+One function per public kernel, with its name and its signature. It is the CPU
+path, the oracle of the tests (run in float64) and the baseline of the
+benchmarks. There is no other reference in the repository. The last dimension of
+every tensor has a stride of 1. `errors.py` lists the inputs that are refused.
 
 Dimensions: B sequences, T packed tokens, D model width, N query heads, G
 key/value heads, H head width, L latents, F feed-forward width.
@@ -27,14 +28,14 @@ from nvembed_fast.kernels.errors import (
 )
 from nvembed_fast.kernels.layout import SeqLayout
 
-# CPU libraries sum a product of very few rows per thread in another order than one of many. Beyond MOST the
-# padding would cost more than that is worth: one text on a machine of many cores
-_LEAST_ROWS_PER_THREAD, _MOST_PADDED_ROWS = 8, 64
+# CPU libraries sum a product of very few rows per thread in another order than a product of many rows. The
+# maximum is for one text on a machine of many cores, where more padding would cost too much
+_MIN_ROWS_PER_THREAD, _MAX_PADDED_ROWS = 8, 64
 _ATTENTION_ROWS = 32
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x weight^T + bias, where on a CPU a row's result does not depend on how many rows there are.
+    """x weight^T + bias. On a CPU a row's result does not depend on the number of rows.
 
     Args:
         x: [T, D].
@@ -48,14 +49,13 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _enough_rows(x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
-    """x with rows of zeros added, on a CPU, until libraries treat every row alike.
+    """x with rows of zeros added on a CPU, until libraries treat every row alike.
 
-    Not under torch.compile, which chooses its products itself.
+    torch.compile chooses its products itself, so it gets x as it is.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return x
-    least = min(_LEAST_ROWS_PER_THREAD * torch.get_num_threads(), _MOST_PADDED_ROWS)
-    rows = max(len(x), least)
+    rows = max(len(x), min(_MIN_ROWS_PER_THREAD * torch.get_num_threads(), _MAX_PADDED_ROWS))
     rows = -(-rows // multiple) * multiple
     return x if rows == len(x) else F.pad(x, (0, 0) * (x.ndim - 1) + (0, rows - len(x)))
 
@@ -69,19 +69,19 @@ def flash_attention(
     causal: bool = False,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention inside each packed sequence; every token sees its whole sequence.
+    """Softmax attention inside each packed sequence. Every token sees its whole sequence.
 
     Args:
         q: [T, N, H] queries. N is a multiple of G.
-        k, v: [T, G, H] keys and values; query head n reads head n // (N // G) (GQA, arXiv 2305.13245).
-        layout: where the sequences lie; T is layout.num_tokens.
-        scale: factor on the scores; None is 1 / sqrt(H).
+        k, v: [T, G, H] keys and values. Query head n reads head n // (N // G) (GQA, arXiv 2305.13245).
+        layout: where the sequences lie. T is layout.num_tokens.
+        scale: positive factor on the scores. None is 1 / sqrt(H).
         causal: a token sees only itself and earlier tokens (for the ablation of arXiv 2405.17428, table 1).
         return_lse: also return the log of each softmax denominator.
 
     Returns:
-        [T, N, H] in the dtype of q; with return_lse also [N, T] fp32 (float64 for float64), natural logarithm
-        of sum exp(scale * q k).
+        [T, N, H] in the dtype of q. With return_lse also [N, T] fp32 (float64 for float64): the natural
+        logarithm of sum exp(scale * q k).
     """
     check_flash_attention(q, k, v, layout, scale, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -114,7 +114,7 @@ def latent_attention(
     Args:
         q: [T, N, H] token queries.
         k, v: [L, N, H] keys and values of the latents, the same for every token.
-        scale: factor on the scores; None is 1 / sqrt(H).
+        scale: positive factor on the scores. None is 1 / sqrt(H).
 
     Returns:
         [T, N, H] in the dtype of q. Source: arXiv 2405.17428, section 3.1 (Perceiver-style cross-attention).
@@ -131,11 +131,11 @@ def latent_weights(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Te
 
     Args:
         x: [T, D] normalised tokens.
-        a: [N * L, D] absorbed query-key matrix, head-major; the 1 / sqrt(H) is already inside.
+        a: [N * L, D] absorbed query-key matrix, head-major. It holds the factor 1 / sqrt(H).
         num_heads: N.
 
     Returns:
-        [T, N * L] in the dtype of x; each group of L sums to one.
+        [T, N * L] in the dtype of x. Each group of L sums to one.
     """
     scores = linear(x, a)
     return rearrange(rearrange(scores, "t (n l) -> t n l", n=num_heads).softmax(-1), "t n l -> t (n l)")
@@ -144,9 +144,9 @@ def latent_weights(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Te
 def absorbed_latent_attention(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
 ) -> torch.Tensor:
-    """Latent cross-attention with the products that depend on weights only multiplied out beforehand.
+    """Latent cross-attention. The products that depend on weights alone are multiplied out beforehand.
 
-    With A_h = K_h Wq_h / sqrt(H) and B_h = V_h Wout_h^T, both of them constant for a checkpoint,
+    With A_h = K_h Wq_h / sqrt(H) and B_h = V_h Wout_h^T, which are constant for a checkpoint,
 
         residual + sum_h softmax(x A_h^T) B_h
 
@@ -171,9 +171,9 @@ def mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None
     """Mean over the tokens of each packed sequence that the mask keeps.
 
     Args:
-        x: [T, D] token states; summed in fp32, or in float64 when x is float64 (the oracle).
-        layout: where the sequences lie; T is layout.num_tokens.
-        pool_mask: [T] bool; False drops a token (an instruction prefix), whatever it holds. None keeps all.
+        x: [T, D] token states. They are summed in fp32, or in float64 if x is float64 (the oracle).
+        layout: where the sequences lie. T is layout.num_tokens.
+        pool_mask: [T] bool. False drops a token (an instruction prefix), even one of NaN. None keeps all.
 
     Returns:
         [B, D] fp32 (float64 for float64). A sequence that keeps no token gives zeros, never NaN.
@@ -187,14 +187,14 @@ def mean_pool_geglu(
 ) -> torch.Tensor:
     """`mean_pool(geglu(value_gate))` without the [T, F] between them.
 
-    Pooling is linear, so a feed-forward's second product can act on the pooled vector instead of every token.
+    Pooling is linear. So a feed-forward's second product can act on the pooled vector instead of every token.
 
     Args:
-        value_gate: [T, 2F]; the first half is the value, the second the gate.
+        value_gate: [T, 2F]. The first half is the value, the second half is the gate.
         layout, pool_mask: as in `mean_pool`.
 
     Returns:
-        [B, F] fp32 (float64 for float64); the product is formed in that type and rounded nowhere.
+        [B, F] fp32 (float64 for float64). The product is formed in that dtype and not rounded.
     """
     check_mean_pool_geglu(value_gate, layout, pool_mask)
     return _pool(value_gate, layout, pool_mask, width=value_gate.shape[1] // 2, transform=_geglu)
@@ -207,7 +207,7 @@ def _pool(
     width: int,
     transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """[B, width] means of transform(x), run by run, so that nothing wide of all T tokens exists at once."""
+    """[B, width] means of transform(x), run by run: no wide tensor of all T tokens exists at once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     means = torch.zeros(len(layout), width, dtype=wide, device=x.device)
     for run in layout.runs():
@@ -229,10 +229,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     Args:
         x: [T, D].
         weight: [D].
-        eps: added to the mean square, in fp32.
+        eps: added to the mean square in fp32. Finite and not negative.
 
     Returns:
-        [T, D] in the dtype of x: normalised in fp32, rounded, then multiplied by weight.
+        [T, D] in the dtype of x. The row is normalised in fp32, rounded, and then multiplied by weight.
     """
     check_rms_norm(x, weight, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -266,14 +266,14 @@ def rotary(
 ) -> torch.Tensor:
     """Rotary position embedding (arXiv 2104.09864) of the query and key heads of a packed product.
 
-    Half-split pairs: element i turns with element i + H/2 by the angle of (position, i).
+    Pairs are split by halves: element i turns with element i + H/2 by the angle of (position, i).
 
     Args:
-        qkv: [T, N + 2G, H]; heads are queries, then keys, then values.
+        qkv: [T, N + 2G, H]. The heads are queries, then keys, then values.
         cos, sin: [P, H/2] fp32 tables (float64 for the oracle), one row per position.
-        positions: [T] int32, each below P.
-        num_rotated: how many leading heads turn: N + G. The rest pass through.
-        inplace: overwrite qkv and return it, for inference; a tensor that needs a gradient is refused.
+        positions: [T] int32, from 0 to P - 1. Checked on a CPU only: on a GPU the check would wait for it.
+        num_rotated: the number of leading heads that turn: N + G. The others pass through.
+        inplace: overwrite qkv and return it, for inference. A tensor that needs a gradient is refused.
 
     Returns:
         [T, N + 2G, H] in the dtype of qkv, computed in the dtype of the tables.
@@ -292,7 +292,7 @@ def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up (arXiv 2002.05202).
 
     Args:
-        gate_up: [T, 2F]; the first half is the gate, the second is up.
+        gate_up: [T, 2F]. The first half is the gate, the second half is up.
 
     Returns:
         [T, F] in the dtype of gate_up.
@@ -306,7 +306,7 @@ def geglu(value_gate: torch.Tensor) -> torch.Tensor:
     """value * gelu(gate) with the exact (erf) GELU (arXiv 2002.05202).
 
     Args:
-        value_gate: [T, 2F]; the first half is the value, the second the gate.
+        value_gate: [T, 2F]. The first half is the value, the second half is the gate.
 
     Returns:
         [T, F] in the dtype of value_gate.

@@ -165,10 +165,10 @@ def _checked(kernel: str, architecture: str, shape_class: str, table: dict[str, 
     if not numbers or not all(_is_power_of_two(int(n)) for n in numbers.groups()):
         wanted = "-".join(f"{name}N" for name in shape)
         raise ValueError(f"the class must be {wanted} with powers of two, got {shape_class}")
-    wanted = {*constants, *PROVENANCE}
-    if unknown := sorted(set(table) - wanted):
+    names = {*constants, *PROVENANCE}
+    if unknown := sorted(set(table) - names):
         raise ValueError(f"unknown: {', '.join(unknown)}; the constants are {', '.join(constants)}")
-    if missing := sorted(wanted - set(table)):
+    if missing := sorted(names - set(table)):
         raise ValueError(f"missing: {', '.join(missing)}")
     for name, kind in PROVENANCE.items():
         if type(table[name]) is not kind:

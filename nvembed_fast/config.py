@@ -8,7 +8,7 @@ defaults, which are the defaults here. Fields that the original states but never
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 __all__ = [
     "BackboneConfig",
@@ -35,7 +35,7 @@ def check_latents(latents: str) -> Latents:
     """`latents` itself, or a ValueError that names the choices."""
     if latents not in get_args(Latents):
         raise ValueError(f"latents must be one of {', '.join(map(repr, get_args(Latents)))}, got {latents!r}")
-    return latents
+    return cast(Latents, latents)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class BackboneConfig:
     num_hidden_layers: int = 32
     num_attention_heads: int = 32
     num_key_value_heads: int = 8
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    head_dim: int = cast(int, None)  # None: hidden_size / num_attention_heads
     max_position_embeddings: int = 32768
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-5

@@ -17,6 +17,7 @@ from torch import nn
 from nvembed_fast import checkpoint, legacy, ops
 from nvembed_fast.config import Latents, NVEmbedConfig
 from nvembed_fast.graphs import MAX_TOKENS, SingleTextGraphs
+from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 from nvembed_fast.placement import Placement
@@ -55,7 +56,7 @@ class NVEmbed(nn.Module):
         if placement is None:
             placement = Placement.decide(model.config, device=self.device, dtype=self.dtype)
         self._placement = placement
-        if placement.latents is not None:
+        if placement.latents is not None and isinstance(model.head, LatentHead):
             model.head.mode = placement.latents
         self.graphs = SingleTextGraphs(model) if placement.cuda_graphs else None
         self._transformers_tokenizer = None
@@ -97,7 +98,7 @@ class NVEmbed(nn.Module):
             FileNotFoundError, ValueError: something is missing or wrong. The message names it.
         """
         device, dtype = legacy.loading_place(cls.from_pretrained, device, dtype, old_keywords)
-        hub = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         directory = checkpoint.resolve(path_or_id, revision=revision, config_only=True, **hub)
         config = NVEmbedConfig.from_file(directory / "config.json")
         # validate arguments before fetching and reading gigabytes of weights
@@ -114,6 +115,8 @@ class NVEmbed(nn.Module):
 
     def save_pretrained(self, directory: str | PathLike, *, dtype: torch.dtype | None = None) -> None:
         """Write weights, config and tokenizer in the published layout, for `from_pretrained`."""
+        if self.text_tokenizer.directory is None:
+            raise ValueError("the tokenizer of this model was not read from a directory, so it has no files")
         files = checkpoint.tokenizer_files(self.text_tokenizer.directory)
         checkpoint.save_model(self.model, directory, dtype=dtype, tokenizer_files=files)
 
@@ -180,21 +183,21 @@ class NVEmbed(nn.Module):
             ValueError: a prompt cannot be tokenized, or its instruction leaves nothing to pool within
                 max_length. The message names its index.
         """
-        output = legacy.encoding_output(self.encode, output, old_keywords)
-        if output not in ("torch", "numpy"):
-            raise ValueError(f"output must be 'torch' or 'numpy', got {output!r}")
+        kind = legacy.encoding_output(self.encode, output, old_keywords)
+        if kind not in ("torch", "numpy"):
+            raise ValueError(f"output must be 'torch' or 'numpy', got {kind!r}")
         if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
             raise TypeError(f"prompts must be a string or texts, got {type(prompts).__name__}")
         single = isinstance(prompts, str)
-        texts = [prompts] if single else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         batches = self.stream(texts, instruction, max_length, max_batch_tokens)
-        result = Result(len(texts), self.config.hidden_size, self.device, on_host=output == "numpy")
+        result = Result(len(texts), self.config.hidden_size, self.device, on_host=kind == "numpy")
         with Progress(texts, max_length, show_progress) as progress:
             for indices, vectors in batches:
                 result.put(indices, vectors)
                 progress.advance(indices)
-        vectors = result.finish()
-        return vectors[0] if single else vectors
+        found = result.finish()
+        return found[0] if single else found
 
     @property
     def stream(self) -> TextStream:

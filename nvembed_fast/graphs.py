@@ -97,7 +97,7 @@ class SingleTextGraphs:
     def __init__(self, model: NVEmbedModel):
         self.model = model
         self._graphs: dict[int, _Graph] = {}
-        self._pool = None
+        self._pool: tuple | None = None
 
     @torch.no_grad()
     def __call__(self, ids: np.ndarray, first_pooled: int) -> torch.Tensor:

@@ -61,7 +61,7 @@ def padded_forward(
     _check_ids(input_ids, model.config.text_config.vocab_size)
     batch, places = from_padded(input_ids, attention_mask, pool_mask)
     if pool_mask is None:
-        return pad_rows(model.token_states(batch), places, tuple(input_ids.shape))
+        return pad_rows(model.token_states(batch), places, (input_ids.shape[0], input_ids.shape[1]))
     _check_pooled(pool_mask != 0 if attention_mask is None else (pool_mask * attention_mask) != 0)
     return model(batch)
 

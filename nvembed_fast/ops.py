@@ -1,13 +1,14 @@
 """The only place that chooses between Triton and PyTorch.
 
-`auto` takes the Triton kernel for tensors on a GPU of compute capability 8.0
-or later in a dtype the kernels are written for, and the PyTorch reference
-everywhere else, also for a shape beyond a kernel's limits. `triton` and `torch`
-force one, and raise where it cannot run: nothing falls back to another meaning.
+`auto` takes the Triton kernel for tensors on a GPU of compute capability 8.0 or
+later, in a dtype that the kernels are written for. It takes the PyTorch
+reference everywhere else, also for a shape beyond a kernel's limits. `triton`
+and `torch` force one, and raise an error if it cannot run. Nothing falls back to
+another meaning.
 
-Under autocast an operation takes its tensors in one dtype, as PyTorch's own do:
-those built on matrix products in autocast's, the others in the widest among
-their arguments.
+Under autocast an operation takes its tensors in one dtype, as PyTorch's own do.
+An operation built on matrix products takes autocast's dtype. A norm takes the
+widest dtype among its tensors.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Literal, TypeVar, get_args
+from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class _State(threading.local):
-    # not a ContextVar: torch.compile cannot read one
+    # torch.compile cannot read a ContextVar
     impl: Impl = "auto"
 
 
@@ -44,15 +45,15 @@ def check_impl(impl: str) -> Impl:
     """`impl` itself, or a ValueError that names the choices."""
     if impl not in get_args(Impl):
         raise ValueError(f"impl must be one of {', '.join(map(repr, get_args(Impl)))}, got {impl!r}")
-    return impl
+    return cast(Impl, impl)
 
 
 @contextlib.contextmanager
 def use_impl(impl: Impl) -> Iterator[None]:
     """Force an implementation inside a `with` block (models, tests, benchmarks, debugging).
 
-    It holds for the thread. On a GPU autograd runs checkpointed layers again in a thread of its own, where
-    `auto` would hold: see `checkpoint_contexts`.
+    It holds for one thread. On a GPU autograd runs checkpointed layers again in a thread of its own, which
+    starts with `auto`: see `checkpoint_contexts`.
     """
     before, _state.impl = _state.impl, check_impl(impl)
     try:
@@ -62,7 +63,7 @@ def use_impl(impl: Impl) -> Iterator[None]:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
-    """The `context_fn` of torch.utils.checkpoint: it runs again in the same implementation."""
+    """The `context_fn` of torch.utils.checkpoint: layers run again in the same implementation."""
     return contextlib.nullcontext(), use_impl(_state.impl)
 
 
@@ -70,7 +71,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", 
     """The implementation that tensors of this device and dtype take under the current `use_impl`, and why.
 
     Raises:
-        ValueError: `triton` is asked for where it cannot run.
+        ValueError: `triton` is asked for and cannot run here.
     """
     impl = _state.impl
     if impl == "torch":
@@ -98,7 +99,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"tensors are on {device.type}, not on a GPU; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly"
 
 
-# plain dictionaries and no functools.cache: torch.compile reads these, and warns of the other
+# plain dictionaries, because torch.compile warns of functools.cache
 _kernels: dict[str, Callable] = {}
 _capabilities: dict[int | None, tuple[int, int]] = {}
 
@@ -106,7 +107,7 @@ _capabilities: dict[int | None, tuple[int, int]] = {}
 def _kernel(name: str) -> Callable:
     """The kernel of an operation."""
     if not _kernels:
-        # here, because they import triton; as statements, which torch.compile follows, unlike importlib
+        # imported here, because they import triton. torch.compile follows import statements, not importlib
         from nvembed_fast.kernels import flash_attention, gated, latent_attention, mean_pool, rms_norm, rotary
 
         _kernels["flash_attention"] = flash_attention.flash_attention

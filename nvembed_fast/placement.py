@@ -83,9 +83,9 @@ class Placement:
 
 
 def _latent_form(latents: str, config: NVEmbedConfig) -> LatentForm | None:
-    check_latents(latents)
+    form = check_latents(latents)
     if config.pooling_head == "latent":
-        return config.latent_attention_config.cheaper_form if latents == "auto" else latents
+        return config.latent_attention_config.cheaper_form if form == "auto" else form
     if latents != "auto":
         raise ValueError(
             f"latents={latents!r} is about the latent head, but this model pools by {config.pooling_head!r}"
@@ -119,10 +119,11 @@ def check_device(device: str | int | torch.device) -> torch.device:
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A dtype that weights can have, from itself or its name, or a ValueError."""
-    found = dtype
     if isinstance(dtype, str):
         name = dtype.removeprefix("torch.")
         found = getattr(torch, _SHORT_NAMES.get(name, name), None)
+    else:
+        found = dtype
     if found not in DTYPES.values():
         names = ", ".join(dtype_name(d) for d in DTYPES.values())
         raise ValueError(f"dtype must be one of {names}, got {dtype!r}")

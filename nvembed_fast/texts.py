@@ -1,5 +1,6 @@
 """Texts out of a file: one a line, or a field of JSON lines."""
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ def read_texts(file: str, field: str | None = None) -> list[str]:
 @contextmanager
 def _opened(file: str) -> Iterator[TextIO]:
     if file == "-":
+        assert isinstance(sys.stdin, io.TextIOWrapper)
         sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
         yield sys.stdin
     else:

@@ -1,6 +1,6 @@
 """An HTML page and the speed tables from the files of results.
 
-    python -m bench.report                               bench/results/*.csv; report/index.html beside them
+    python -m bench.report                               bench/results/*.csv, to report/index.html beside them
     python -m bench.report H200.csv A100.csv -o FOLDER   FOLDER/index.html: one page, its pictures inside it
     python -m bench.report --readme [FILE.csv ...]       the tables of README.md and docs/benchmarks.md,
                                                          between their markers
@@ -44,7 +44,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "files", nargs="*", type=Path, metavar="FILE.csv", help="default: bench/results/*.csv"
     )
     parser.add_argument("-o", "--output", type=Path, default=FOLDER, metavar="FOLDER")
-    parser.add_argument("--readme", action="store_true", help="rewrite the tables; no page")
+    parser.add_argument("--readme", action="store_true", help="rewrite the tables, make no page")
     parser.add_argument("--check", action="store_true", help="exit code 1 if --readme would change them")
     return parser.parse_args(argv)
 

@@ -226,7 +226,8 @@ def _byte_level_tokenizer(vocab: dict[str, int], merges: list[str], rule: str) -
         raise ValueError(
             f"tokenizer.ggml.pre must be one of {', '.join(_PRE_TOKENIZERS)}, got {rule!r}. {_USE_DIRECTORY}"
         )
-    tokenizer = Tokenizer(models.BPE(vocab, [tuple(merge.split(" ")) for merge in merges]))
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+    tokenizer = Tokenizer(models.BPE(vocab, pairs))
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     before = [pre_tokenizers.Digits(individual_digits=True)] if _PRE_TOKENIZERS[rule] else []
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, words])

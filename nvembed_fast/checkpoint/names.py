@@ -95,7 +95,9 @@ def published_tensors(config: NVEmbedConfig) -> dict[str, Slot]:
         *feed_forward,
     )
     # prefix of the published names, prefix of ours, lines
-    groups = [(_BACKBONE, _BACKBONE, (("embed_tokens.weight", "embed_tokens.weight", (text.vocab_size, d)),))]
+    embedding = (("embed_tokens.weight", "embed_tokens.weight", (text.vocab_size, d)),)
+    groups: list[tuple[str, str, tuple[tuple[str, str, tuple[int, ...]], ...]]]
+    groups = [(_BACKBONE, _BACKBONE, embedding)]
     layers = [f"{_BACKBONE}layers.{i}." for i in range(text.num_hidden_layers)]
     groups += [(prefix, prefix, layer) for prefix in layers]
     groups += [(_BACKBONE, _BACKBONE, (("norm.weight", "norm.weight", (d,)),))]

@@ -11,7 +11,7 @@ from nvembed_fast.cli import options
 from nvembed_fast.texts import read_texts
 
 if TYPE_CHECKING:
-    import numpy as np
+    from numpy.typing import ArrayLike
 
 SUMMARY = "Embed the texts of a file into a .npy array, one row a text."
 EXAMPLES = """\
@@ -65,7 +65,7 @@ def _check_space(output: Path, num_bytes: int) -> None:
         raise OSError(f"{output} needs {num_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
 
 
-def _save(output: Path, vectors: "np.ndarray") -> None:
+def _save(output: Path, vectors: "ArrayLike") -> None:
     import numpy as np
 
     try:

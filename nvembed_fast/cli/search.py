@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     texts = read_texts(arguments.file, arguments.field)
-    documents = None
+    documents: np.ndarray | None = None
     if arguments.embeddings:
         documents = _read(arguments.embeddings)
         if documents.ndim != 2 or len(documents) != len(texts):
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
     keywords = options.encode_options(arguments)
     if documents is None:
         options.note_empty(texts)
-        documents = model.encode_document(texts, output="numpy", **keywords)
+        documents = np.asarray(model.encode_document(texts, output="numpy", **keywords))
     elif documents.shape[1] != model.config.hidden_size:
         raise ValueError(
             f"{arguments.embeddings} has vectors of {documents.shape[1]}, the model of "

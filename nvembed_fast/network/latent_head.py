@@ -81,14 +81,16 @@ class LatentHead(AttentionHead):
             )
         with torch.enable_grad():
             built = self._build()
-        self._shared = tuple(t.detach().requires_grad_(t.requires_grad) for t in built)
+        one, other = (t.detach().requires_grad_(t.requires_grad) for t in built)
+        self._shared = shared = one, other
         try:
             yield
-            reached = [(t, s.grad) for t, s in zip(built, self._shared, strict=True) if s.grad is not None]
+            reached = [(t, s.grad) for t, s in zip(built, shared, strict=True) if s.grad is not None]
         finally:
             self._shared = None
         if reached:
-            torch.autograd.backward(*zip(*reached, strict=True))
+            tensors, grads = zip(*reached, strict=True)
+            torch.autograd.backward(tensors, grads)
 
     def attention(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
         x_TD = self.cross_norm(h_TD)
@@ -103,7 +105,8 @@ class LatentHead(AttentionHead):
 
     def form(self) -> LatentForm:
         """The form the shapes make cheaper, or the one that `mode` forces."""
-        return self.config.cheaper_form if check_latents(self.mode) == "auto" else self.mode
+        mode = check_latents(self.mode)
+        return self.config.cheaper_form if mode == "auto" else mode
 
     def cached(self) -> dict:
         return self._cache.copy()

@@ -126,5 +126,6 @@ class SelfAttentionHead(AttentionHead):
         qkv_T3NH = rearrange(
             self.to_qkv(self.cross_norm(h_TD)), "t (e n h) -> t e n h", e=3, n=self.num_heads
         )
-        out_TNH = ops.flash_attention(*qkv_T3NH.unbind(1), layout)
+        q_TNH, k_TNH, v_TNH = qkv_T3NH.unbind(1)
+        out_TNH = ops.flash_attention(q_TNH, k_TNH, v_TNH, layout)
         return self.to_out(rearrange(out_TNH, "t n h -> t (n h)")) + h_TD
