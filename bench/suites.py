@@ -22,6 +22,7 @@ SUITES = (
     "mean_pool",
     "latent_block",
     "latent_attention",
+    "absorbed_latent_attention",
     "flash_attention",
     "encode",
 )

@@ -48,14 +48,14 @@ _FLASH = Kernel(
 )
 _POOL = Kernel(("width", "bits"), ("TOKENS", "BLOCK_T", "BLOCK_D", "num_warps"))
 KERNELS = {
+    "absorbed_latent_attention.fwd": Kernel(
+        ("latents", "bits"), ("BLOCK_T", "BLOCK_L", "BLOCK_K", "USE_TMA", "num_warps", "num_stages")
+    ),
     "flash_attention.fwd": _FLASH,
     "flash_attention.dq": _FLASH,
     "flash_attention.dkv": _FLASH,
     "latent_attention.fwd": Kernel(
         ("width", "latents", "bits"), ("BLOCK_T", "BLOCK_L", "USE_TMA", "num_warps", "num_stages")
-    ),
-    "latent_attention.weights": Kernel(
-        ("latents", "bits"), ("BLOCK_T", "BLOCK_L", "BLOCK_K", "USE_TMA", "num_warps", "num_stages")
     ),
     "mean_pool.fwd": _POOL,
     "mean_pool.bwd": _POOL,

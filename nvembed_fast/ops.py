@@ -108,11 +108,19 @@ def _kernel(name: str) -> Callable:
     """The kernel of an operation."""
     if not _kernels:
         # imported here, because they import triton. torch.compile follows import statements, not importlib
-        from nvembed_fast.kernels import flash_attention, gated, latent_attention, mean_pool, rms_norm, rotary
+        from nvembed_fast.kernels import (
+            absorbed_latent_attention,
+            flash_attention,
+            gated,
+            latent_attention,
+            mean_pool,
+            rms_norm,
+            rotary,
+        )
 
         _kernels["flash_attention"] = flash_attention.flash_attention
         _kernels["latent_attention"] = latent_attention.latent_attention
-        _kernels["absorbed_latent_attention"] = latent_attention.absorbed_latent_attention
+        _kernels["absorbed_latent_attention"] = absorbed_latent_attention.absorbed_latent_attention
         _kernels["mean_pool"] = mean_pool.mean_pool
         _kernels["mean_pool_geglu"] = mean_pool.mean_pool_geglu
         _kernels["rms_norm"] = rms_norm.rms_norm

@@ -1,7 +1,8 @@
 """What a kernel's gradient has to pass beside parity. Imported by the kernels' tests."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from nvembed_fast.kernels.testing import Tensors, gradients
@@ -58,3 +59,35 @@ def assert_compiles(kernel: Callable, inputs: Tensors) -> None:
     compiled_outputs, compiled_grads = gradients(compiled, inputs)
     for one, other in zip((*outputs, *grads), (*compiled_outputs, *compiled_grads), strict=True):
         assert torch.equal(one, other)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return None
+
+
+def saved_shapes(kernel: Callable, inputs: Tensors, frozen: Sequence[int]) -> list[tuple[int, ...]]:
+    """Shapes of the tensors that a call keeps for its backward."""
+    kept = []
+    leaves = [t.clone().requires_grad_(i not in frozen) for i, t in enumerate(inputs)]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        kernel(*leaves)
+    return kept
+
+
+def amid_nan(t: torch.Tensor) -> torch.Tensor:
+    """A copy with NaN in the rows before and behind it, and behind every row."""
+    rows, columns = t.shape[0] + 300, t.shape[-1] + 16
+    view = t.new_full((rows, *t.shape[1:-1], columns), float("nan"))[150:-150, ..., : t.shape[-1]]
+    return view.copy_(t)
+
+
+def far_rows(rows: int, step: int, device: str) -> torch.Tensor:
+    """Ones in rows so far apart that a row beyond the last is unmapped. Memory between rows costs nothing."""
+    t = torch.from_numpy(np.zeros(rows * step, dtype=np.float16)).as_strided((rows, 16), (step, 1))
+    return t.fill_(1).to(device)

@@ -19,7 +19,15 @@ from triton.runtime.jit import KernelInterface
 
 from bench.measure import results
 from bench.measure.timing import Times
-from nvembed_fast.kernels import flash_attention, latent_attention, mean_pool, reference, rms_norm, tuned
+from nvembed_fast.kernels import (
+    absorbed_latent_attention,
+    flash_attention,
+    latent_attention,
+    mean_pool,
+    reference,
+    rms_norm,
+    tuned,
+)
 from nvembed_fast.kernels.testing import (
     ATTENTION_CASES,
     LATENT_CASES,
@@ -186,24 +194,25 @@ def test_an_entry_changes_the_tile_of_attention(device, monkeypatch):
     assert_parity("entry", got, wanted(q, k, v), wanted(q.double(), k.double(), v.double()))
 
 
-@pytest.mark.parametrize("form", ["fwd", "weights"])
-def test_an_entry_changes_the_tile_of_latent_attention(form, device, monkeypatch):
+@pytest.mark.parametrize("module", [latent_attention, absorbed_latent_attention])
+def test_an_entry_changes_the_tile_of_latent_attention(module, device, monkeypatch):
     problem = case(LATENT_CASES, "no-tile-divides")
     tile = {"BLOCK_T": 32, "BLOCK_L": 16, "USE_TMA": False, "num_warps": 2, "num_stages": 1}
-    if form == "fwd":
+    if module is latent_attention:
         tensors, kernel = problem.direct_inputs(device, torch.float16), "_latent_attention_fwd_kernel"
         shape_class, rest = "width64-latents32-bits16", ()
         run, exact = latent_attention.latent_attention, reference.latent_attention
     else:
         *tensors, _, _, heads = problem.absorbed_inputs(device, torch.float16)
         kernel, shape_class, rest = "_absorbed_latent_attention_fwd_kernel", "latents32-bits16", (heads,)
-        run, exact = latent_attention._launch_weights_fwd, reference.latent_weights
+        run, exact = absorbed_latent_attention._launch_fwd, reference.latent_weights
         tile["BLOCK_K"] = 32
-    rule, _ = launched(monkeypatch, latent_attention, kernel, lambda: run(*tensors, *rest))
-    with tuned.use(at(device, f"latent_attention.{form}", shape_class, **tile)):
-        taken, got = launched(monkeypatch, latent_attention, kernel, lambda: run(*tensors, *rest))
+    stem = module.__name__.split(".")[-1]
+    rule, _ = launched(monkeypatch, module, kernel, lambda: run(*tensors, *rest))
+    with tuned.use(at(device, f"{stem}.fwd", shape_class, **tile)):
+        taken, got = launched(monkeypatch, module, kernel, lambda: run(*tensors, *rest))
     assert {n: taken[n] for n in tile} == tile != {n: rule[n] for n in tile}
-    assert_parity(form, got, exact(*tensors, *rest), exact(*(t.double() for t in tensors), *rest))
+    assert_parity(stem, got, exact(*tensors, *rest), exact(*(t.double() for t in tensors), *rest))
 
 
 @pytest.mark.parametrize("geglu", [False, True], ids=["mean_pool", "mean_pool_geglu"])
@@ -285,17 +294,17 @@ def test_latent_attention_without_descriptors_goes_by_its_rule():
     target = {"capability": 90, "dtype": torch.float16}
     entries = {
         ("latent_attention.fwd", 90, "width64-latents512-bits16"): tile,
-        ("latent_attention.weights", 90, "latents512-bits16"): tile | {"BLOCK_K": 32},
+        ("absorbed_latent_attention.fwd", 90, "latents512-bits16"): tile | {"BLOCK_K": 32},
     }
     with tuned.use(entries):
         for config in (
             functools.partial(latent_attention._launch_config, 512, 64, **target),
-            functools.partial(latent_attention._weights_launch_config, 512, **target),
+            functools.partial(absorbed_latent_attention._launch_config, 512, **target),
         ):
             taken, left = config(aligned=True), config(aligned=False)
             assert taken["BLOCK_T"] == 16 and taken["USE_TMA"]
             assert left["BLOCK_T"] == 128 and not left["USE_TMA"]
-        backward = latent_attention._weights_bwd_launch_config(512, **target)
+        backward = absorbed_latent_attention._bwd_launch_config(512, **target)
         assert backward["BLOCK_T"] == 128, "the backward has no entry and follows none of the forward's"
 
 
@@ -360,6 +369,7 @@ def tuning_provenance() -> dict:
 
 
 PARTS = {
+    "absorbed_latent_attention": case(LATENT_CASES, "no-tile-divides"),
     "flash_attention": case(ATTENTION_CASES, "ragged-gqa"),
     "latent_attention": case(LATENT_CASES, "no-tile-divides"),
     "mean_pool": case(POOL_CASES, "ragged"),

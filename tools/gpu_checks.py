@@ -24,7 +24,15 @@ from nvembed_fast.kernels import testing
 from nvembed_fast.kernels.testing import as_tuple, gradients, upstream_of
 
 EPS = 1e-5
-STEMS = ("flash_attention", "gated", "latent_attention", "mean_pool", "rms_norm", "rotary")
+STEMS = (
+    "absorbed_latent_attention",
+    "flash_attention",
+    "gated",
+    "latent_attention",
+    "mean_pool",
+    "rms_norm",
+    "rotary",
+)
 Problem = tuple[str, Callable, Sequence[torch.Tensor]]  # label, operation, its tensors
 
 
@@ -43,11 +51,12 @@ def problems(stem: str, device: str, dtype: torch.dtype, smallest: bool = False)
         case "latent_attention":
             # wide heads are the library's products
             for case in cases(testing.LATENT_CASES, "smollm2-16k"):
-                yield f"direct {case.name}", ops.latent_attention, case.direct_inputs(device, dtype)
+                yield f"{stem} {case.name}", ops.latent_attention, case.direct_inputs(device, dtype)
+        case "absorbed_latent_attention":
             for case in cases(testing.LATENT_CASES, "nvembed-16k"):
                 *tensors, heads = case.absorbed_inputs(device, dtype)
                 absorbed = functools.partial(ops.absorbed_latent_attention, num_heads=heads)
-                yield f"absorbed {case.name}", absorbed, tensors
+                yield f"{stem} {case.name}", absorbed, tensors
         case "mean_pool":
             for case in cases(testing.POOL_CASES, "nvembed-32x512", "nvembed-1x16384", "nvembed-32x512-mlp"):
                 geglu = case.name.endswith("mlp")

@@ -36,12 +36,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 530.0  # seconds: a machine that ends every command after ten minutes shall not end ours
 GRACE = 10.0  # seconds between Ctrl-C and the end of a slice that does not stop
-KERNELS = ("flash_attention", "latent_attention", "mean_pool", "rms_norm", "rotary", "gated")
+KERNELS = (
+    "flash_attention",
+    "latent_attention",
+    "absorbed_latent_attention",
+    "mean_pool",
+    "rms_norm",
+    "rotary",
+    "gated",
+)
 SUITES = (
     "encode",
     "flash_attention",
     "latent_block",
     "latent_attention",
+    "absorbed_latent_attention",
     "mean_pool",
     "rms_norm",
     "gated",

@@ -40,6 +40,7 @@ import torch
 from nvembed_fast import files
 from nvembed_fast.kernels import (
     _common,
+    absorbed_latent_attention,
     flash_attention,
     gated,
     latent_attention,
@@ -89,6 +90,19 @@ class Launch(NamedTuple):
 
 def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _absorbed_latent_attention() -> Iterator[Example]:
+    m = absorbed_latent_attention
+    for num_latents in (LATENTS, m.MAX_LATENTS):
+        for name, dtype in DTYPES.items():
+            x, dout = (_empty(TOKENS, WIDTH, dtype=dtype) for _ in range(2))
+            a, b = (_empty(LATENT_HEADS * num_latents, WIDTH, dtype=dtype) for _ in range(2))
+            p = _empty(TOKENS, len(a), dtype=dtype)
+            forward = partial(m._launch_fwd, x, a, LATENT_HEADS)
+            backward = partial(m._launch_bwd, p, b, dout, LATENT_HEADS)
+            yield Example(f"weights {num_latents} {name}", "fwd", forward)
+            yield Example(f"weights {num_latents} backward {name}", "bwd", backward)
 
 
 def _flash_attention() -> Iterator[Example]:
@@ -155,19 +169,6 @@ def _latent_attention() -> Iterator[Example]:
                 yield Example(f"direct {width} {title}{name}", kernel, call)
 
 
-def _absorbed_latent_attention() -> Iterator[Example]:
-    m = latent_attention
-    for num_latents in (LATENTS, m.MAX_LATENTS):
-        for name, dtype in DTYPES.items():
-            x, dout = (_empty(TOKENS, WIDTH, dtype=dtype) for _ in range(2))
-            a, b = (_empty(LATENT_HEADS * num_latents, WIDTH, dtype=dtype) for _ in range(2))
-            p = _empty(TOKENS, len(a), dtype=dtype)
-            forward = partial(m._launch_weights_fwd, x, a, LATENT_HEADS)
-            backward = partial(m._launch_weights_bwd, p, b, dout, LATENT_HEADS)
-            yield Example(f"weights {num_latents} {name}", "fwd", forward)
-            yield Example(f"weights {num_latents} backward {name}", "bwd", backward)
-
-
 def _mean_pool() -> Iterator[Example]:
     layout, mask = SeqLayout((TOKENS,), "meta"), _empty(TOKENS, dtype=torch.bool)
     for op, width in ((mean_pool.mean_pool, WIDTH), (mean_pool.mean_pool_geglu, GEGLU_WIDTH)):
@@ -210,9 +211,10 @@ def _rotary() -> Iterator[Example]:
 
 
 EXAMPLES = {
+    "absorbed_latent_attention": _absorbed_latent_attention,
     "flash_attention": _flash_attention,
     "gated": _gated,
-    "latent_attention": lambda: (*_latent_attention(), *_absorbed_latent_attention()),
+    "latent_attention": _latent_attention,
     "mean_pool": _mean_pool,
     "rms_norm": _rms_norm,
     "rotary": _rotary,
@@ -250,8 +252,8 @@ def launch_of(name: str, capability: int) -> Launch:
     """The launch of a row, by its "stem: name"."""
     stem = name.split(":")[0]
     example = examples(stem)[name]
-    kernel = f"_{example.kernel}_kernel"
-    (launch,) = [x for x in record(example.call, capability) if x.kernel.__name__.endswith(kernel)]
+    kernel = f"_{stem}_{example.kernel}_kernel"
+    (launch,) = [x for x in record(example.call, capability) if x.kernel.__name__ == kernel]
     return launch
 
 

@@ -153,10 +153,10 @@ def _direct(case: LatentCase, device: str, dtype: torch.dtype) -> Launch:
 
 
 def _weights(case: LatentCase, device: str, dtype: torch.dtype) -> Launch:
-    from nvembed_fast.kernels.latent_attention import _launch_weights_fwd
+    from nvembed_fast.kernels.absorbed_latent_attention import _launch_fwd
 
     x, a, *_, num_heads = case.absorbed_inputs(device, dtype)
-    return _beside_reference(_launch_weights_fwd, reference.latent_weights, (x, a), num_heads)
+    return _beside_reference(_launch_fwd, reference.latent_weights, (x, a), num_heads)
 
 
 def _pool_forward(case: PoolCase, device: str, dtype: torch.dtype, geglu: bool) -> Launch:
@@ -264,16 +264,16 @@ def _latent_problems() -> list[Problem]:
     }
     return [
         Problem(
-            f"latent_attention.{which}",
-            f"latent_attention: {row} bf16",
+            f"{stem}.fwd",
+            f"{stem}: {row} bf16",
             prepare,
             (_case(LATENT_CASES, case),),
             _case(LATENT_CASES, case, num_tokens=300),
             tries,
         )
-        for which, row, prepare, case, tries in (
-            ("fwd", "direct 64", _direct, "smollm2-16k", direct),
-            ("weights", "weights 512", _weights, "nvembed-16k", weights),
+        for stem, row, prepare, case, tries in (
+            ("latent_attention", "direct 64", _direct, "smollm2-16k", direct),
+            ("absorbed_latent_attention", "weights 512", _weights, "nvembed-16k", weights),
         )
     ]
 
