@@ -51,6 +51,26 @@ def use_descriptors(capability: int, *tensors: torch.Tensor) -> bool:
     )
 
 
+def operands(*tensors: tuple[str, torch.Tensor | None, str]) -> dict[str, torch.Tensor | int | None]:
+    """A kernel's arguments for tensors: ("q", q, "tn") becomes q_ptr, stride_qt and stride_qn.
+
+    `dims` names the first dimensions. The last one is contiguous and has no argument. Strides carry the first
+    letter of the name, those of a gradient the first two: stride_dot of dout. The strides of None are zero.
+    """
+    arguments = {}
+    for name, t, dims in tensors:
+        pointer, strides = _argument_names(name, dims)
+        arguments[pointer] = t
+        arguments.update(dict.fromkeys(strides, 0) if t is None else zip(strides, t.stride(), strict=False))
+    return arguments
+
+
+@functools.cache
+def _argument_names(name: str, dims: str) -> tuple[str, tuple[str, ...]]:
+    prefix = name[:2] if name.startswith("d") else name[0]
+    return f"{name}_ptr", tuple(f"stride_{prefix}{dim}" for dim in dims)
+
+
 def is_dispatched(*tensors: torch.Tensor | None) -> bool:
     """Whether a call has to go through its registered operation.
 

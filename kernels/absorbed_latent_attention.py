@@ -50,6 +50,7 @@ from nvembed_fast.kernels._common import (
     capability,
     input_precision,
     is_dispatched,
+    operands,
     use_descriptors,
     with_contiguous_rows,
 )
@@ -256,10 +257,7 @@ def _launch_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tenso
     if config["USE_TMA"]:
         allow_descriptors()
     _absorbed_latent_attention_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
-        x_ptr=x,
-        stride_xt=x.stride(0),
-        a_ptr=a,
-        stride_al=a.stride(0),
+        **operands(("x", x, "t"), ("a", a, "l")),
         p_ptr=p,
         num_tokens=num_tokens,
         D=width,
@@ -285,10 +283,7 @@ def _launch_bwd(p: torch.Tensor, b: torch.Tensor, dout: torch.Tensor, num_heads:
     if config["USE_TMA"]:
         allow_descriptors()
     _absorbed_latent_attention_bwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
-        dout_ptr=dout,
-        stride_dot=dout.stride(0),
-        b_ptr=b,
-        stride_bl=b.stride(0),
+        **operands(("dout", dout, "t"), ("b", b, "l")),
         p_ptr=p,
         ds_ptr=ds,
         num_tokens=num_tokens,

@@ -56,6 +56,7 @@ from nvembed_fast.kernels._common import (
     capability,
     input_precision,
     is_dispatched,
+    operands,
     use_descriptors,
     with_contiguous_rows,
 )
@@ -569,20 +570,7 @@ def _launch_fwd(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple
         allow_descriptors()
     tiles = layout.tiles(config["BLOCK_T"])
     _flash_attention_fwd_kernel[(len(tiles) * num_kv_heads,)](
-        q_ptr=q,
-        stride_qt=q.stride(0),
-        stride_qn=q.stride(1),
-        k_ptr=k,
-        stride_kt=k.stride(0),
-        stride_kg=k.stride(1),
-        v_ptr=v,
-        stride_vt=v.stride(0),
-        stride_vg=v.stride(1),
-        out_ptr=out,
-        stride_ot=out.stride(0),
-        stride_on=out.stride(1),
-        lse2_ptr=lse2,
-        stride_ln=lse2.stride(0),
+        **operands(("q", q, "tn"), ("k", k, "tg"), ("v", v, "tg"), ("out", out, "tn"), ("lse2", lse2, "n")),
         tiles_ptr=tiles,
         cu_seqlens_ptr=layout.cu_seqlens,
         scale_log2=scale * LOG2E.value,
@@ -602,12 +590,7 @@ def _launch_bwd_delta(out: torch.Tensor, dout: torch.Tensor, dlse2: torch.Tensor
     num_tokens, num_heads, width = out.shape
     delta = out.new_empty(num_heads, num_tokens, dtype=torch.float32)
     _flash_attention_bwd_delta_kernel[(num_tokens,)](
-        out_ptr=out,
-        stride_ot=out.stride(0),
-        stride_on=out.stride(1),
-        dout_ptr=dout,
-        stride_dot=dout.stride(0),
-        stride_don=dout.stride(1),
+        **operands(("out", out, "tn"), ("dout", dout, "tn")),
         dlse2_ptr=None if dlse2 is None else dlse2.contiguous(),
         delta_ptr=delta,
         stride_en=delta.stride(0),
@@ -651,21 +634,8 @@ def _launch_bwd(
     target = {"capability": sm, "dtype": q.dtype, "aligned": aligned}
     longest = triton.next_power_of_2(max(layout.max_length, 1))
     shared = {
-        "q_ptr": q,
-        "stride_qt": q.stride(0),
-        "stride_qn": q.stride(1),
-        "k_ptr": k,
-        "stride_kt": k.stride(0),
-        "stride_kg": k.stride(1),
-        "v_ptr": v,
-        "stride_vt": v.stride(0),
-        "stride_vg": v.stride(1),
-        "dout_ptr": dout,
-        "stride_dot": dout.stride(0),
-        "stride_don": dout.stride(1),
-        "lse2_ptr": lse2,
+        **operands(("q", q, "tn"), ("k", k, "tg"), ("v", v, "tg"), ("dout", dout, "tn"), ("lse2", lse2, "n")),
         "delta_ptr": delta,
-        "stride_ln": lse2.stride(0),
         "cu_seqlens_ptr": layout.cu_seqlens,
         "scale": scale,
         "scale_log2": scale * LOG2E.value,
@@ -683,9 +653,7 @@ def _launch_bwd(
         tiles = layout.tiles(config["BLOCK_T"])
         _flash_attention_bwd_dq_kernel[(len(tiles) * num_kv_heads,)](
             **shared,
-            dq_ptr=dq,
-            stride_dqt=dq.stride(0),
-            stride_dqn=dq.stride(1),
+            **operands(("dq", dq, "tn")),
             tiles_ptr=tiles,
             **config,
         )

@@ -21,6 +21,7 @@ from nvembed_fast.kernels._common import (
     double_gelu,
     double_gelu_and_slope,
     is_dispatched,
+    operands,
     with_contiguous_rows,
 )
 from nvembed_fast.kernels.errors import check_gated
@@ -109,10 +110,7 @@ def _launch_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
     config = _launch_config(width)
     num_programs = triton.cdiv(num_tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_F"])
     _gated_fwd_kernel[(num_programs,)](
-        x_ptr=x,
-        stride_xt=x.stride(0),
-        out_ptr=out,
-        stride_ot=out.stride(0),
+        **operands(("x", x, "t"), ("out", out, "t")),
         num_tokens=num_tokens,
         F=width,
         GATE_FIRST=gate_first,
@@ -131,12 +129,7 @@ def _launch_bwd(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.
     config = _launch_config(width)
     num_programs = triton.cdiv(num_tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_F"])
     _gated_bwd_kernel[(num_programs,)](
-        x_ptr=x,
-        stride_xt=x.stride(0),
-        dout_ptr=dout,
-        stride_dot=dout.stride(0),
-        dx_ptr=dx,
-        stride_dxt=dx.stride(0),
+        **operands(("x", x, "t"), ("dout", dout, "t"), ("dx", dx, "t")),
         num_tokens=num_tokens,
         F=width,
         GATE_FIRST=gate_first,

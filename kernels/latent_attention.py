@@ -40,6 +40,7 @@ from nvembed_fast.kernels._common import (
     capability,
     input_precision,
     is_dispatched,
+    operands,
     use_descriptors,
     with_contiguous_rows,
 )
@@ -340,18 +341,7 @@ def _launch_fwd(
     if config["USE_TMA"]:
         allow_descriptors()
     _latent_attention_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
-        q_ptr=q,
-        stride_qt=q.stride(0),
-        stride_qn=q.stride(1),
-        k_ptr=k,
-        stride_kl=k.stride(0),
-        stride_kn=k.stride(1),
-        v_ptr=v,
-        stride_vl=v.stride(0),
-        stride_vn=v.stride(1),
-        out_ptr=out,
-        stride_ot=out.stride(0),
-        stride_on=out.stride(1),
+        **operands(("q", q, "tn"), ("k", k, "ln"), ("v", v, "ln"), ("out", out, "tn")),
         lse_ptr=lse,
         num_tokens=num_tokens,
         scale_log2=scale * LOG2E.value,
@@ -386,21 +376,7 @@ def _launch_bwd_dq(
     if config["USE_TMA"]:
         allow_descriptors()
     _latent_attention_bwd_dq_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
-        q_ptr=q,
-        stride_qt=q.stride(0),
-        stride_qn=q.stride(1),
-        k_ptr=k,
-        stride_kl=k.stride(0),
-        stride_kn=k.stride(1),
-        v_ptr=v,
-        stride_vl=v.stride(0),
-        stride_vn=v.stride(1),
-        out_ptr=out,
-        stride_ot=out.stride(0),
-        stride_on=out.stride(1),
-        dout_ptr=dout,
-        stride_dot=dout.stride(0),
-        stride_don=dout.stride(1),
+        **operands(("q", q, "tn"), ("k", k, "ln"), ("v", v, "ln"), ("out", out, "tn"), ("dout", dout, "tn")),
         dq_ptr=dq,
         lse_ptr=lse,
         delta_ptr=delta,
@@ -443,18 +419,7 @@ def _launch_bwd_dkv(
         allow_descriptors()
     num_tiles = triton.cdiv(len(k), config["BLOCK_L"])
     _latent_attention_bwd_dkv_kernel[(num_tiles * num_heads * num_chunks,)](
-        q_ptr=q,
-        stride_qt=q.stride(0),
-        stride_qn=q.stride(1),
-        k_ptr=k,
-        stride_kl=k.stride(0),
-        stride_kn=k.stride(1),
-        v_ptr=v,
-        stride_vl=v.stride(0),
-        stride_vn=v.stride(1),
-        dout_ptr=dout,
-        stride_dot=dout.stride(0),
-        stride_don=dout.stride(1),
+        **operands(("q", q, "tn"), ("k", k, "ln"), ("v", v, "ln"), ("dout", dout, "tn")),
         lse_ptr=lse,
         delta_ptr=delta,
         dk_ptr=dk,

@@ -31,6 +31,7 @@ from nvembed_fast.kernels._common import (
     double_gelu,
     double_gelu_and_slope,
     is_dispatched,
+    operands,
     with_contiguous_rows,
 )
 from nvembed_fast.kernels.errors import check_mean_pool, check_mean_pool_geglu
@@ -126,7 +127,7 @@ def _mean_pool_fwd_combine_kernel(
 @triton.jit
 def _mean_pool_bwd_kernel(
     x_ptr, stride_xt,
-    dout_ptr, stride_db,
+    dout_ptr, stride_dob,
     dx_ptr, stride_dxt,
     count_ptr, mask_ptr, tiles_ptr, cu_seqlens_ptr,
     D: tl.constexpr, GEGLU: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -146,7 +147,7 @@ def _mean_pool_bwd_kernel(
     else:
         count = (stop - start).to(tl.float32)
     # [BLOCK_D]
-    b_mean = tl.load(dout_ptr + i_seq * stride_db + o_d, mask=m_d, other=0.0).to(tl.float32) / count
+    b_mean = tl.load(dout_ptr + i_seq * stride_dob + o_d, mask=m_d, other=0.0).to(tl.float32) / count
     tile_stop = tl.minimum(start + first + TOKENS, stop)
     for i_t in range(start + first, tile_stop, BLOCK_T):
         o_t = i_t + tl.arange(0, BLOCK_T)
@@ -227,12 +228,7 @@ def _launch_fwd(
         partial = x.new_empty(num_partials, width, dtype=torch.float32)
         partial_count = x.new_empty(num_partials, dtype=torch.float32)
     _mean_pool_fwd_kernel[(len(tiles) * triton.cdiv(width, config["BLOCK_D"]),)](
-        x_ptr=x,
-        stride_xt=x.stride(0),
-        out_ptr=out,
-        stride_ob=out.stride(0),
-        partial_ptr=partial,
-        stride_pt=width,
+        **operands(("x", x, "t"), ("out", out, "b"), ("partial", partial, "t")),
         partial_count_ptr=partial_count,
         mask_ptr=pool_mask,
         tiles_ptr=tiles,
@@ -247,11 +243,8 @@ def _launch_fwd(
         return out
     combine = _fwd_combine_launch_config(width)
     _mean_pool_fwd_combine_kernel[(len(split_seqs) * triton.cdiv(width, combine["BLOCK_D"]),)](
-        partial_ptr=partial,
-        stride_pt=width,
+        **operands(("partial", partial, "t"), ("out", out, "b")),
         partial_count_ptr=partial_count,
-        out_ptr=out,
-        stride_ob=out.stride(0),
         split_seqs_ptr=split_seqs,
         cu_seqlens_ptr=layout.cu_seqlens,
         D=width,
@@ -284,12 +277,7 @@ def _launch_bwd(
     config = _bwd_launch_config(width, geglu, capability=capability(dx.device), dtype=dtype)
     tiles = layout.tiles(config["TOKENS"])
     _mean_pool_bwd_kernel[(len(tiles) * triton.cdiv(width, config["BLOCK_D"]),)](
-        x_ptr=x,
-        stride_xt=x.stride(0) if geglu else 0,
-        dout_ptr=dout,
-        stride_db=dout.stride(0),
-        dx_ptr=dx,
-        stride_dxt=dx.stride(0),
+        **operands(("x", x, "t"), ("dout", dout, "b"), ("dx", dx, "t")),
         count_ptr=count,
         mask_ptr=pool_mask,
         tiles_ptr=tiles,

@@ -28,7 +28,13 @@ import triton
 import triton.language as tl
 
 from nvembed_fast.kernels import tuned
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, capability, is_dispatched, with_contiguous_rows
+from nvembed_fast.kernels._common import (
+    COMPILE_OPTIONS,
+    capability,
+    is_dispatched,
+    operands,
+    with_contiguous_rows,
+)
 from nvembed_fast.kernels.errors import Unsupported, check_add_rms_norm, check_rms_norm
 
 __all__ = ["add_rms_norm", "rms_norm"]
@@ -177,15 +183,9 @@ def _launch_fwd(
         return y, h
     config = _launch_config(width, capability=capability(x.device), dtype=x.dtype)
     _rms_norm_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]),)](
-        x_ptr=x,
-        stride_xt=x.stride(0),
-        residual_ptr=residual,
-        stride_rt=0 if residual is None else residual.stride(0),
+        **operands(("x", x, "t"), ("residual", residual, "t"), ("y", y, "t")),
+        **operands(("h", None if residual is None else h, "t")),
         weight_ptr=weight,
-        y_ptr=y,
-        stride_yt=y.stride(0),
-        h_ptr=None if residual is None else h,
-        stride_ht=h.stride(0),
         num_tokens=num_tokens,
         eps=eps,
         D=width,
@@ -217,15 +217,10 @@ def _launch_bwd(
     num_programs = triton.cdiv(num_tokens, config["ROWS"])
     partial = h.new_empty(num_programs, width, dtype=torch.float32) if needs_dweight else None
     _rms_norm_bwd_kernel[(num_programs,)](
-        h_ptr=h,
-        stride_ht=h.stride(0),
-        weight_ptr=weight,
-        dy_ptr=dy,
-        stride_dyt=dy.stride(0),
+        **operands(("h", h, "t"), ("dy", dy, "t"), ("dh", dh if needs_dh else None, "t")),
         dh_out_ptr=dh_out,
         stride_dot=0 if dh_out is None else dh_out.stride(0),
-        dh_ptr=dh if needs_dh else None,
-        stride_dht=width,
+        weight_ptr=weight,
         partial_ptr=partial,
         num_tokens=num_tokens,
         eps=eps,

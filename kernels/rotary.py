@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, is_dispatched, with_contiguous_rows
+from nvembed_fast.kernels._common import COMPILE_OPTIONS, is_dispatched, operands, with_contiguous_rows
 from nvembed_fast.kernels.errors import check_rotary
 
 __all__ = ["rotary"]
@@ -87,16 +87,7 @@ def _launch_fwd(
     if num_tokens == 0 or num_written == 0:
         return out
     _rotary_fwd_kernel[(num_tokens,)](
-        qkv_ptr=qkv,
-        stride_qt=qkv.stride(0),
-        stride_qn=qkv.stride(1),
-        out_ptr=out,
-        stride_ot=out.stride(0),
-        stride_on=out.stride(1),
-        cos_ptr=cos,
-        stride_cp=cos.stride(0),
-        sin_ptr=sin,
-        stride_sp=sin.stride(0),
+        **operands(("qkv", qkv, "tn"), ("out", out, "tn"), ("cos", cos, "p"), ("sin", sin, "p")),
         positions_ptr=positions,
         HALF=head_width // 2,
         NUM_HEADS=num_written,
