@@ -43,7 +43,7 @@ def use_descriptors(capability: int, *tensors: torch.Tensor) -> bool:
     """Whether kernels load these through tensor descriptors (TMA): sm_90 and sm_100.
 
     sm_120 has them too, but not the shared memory for the tiles that go with them. Bases, and all strides but
-    the last, must be positive multiples of 16 bytes; without tensors they are taken to be.
+    the last, must be positive multiples of 16 bytes. Without tensors they are taken to be.
     """
     return 90 <= capability < 120 and all(
         t.data_ptr() % 16 == 0 and all(step > 0 and step * t.itemsize % 16 == 0 for step in t.stride()[:-1])
@@ -102,7 +102,7 @@ def _erfc(b_t):
 
 @triton.jit
 def double_gelu(b_x):
-    """2 gelu(x) to fp32 rounding, in 11 instructions (with libdevice's erf: 32; sm_90, Triton 3.7.1).
+    """2 gelu(x) to fp32 rounding, in 11 instructions on sm_90 by Triton 3.7.1 (libdevice's erf: 32).
 
     With t = |x|, erfc(t / sqrt(2)) = exp2(R(t)), and R is a polynomial without constant term: one exponential
     for both signs and no branch,
@@ -120,7 +120,7 @@ def double_gelu(b_x):
 def double_gelu_and_slope(b_x):
     """2 gelu(x) and its derivative 2 Phi(x) + 2 x phi(x), from one erfc.
 
-    Phi(x) = 1 - erfc(t / sqrt(2)) / 2 for x >= 0, and erfc(t / sqrt(2)) / 2 below; phi is the normal density.
+    Phi(x) = 1 - erfc(t / sqrt(2)) / 2 for x >= 0, and erfc(t / sqrt(2)) / 2 below. phi is the normal density.
     """
     b_t = tl.abs(b_x)
     b_tail = _erfc(b_t)

@@ -13,7 +13,8 @@ reach memory:
 
 A single piece of L = 512 would need no parking, but leaves room for 64 tokens:
 1152 bytes of x and A per 65536 operations instead of 768. By the data sheets
-the L2 cache then keeps the tensor cores waiting (computed, see bench/NOTES.md).
+the L2 cache then keeps the tensor cores waiting. This is computed, not measured:
+see bench/NOTES.md.
 
 No tile depends on T, so a token's bits do not depend on its batch.
 
@@ -169,7 +170,7 @@ def _absorbed_latent_attention_bwd_kernel(
     o_l = tl.arange(0, BLOCK_L)
     o_k = tl.arange(0, BLOCK_K)[None, :]
     o_ds = o_t.to(tl.int64)[:, None] * (N * L) + i_n * L + o_l[None, :]
-    # rows beyond the last are read as the last: what comes of them is not stored
+    # rows beyond the last are read as the last, and their results are not stored
     o_dout = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1 - i_t)[:, None] * stride_dot + o_k
     if USE_TMA:
         dout = tl.make_tensor_descriptor(dout_ptr, [num_tokens, D], [stride_dot, 1], [BLOCK_T, BLOCK_K])
@@ -227,7 +228,7 @@ def _rule(num_latents: int, *, capability: int, dtype: torch.dtype) -> dict[str,
 def _launch_config(
     num_latents: int, *, capability: int, dtype: torch.dtype, aligned: bool = True
 ) -> dict[str, int | bool]:
-    """Tiles of the fused softmax; descriptors (TMA) for 16-bit data where it has them."""
+    """Tiles of the fused softmax. 16-bit data is loaded by descriptors (TMA) where the GPU has them."""
     rule = _rule(num_latents, capability=capability, dtype=dtype)
     rule["USE_TMA"] = rule["USE_TMA"] and aligned
     shape_class = {"latents": max(16, triton.next_power_of_2(num_latents)), "bits": 8 * dtype.itemsize}

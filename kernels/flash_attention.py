@@ -11,17 +11,18 @@ With scores s = q k^T and c = scale * log2(e), each key block updates per row
     l' = a l + sum(p),      acc' = a acc + p v,
 
 from m = -inf, l = 0, acc = 0. In the end out = acc / l, and the logarithm of
-the denominator, kept in base 2, is lse2 = m + log2(l). Every row sees key 0, which lies in the
-first block, so m is finite from there on and needs no guard. Blocks that all
-rows see whole take no mask; only the end of the sequence and the diagonal do.
+the denominator, kept in base 2, is lse2 = m + log2(l). Every row sees key 0,
+which lies in the first block, so m is finite from there on and needs no guard.
+Blocks that all rows see whole take no mask. Only the end of the sequence and the
+diagonal do.
 
 The invariant: row pointers and descriptors start at the sequence and end with
-it, so that what lies beyond is read as zero and a NaN there cannot matter (the
+it, so that memory beyond it is read as zero and a NaN there cannot matter (the
 mask makes p zero, but zero times NaN would be NaN).
 
 Two ways to load, picked by `_launch_config`: tensor descriptors (TMA) on sm_90,
 pointers elsewhere. With descriptors one loop serves all blocks and a branch
-masks the last ones; with pointers that branch would cost layout conversions in
+masks the last ones. With pointers that branch would cost layout conversions in
 every block (sm_80), so the last ones have a loop of their own.
 
 Backward, with p = exp2(c s - lse2) computed again from the scores:
@@ -35,8 +36,8 @@ Backward, with p = exp2(c s - lse2) computed again from the scores:
 
 Nothing is atomic, so the bits repeat. Rows beyond the end, or beyond the group,
 have lse2 = +inf: their p is zero. Saved per token: q, k, v (views of the QKV
-product), out, and an fp32 lse2 per head; scores are computed again, because a row of them
-is as long as its sequence.
+product), out, and an fp32 lse2 per head. Scores are computed again, because a
+row of them is as long as its sequence.
 
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
@@ -397,7 +398,7 @@ def _flash_attention_bwd_dkv_kernel(
         k = k_ptr
         v = v_ptr
 
-    # [BLOCK_N, BLOCK_H] each; keys beyond the end are zeros, and what comes of them is never stored
+    # [BLOCK_N, BLOCK_H] each. Keys beyond the end are zeros, and their results are never stored
     b_k = _load_rows(k, stride_kt, i_n, length, H, BLOCK_N, BLOCK_H, True, USE_TMA)
     b_v = _load_rows(v, stride_vt, i_n, length, H, BLOCK_N, BLOCK_H, True, USE_TMA)
     o_n = i_n + tl.arange(0, BLOCK_N)
@@ -509,7 +510,7 @@ def _bwd_launch_config(
     use_tma = aligned and dtype.itemsize == 2 and use_descriptors(capability)
     num_warps, num_stages = 8, 2
     if dtype.itemsize == 4:
-        # operands in registers, as in `_launch_config`; dq of 256 columns spills all the same
+        # operands in registers, as in `_launch_config`. dq of 256 columns spills all the same
         block_m = block_n = 32 if block_h <= 64 else 16
         num_warps, num_stages = 8 if kernel == "dq" else 4, 1
     elif block_h > 128:
@@ -547,11 +548,10 @@ def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
         limits = f"from {MIN_HEAD_WIDTH} to {MAX_HEAD_WIDTH}"
         raise Unsupported(f"q must have heads {limits} wide for this kernel, got {width}")
     group = num_heads // k.shape[1]
-    most = min(MAX_GROUP, MAX_GROUP_COLUMNS // triton.next_power_of_2(width))
-    if group > most:
-        raise Unsupported(
-            f"q must have at most {most} heads of width {width} per head of k for this kernel, got {group}"
-        )
+    max_group = min(MAX_GROUP, MAX_GROUP_COLUMNS // triton.next_power_of_2(width))
+    if group > max_group:
+        wanted = f"at most {max_group} heads of width {width} per head of k"
+        raise Unsupported(f"q must have {wanted} for this kernel, got {group}")
 
 
 def _launch_fwd(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -616,7 +616,7 @@ def _launch_bwd(
     causal: bool,
     needs: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv); one that is not needed is empty. `out` may be None if dv alone is."""
+    """(dq, dk, dv). One that is not needed is empty. `out` may be None if dv alone is needed."""
     num_tokens, num_heads, width = q.shape
     num_kv_heads = k.shape[1]
     needs_dq, needs_dk, needs_dv = needs

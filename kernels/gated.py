@@ -4,8 +4,8 @@ Element by element, so the only concern is memory: a program owns a tile of
 output, neighbouring programs own neighbouring tiles of a row, and each thread
 has several 16-byte loads in flight. Everything between load and store is fp32.
 
-Backward: saved is the input alone (2F per token, which the product before it
-has written anyway); the activation is computed again, one pass over memory.
+Backward: only the input is saved (2F per token, which the product before it has
+written anyway). The activation is computed again, in one pass over memory.
 
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """

@@ -240,7 +240,7 @@ def _latent_attention_bwd_dkv_kernel(
             b_q = tl.load(q_ptr + o_row * stride_qt + o_h[None, :], mask=m_th, other=0.0)
             b_dout = tl.load(dout_ptr + o_row * stride_dot + o_h[None, :], mask=m_th, other=0.0)
         b_lse = tl.load(lse_ptr + o_t, mask=m_t, other=float("inf"))
-        # [BLOCK_L, BLOCK_T]; rows beyond the last latent are never stored
+        # [BLOCK_L, BLOCK_T]. Rows beyond the last latent are never stored
         b_s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
         b_p = tl.exp2(b_s * scale_log2 - b_lse[None, :])
         if NEEDS_DV:
@@ -263,13 +263,13 @@ def _latent_attention_bwd_dkv_kernel(
 def _launch_config(
     num_latents: int, head_width: int, *, capability: int, dtype: torch.dtype, aligned: bool = True
 ) -> dict[str, int | bool]:
-    """Tiles; descriptors (TMA) for 16-bit data where it has them.
+    """Tiles. 16-bit data is loaded by descriptors (TMA) where the GPU has them.
 
     Args:
         aligned: bases and strides let descriptors be made.
     """
     block_h = max(16, triton.next_power_of_2(head_width))
-    most = max(16, triton.next_power_of_2(num_latents))
+    padded = max(16, triton.next_power_of_2(num_latents))
     use_tma = dtype.itemsize == 2 and use_descriptors(capability)
     if dtype.itemsize == 4:
         block_t = block_l = 32 if block_h <= 128 else 16
@@ -283,13 +283,13 @@ def _launch_config(
         num_warps, num_stages = 8, 3 if capability == 80 or block_h <= 128 else 2
     rule = {
         "BLOCK_T": block_t,
-        "BLOCK_L": min(block_l, most),
+        "BLOCK_L": min(block_l, padded),
         "BLOCK_H": block_h,
         "USE_TMA": use_tma and aligned,
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
-    shape_class = {"width": block_h, "latents": most, "bits": 8 * dtype.itemsize}
+    shape_class = {"width": block_h, "latents": padded, "bits": 8 * dtype.itemsize}
     return tuned.override("latent_attention.fwd", capability, rule, **shape_class)
 
 
@@ -312,11 +312,11 @@ def _bwd_launch_config(
     else:
         # 99 KB of shared memory on 8.6, 8.9 and 12.0
         dq, dkv = (64, 32, 8, 1), (16, 64, 8, 1)
-    most = max(16, triton.next_power_of_2(num_latents))
+    padded = max(16, triton.next_power_of_2(num_latents))
     return {
         name: {
             "BLOCK_T": block_t,
-            "BLOCK_L": min(block_l, most),
+            "BLOCK_L": min(block_l, padded),
             "BLOCK_H": block_h,
             "USE_TMA": use_tma,
             "num_warps": num_warps,
@@ -405,7 +405,7 @@ def _launch_bwd_dkv(
     needs_dk: bool,
     needs_dv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dk, dv), empty where not needed; delta is not read for dv alone."""
+    """(dk, dv), empty where not needed. delta is not read for dv alone."""
     num_tokens, num_heads, head_width = q.shape
     num_chunks = triton.cdiv(num_tokens, CHUNK)
     dk, dv = (
@@ -455,7 +455,7 @@ def _launch_bwd(
     needs_dk: bool,
     needs_dv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), empty where not needed; `out` may be None if dv alone is."""
+    """(dq, dk, dv), empty where not needed. `out` may be None if dv alone is needed."""
     if len(q) == 0:
         needs = ((q, needs_dq), (k, needs_dk), (v, needs_dv))
         return tuple(t.new_zeros(t.shape if needed else 0) for t, needed in needs)
@@ -503,7 +503,7 @@ def _wide_bwd(
     needs_dk: bool,
     needs_dv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(dq, dk, dv), empty where not needed; P and dS are rounded for their products, sums are fp32."""
+    """(dq, dk, dv), empty where not needed. P and dS are rounded for their products, sums are fp32."""
     k_NLH, v_NLH = k.transpose(0, 1), v.transpose(0, 1)
     dqs = []
     dk_LNH, dv_LNH = (
@@ -520,7 +520,7 @@ def _wide_bwd(
         delta_NT1 = (p_NTL * dp_NTL).sum(-1, keepdim=True)
         ds_NTL = (p_NTL * (dp_NTL - delta_NT1)).to(q.dtype)
         if needs_dq:
-            # beta=0 ignores the first argument; scale acts before the one rounding
+            # beta=0 ignores the first argument, and scale acts before the one rounding
             dq_NTH = torch.baddbmm(q.new_zeros(1, 1, 1), ds_NTL, k_NLH, beta=0, alpha=scale)
             dqs.append(dq_NTH.transpose(0, 1))
         if needs_dk:

@@ -3,7 +3,7 @@
 1. One program owns one tile of the host's list, at most TOKENS tokens of one
    sequence, and BLOCK_D columns. It sums the kept rows in fp32 registers, so x
    is read once. A sequence of one tile is then divided and done.
-2. The tiles of longer sequences leave partial sums; a second kernel adds those
+2. The tiles of longer sequences leave partial sums. A second kernel adds those
    of each sequence in their order and divides. It starts only if there are any.
 
 The invariant: tiles begin at the sequence, and their size follows from the
@@ -12,8 +12,8 @@ else is in the batch, and its bits never change. Nothing is atomic.
 
 Backward: a kept token gets its sequence's gradient over the number of kept
 tokens, a dropped one zeros. Saved are the mask (a byte per token) and, for the
-GEGLU, its input, which is differentiated in the same pass; nothing of size
-[T, D] for the plain mean.
+GEGLU, its input, which is differentiated in the same pass. The plain mean saves
+nothing of size [T, D].
 
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
@@ -42,7 +42,7 @@ __all__ = ["mean_pool", "mean_pool_geglu"]
 
 @triton.jit
 def _mean(b_sum, count):
-    # a sequence that keeps no token gives zeros; the plain fp32 division is approximate
+    # a sequence that keeps no token gives zeros. The plain fp32 division is approximate
     return tl.div_rn(b_sum, tl.maximum(count, 1.0))
 
 
@@ -212,7 +212,7 @@ def _launch_fwd(
     x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None, geglu: bool
 ) -> torch.Tensor:
     width = x.shape[1] // 2 if geglu else x.shape[1]
-    # an empty sequence has no tile, so nobody else writes its zeros
+    # an empty sequence has no tile, so no program writes its zeros
     new_out = x.new_zeros if 0 in layout.lengths else x.new_empty
     out = new_out(len(layout), width, dtype=torch.float32)
     if layout.num_tokens == 0:
@@ -271,7 +271,7 @@ def _launch_bwd(
     dout = with_contiguous_rows(dout)
     count = None
     if pool_mask is not None:
-        # kept tokens before each place; integers, so exact in any order
+        # kept tokens before each place. Integers are exact in any order
         kept = torch.nn.functional.pad(pool_mask.cumsum(0, dtype=torch.int32), (1, 0))
         count = kept[layout.cu_seqlens].diff()
     config = _bwd_launch_config(width, geglu, capability=capability(dx.device), dtype=dtype)

@@ -2,7 +2,7 @@
 
 A program owns one row, or a few short ones, and keeps it in registers: x is
 read once and every output written once. The residual sum is rounded to the
-dtype before the statistics are taken, because h is what the next block reads.
+dtype before the statistics are taken, because the next block reads this h.
 The tile follows from D alone, so a row's result never depends on the others.
 
 Backward, with r = 1 / rms(h), n = h r, g = dy * weight:
@@ -15,8 +15,8 @@ Backward, with r = 1 / rms(h), n = h r, g = dy * weight:
 2. The shares, one row each, are added in their order: nothing is atomic, and
    no tile depends on T.
 
-Saved is h alone, which the residual stream holds anyway: r costs less to
-compute again, from the row in registers, than to read.
+Only h is saved, which the residual stream holds anyway. r costs less to compute
+again, from the row in registers, than to read.
 
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
@@ -175,7 +175,7 @@ def _check_limits(x: torch.Tensor, eps: float) -> None:
 def _launch_fwd(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(y, h); h is x itself without a residual."""
+    """(y, h). Without a residual h is x itself."""
     num_tokens, width = x.shape
     y = x.new_empty(num_tokens, width)
     h = x if residual is None else x.new_empty(num_tokens, width)
@@ -205,7 +205,7 @@ def _launch_bwd(
     needs_dh: bool,
     needs_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dh, dweight); one that is not needed is empty."""
+    """(dh, dweight). One that is not needed is empty."""
     num_tokens, width = h.shape
     dh = h.new_empty(num_tokens if needs_dh else 0, width)
     if num_tokens == 0:

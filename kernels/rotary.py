@@ -4,8 +4,8 @@ A program owns one token: its row of the tables is read once and serves all
 heads, which are loaded as one tile of first halves and one of second halves.
 In place the values, and any head that does not turn, are never touched.
 
-Backward: the same kernel turns the gradient back, by the negative angle. Saved
-are the tables and the positions, nothing of the token.
+Backward: the same kernel turns the gradient back, by the negative angle. The
+tables and the positions are saved, nothing of the token.
 
 Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
@@ -39,7 +39,7 @@ def _rotary_fwd_kernel(
     m_h = o_h < HALF
     m_nh = (o_n < NUM_HEADS) & m_h
 
-    # [BLOCK_N, BLOCK_H] each; issued before the tables, which wait for the position
+    # [BLOCK_N, BLOCK_H] each, issued before the tables, which wait for the position
     o_in = i_t * stride_qt + o_n * stride_qn + o_h
     b_first = tl.load(qkv_ptr + o_in, mask=m_nh, other=0.0)
     b_second = tl.load(qkv_ptr + o_in + HALF, mask=m_nh, other=0.0)

@@ -6,14 +6,14 @@
 2. The file is read once, at the first launch, and checked whole. Nothing is
    searched here: `python -m tools.tuning --write` measures and writes.
 
-The invariant: an entry decides how fast a kernel is and never what it computes.
-What follows from the shape alone, such as a padded width, is no constant of an
-entry, and an entry that loads through descriptors is left where none can be made.
+The invariant: an entry decides how fast a kernel is and never its result.
+A number that follows from the shape alone, such as a padded width, is no constant
+of an entry. An entry that loads through descriptors is left where none can be made.
 
 A class names the numbers that its rule distinguishes, each rounded up to a power
 of two: `width128-group4-bits16-longest128`. `longest`, the longest sequence of a
 batch, counts from 16 to 128: longer ones share their tiles, so that their bits
-do not depend on what else is in the batch.
+do not depend on the rest of the batch.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from typing import Any
 
 FILE = Path(__file__).with_name("tuned.toml")
 ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
-# of an entry, beside its constants; times are the sums over the cases it was measured on
+# of an entry, beside its constants. Times are the sums over the cases it was measured on
 PROVENANCE = {"gpu": str, "date": datetime.date, "commit": str, "time_ms": float, "rule_ms": float}
 
 Config = dict[str, int | bool]
@@ -70,7 +70,7 @@ _caches: list = []
 
 
 def cache(launch_config: Callable) -> Callable:
-    """`functools.cache` for a `_launch_config`; `use` empties it."""
+    """`functools.cache` for a `_launch_config`. `use` empties it."""
     cached = functools.cache(launch_config)
     _caches.append(cached)
     return cached
@@ -100,7 +100,7 @@ def use(entries: Mapping[Key, Config]) -> Iterator[None]:
     """Launch by these entries and no others inside a `with` block, in every thread (tuning, tests).
 
     Args:
-        entries: checked by nobody; an empty mapping leaves the rules.
+        entries: not validated. An empty mapping disables all overrides.
     """
     before = _used
     _set_used(entries)

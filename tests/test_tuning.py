@@ -439,7 +439,7 @@ def test_the_fastest_is_faster_in_every_case():
     assert tuning.fastest({tuning.RULE: [one, two], "mixed": mixed, "both": both}) == "both"
 
 
-# a problem small enough for the interpreter; the second candidate is the rule once more
+# a problem small enough for the interpreter. The second candidate is the rule once more
 TINY = tuning.Problem(
     "rms_norm.fwd",
     "rms_norm: add_rms_norm bf16",

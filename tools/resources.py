@@ -5,7 +5,7 @@
 
 1. The examples below call the kernels' own functions at the shapes of
    NV-Embed-v2, with tensors on the meta device. Every launch is recorded in
-   place of being run, so what is compiled is what is launched.
+   place of being run, so the launches themselves are compiled.
 2. Triton compiles each recorded launch as it would on that GPU, and the binary
    is read: registers, stack bytes, local loads and stores (spills), shared
    memory, wgmma, mma and TMA instructions and the widest global load.
@@ -71,7 +71,7 @@ class Example(NamedTuple):
     """A launch that becomes a row.
 
     Attributes:
-        name: unique inside its stem: what differs, and the dtype.
+        name: unique inside its stem: the variant and the dtype.
         kernel: "bwd_dq" for `_<stem>_bwd_dq_kernel`.
         call: launches the kernel once, and maybe others beside it.
     """
@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.update and partial:
         parser.error("--update keeps all rows of both targets: no --capability, no --rows")
     if os.environ.get("TRITON_INTERPRET"):
-        # read at the first `import triton`, which also decides what @triton.jit returns
+        # read at the first `import triton`, where @triton.jit becomes the interpreter's or the compiler's
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         command = [sys.executable, "-m", "tools.resources", *(sys.argv[1:] if argv is None else argv)]
         return subprocess.run(command, env=env).returncode
