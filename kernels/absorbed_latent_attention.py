@@ -96,6 +96,7 @@ def _absorbed_latent_attention_fwd_kernel(
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_K: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
     NUM_PIECES: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
+    # the tile: which tokens of which head
     # the heads of the same tokens are neighbours: x comes from memory once, A stays in the L2 cache
     i_n = tl.program_id(0) % N
     i_t = tl.program_id(0) // N * BLOCK_T
@@ -112,6 +113,7 @@ def _absorbed_latent_attention_fwd_kernel(
     else:
         x = x_ptr + i_t.to(tl.int64) * stride_xt
 
+    # the pieces, all but the last parked
     b_max = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_T], dtype=tl.float32)
     parked_max = ()
@@ -137,6 +139,7 @@ def _absorbed_latent_attention_fwd_kernel(
         m_tl = (o_t < num_tokens)[:, None] & m_l[None, :]
         tl.store(p_ptrs + i_piece * BLOCK_L, b_p.to(p_ptr.dtype.element_ty), mask=m_tl)
 
+    # rescale the parked pieces
     if NUM_PIECES > 1:
         # another thread may read back what this one parked
         tl.debug_barrier()
@@ -164,6 +167,7 @@ def _absorbed_latent_attention_bwd_kernel(
     BLOCK_ROW: tl.constexpr, BLOCK_HEAD: tl.constexpr,
 ):  # fmt: skip
     NUM_PIECES: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
+    # the tile: which tokens of which head
     i_n = tl.program_id(0) % N
     i_t = tl.program_id(0) // N * BLOCK_T
     o_t = i_t + tl.arange(0, BLOCK_T)
@@ -178,6 +182,7 @@ def _absorbed_latent_attention_bwd_kernel(
     else:
         dout = dout_ptr + i_t.to(tl.int64) * stride_dot
 
+    # the pieces of dP, parked where several
     for i_piece in tl.static_range(NUM_PIECES):
         i_l = i_n * L + i_piece * BLOCK_L
         o_row = o_l if L % BLOCK_L == 0 else tl.minimum(o_l, L - 1 - i_piece * BLOCK_L)
@@ -194,6 +199,7 @@ def _absorbed_latent_attention_bwd_kernel(
             b_piece = _softmax_slope(b_p, tl.where(m_tl, b_piece, 0.0))
         tl.store(ds_ptr + o_ds + i_piece * BLOCK_L, b_piece.to(ds_ptr.dtype.element_ty), mask=m_tl)
 
+    # finish the parked pieces, whole rows at a time
     if NUM_PIECES > 1:
         # another thread may read back what this one parked
         tl.debug_barrier()

@@ -158,6 +158,7 @@ def _flash_attention_fwd_kernel(
     USE_TMA: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_GROUP
+    # the tile: which tokens of which sequence, for which heads
     i_tile = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     i_g = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     i_seq = tl.load(tiles_ptr + 2 * i_tile)
@@ -165,6 +166,7 @@ def _flash_attention_fwd_kernel(
     start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
     length = (tl.load(cu_seqlens_ptr + i_seq + 1) - start).to(tl.int32)
 
+    # addresses, from the start of the sequence
     q_ptr += start * stride_qt + i_g * GROUP * stride_qn
     k_ptr += start * stride_kt + i_g * stride_kg
     v_ptr += start * stride_vt + i_g * stride_vg
@@ -190,6 +192,7 @@ def _flash_attention_fwd_kernel(
         q, stride_qt, stride_qn, first_token, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, USE_TMA
     )
 
+    # walk the keys
     # every row sees the first num_common keys, some row the first num_keys
     num_keys = tl.minimum(first_token + BLOCK_T, length) if CAUSAL else length
     num_common = first_token + 1 if CAUSAL else length
@@ -209,6 +212,7 @@ def _flash_attention_fwd_kernel(
                 H, CAUSAL, PRECISION, BLOCK_N, BLOCK_H, True, USE_TMA,
             )  # fmt: skip
 
+    # write the result
     # [BLOCK_M, BLOCK_H]
     b_out = (b_acc * (1.0 / b_l)[:, None]).to(out_ptr.dtype.element_ty)
     m_m = (o_t < length) & (o_head < GROUP)
@@ -287,6 +291,7 @@ def _flash_attention_bwd_dq_kernel(
     USE_TMA: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_GROUP
+    # the tile: which tokens of which sequence, for which heads
     i_tile = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     i_g = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     i_seq = tl.load(tiles_ptr + 2 * i_tile)
@@ -294,6 +299,7 @@ def _flash_attention_bwd_dq_kernel(
     start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
     length = (tl.load(cu_seqlens_ptr + i_seq + 1) - start).to(tl.int32)
 
+    # addresses, from the start of the sequence
     q_ptr += start * stride_qt + i_g * GROUP * stride_qn
     k_ptr += start * stride_kt + i_g * stride_kg
     v_ptr += start * stride_vt + i_g * stride_vg
@@ -315,6 +321,7 @@ def _flash_attention_bwd_dq_kernel(
         k = k_ptr
         v = v_ptr
 
+    # queries, their output gradients and their statistics
     o_m = tl.arange(0, BLOCK_M)
     o_t = first_token + o_m // BLOCK_GROUP
     o_head = o_m % BLOCK_GROUP
@@ -331,6 +338,7 @@ def _flash_attention_bwd_dq_kernel(
     b_lse2 = tl.load(lse2_ptr + o_row, mask=m_m, other=float("inf"))
     b_delta = tl.load(delta_ptr + o_row, mask=m_m, other=0.0)
 
+    # walk the keys
     num_keys = tl.minimum(first_token + BLOCK_T, length) if CAUSAL else length
     num_common = first_token + 1 if CAUSAL else length
     num_full = num_common // BLOCK_N * BLOCK_N
@@ -349,6 +357,7 @@ def _flash_attention_bwd_dq_kernel(
                 H, CAUSAL, PRECISION, BLOCK_N, BLOCK_H, True, USE_TMA,
             )  # fmt: skip
 
+    # write the result
     # [BLOCK_M, BLOCK_H]
     b_dq = (b_dq * scale).to(dq_ptr.dtype.element_ty)
     o_h = tl.arange(0, BLOCK_H)
@@ -371,6 +380,7 @@ def _flash_attention_bwd_dkv_kernel(
     USE_TMA: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_GROUP
+    # the tile: which keys of which sequence, for which head
     i_tile = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     i_g = (tl.program_id(0) % num_kv_heads).to(tl.int64)
     i_seq = tl.load(tiles_ptr + 2 * i_tile)
@@ -378,6 +388,7 @@ def _flash_attention_bwd_dkv_kernel(
     start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
     length = (tl.load(cu_seqlens_ptr + i_seq + 1) - start).to(tl.int32)
 
+    # addresses, from the start of the sequence
     q_ptr += start * stride_qt + i_g * GROUP * stride_qn
     k_ptr += start * stride_kt + i_g * stride_kg
     v_ptr += start * stride_vt + i_g * stride_vg
@@ -398,12 +409,14 @@ def _flash_attention_bwd_dkv_kernel(
         k = k_ptr
         v = v_ptr
 
+    # keys and values
     # [BLOCK_N, BLOCK_H] each. Keys beyond the end are zeros, and their results are never stored
     b_k = _load_rows(k, stride_kt, i_n, length, H, BLOCK_N, BLOCK_H, True, USE_TMA)
     b_v = _load_rows(v, stride_vt, i_n, length, H, BLOCK_N, BLOCK_H, True, USE_TMA)
     o_n = i_n + tl.arange(0, BLOCK_N)
     o_m = tl.arange(0, BLOCK_M)
     o_head = o_m % BLOCK_GROUP
+    # walk the queries of the whole group
     b_dk = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     b_dv = tl.zeros([BLOCK_N, BLOCK_H], tl.float32)
     for i_t in tl.range(i_n // BLOCK_T * BLOCK_T if CAUSAL else 0, length, BLOCK_T):
@@ -431,6 +444,7 @@ def _flash_attention_bwd_dkv_kernel(
             b_ds = b_p * (b_dp - b_delta[None, :])
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
+    # write the results
     # [BLOCK_N, BLOCK_H]
     o_h = tl.arange(0, BLOCK_H)
     o_kv = (start + o_n)[:, None] * stride_dt + i_g * stride_dg + o_h[None, :]

@@ -63,6 +63,7 @@ def _latent_attention_fwd_kernel(
     N: tl.constexpr, L: tl.constexpr, H: tl.constexpr, WITH_LSE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
+    # the tile: which tokens of which head
     # the heads of the same tokens are neighbours: they write whole rows together
     i_n = (tl.program_id(0) % N).to(tl.int64)
     i_t = tl.program_id(0) // N * BLOCK_T
@@ -83,6 +84,7 @@ def _latent_attention_fwd_kernel(
     else:
         b_q = tl.load(q_ptr + o_t.to(tl.int64)[:, None] * stride_qt + o_h[None, :], mask=m_th, other=0.0)
 
+    # walk the latents
     b_max = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_T], dtype=tl.float32)
     b_acc = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
@@ -110,6 +112,7 @@ def _latent_attention_fwd_kernel(
         b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
         b_max = b_new_max
 
+    # write the results
     out_ptrs = out_ptr + o_t.to(tl.int64)[:, None] * stride_ot + i_n * stride_on + o_h[None, :]
     tl.store(out_ptrs, (b_acc / b_sum[:, None]).to(out_ptr.dtype.element_ty), mask=m_th)
     if WITH_LSE:
@@ -127,6 +130,7 @@ def _latent_attention_bwd_dq_kernel(
     N: tl.constexpr, L: tl.constexpr, H: tl.constexpr, NEEDS_DQ: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
+    # the tile: which tokens of which head
     i_n = (tl.program_id(0) % N).to(tl.int64)
     i_t = tl.program_id(0) // N * BLOCK_T
     o_t = i_t + tl.arange(0, BLOCK_T)
@@ -137,6 +141,7 @@ def _latent_attention_bwd_dq_kernel(
     m_th = m_t[:, None] & m_h
     o_row = o_t.to(tl.int64)[:, None]
     dout_ptr += i_n * stride_don
+    # delta
     # [BLOCK_T, BLOCK_H]
     b_out = tl.load(out_ptr + o_row * stride_ot + i_n * stride_on + o_h[None, :], mask=m_th, other=0.0)
     if USE_TMA:
@@ -147,6 +152,7 @@ def _latent_attention_bwd_dq_kernel(
     b_delta = tl.sum(b_out.to(tl.float32) * b_dout.to(tl.float32), 1)
     tl.store(delta_ptr + i_n * num_tokens + o_t, b_delta, mask=m_t)
 
+    # walk the latents for dq
     if NEEDS_DQ:
         q_ptr += i_n * stride_qn
         k_ptr += i_n * stride_kn
@@ -197,6 +203,7 @@ def _latent_attention_bwd_dkv_kernel(
     BLOCK_T: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_H: tl.constexpr, USE_TMA: tl.constexpr,
 ):  # fmt: skip
     NUM_TILES: tl.constexpr = (L + BLOCK_L - 1) // BLOCK_L
+    # the tile: which latents of which head, for which chunk of tokens
     # the tiles of the same head and tokens are neighbours: q and dO come from memory once
     i_l = tl.program_id(0) % NUM_TILES * BLOCK_L
     i_n = (tl.program_id(0) // NUM_TILES % N).to(tl.int64)
@@ -225,6 +232,7 @@ def _latent_attention_bwd_dkv_kernel(
         if NEEDS_DK:
             b_v = tl.load(v_ptr + o_l[:, None] * stride_vl + o_h[None, :], mask=m_lh, other=0.0)
 
+    # walk the tokens of the chunk
     b_dk = tl.zeros([BLOCK_L, BLOCK_H], dtype=tl.float32)
     b_dv = tl.zeros([BLOCK_L, BLOCK_H], dtype=tl.float32)
     for i_t in tl.range(i_chunk * CHUNK, tl.minimum((i_chunk + 1) * CHUNK, num_tokens), BLOCK_T):
@@ -251,6 +259,7 @@ def _latent_attention_bwd_dkv_kernel(
             b_ds = b_p * (b_dp - b_delta[None, :])
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
+    # write this chunk's sums
     # [num_chunks, L, N, H]
     o_sum = ((i_chunk.to(tl.int64) * L + o_l)[:, None] * N + i_n) * H + o_h[None, :]
     if NEEDS_DK:
