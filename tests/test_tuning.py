@@ -219,7 +219,7 @@ def test_an_entry_changes_the_tile_of_latent_attention(module, device, monkeypat
 def test_an_entry_changes_the_tile_of_mean_pool(geglu, device, monkeypatch):
     x, layout, mask = case(POOL_CASES, "ragged").inputs(device, torch.float16, geglu=geglu)
     tile, backward = ({"TOKENS": n, "BLOCK_T": 4, "BLOCK_D": 32, "num_warps": 1} for n in (16, 8))
-    prefix = f"mean_pool.{'geglu_' * geglu}"
+    prefix = "mean_pool.geglu_" if geglu else "mean_pool."
     entries = at(device, f"{prefix}fwd", "width128-bits16", **tile)
     entries |= at(device, f"{prefix}bwd", "width128-bits16", **backward)
     name = "mean_pool_geglu" if geglu else "mean_pool"
