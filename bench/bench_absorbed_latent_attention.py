@@ -15,7 +15,7 @@ def benches(setting: Setting) -> Iterator[KernelBench]:
         for backward in (False, True):
             work = Work(case.absorbed_flops(backward), "TFLOP/s")
             make = partial(_experiment, setting, case)
-            yield KernelBench("absorbed_latent_attention", case.name, make, work, backward)
+            yield KernelBench("absorbed_latent_attention", f"absorbed {case.name}", make, work, backward)
 
 
 def _experiment(setting: Setting, case: LatentCase) -> Experiment:

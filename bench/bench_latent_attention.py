@@ -15,7 +15,7 @@ def benches(setting: Setting) -> Iterator[KernelBench]:
         for backward in (False, True):
             work = Work(case.direct_flops(backward), "TFLOP/s")
             make = partial(_experiment, setting, case)
-            yield KernelBench("latent_attention", case.name, make, work, backward)
+            yield KernelBench("latent_attention", f"direct {case.name}", make, work, backward)
 
 
 def _experiment(setting: Setting, case: LatentCase) -> Experiment:
