@@ -16,6 +16,7 @@ from nvembed_fast.kernels.layout import SeqLayout
 
 Tensors = Sequence[torch.Tensor]
 
+LOG2E = 1 / math.log(2)
 # one token among longer ones, no two lengths equal, and a sequence without tokens
 RAGGED = (5, 1, 17, 64, 33)
 EMPTY_MIDDLE = (7, 0, 9)
@@ -94,32 +95,48 @@ def attention_gradients(inputs, upstream, layout: SeqLayout, causal: bool = Fals
     """dq, dk, dv as an honest kernel rounds: the cost of the dtype, the `low` of a gradient's parity.
 
     Eager attention on a CPU keeps probabilities in fp32. Tensor cores take operands in the dtype, so P and dS
-    are rounded to it before their products, as is the output before rowsum(dout out). All else is fp32.
+    are rounded to it before their products, as is the output before rowsum(dout out). All else is fp32. So is
+    the saved base-2 log of a softmax denominator, whose rounding is the same for a whole row of P.
 
     Args:
         inputs: q [T, N, H], k and v [T, G, H].
         upstream: the gradient of the output [T, N, H], and that of the lse [N, T].
     """
     (q, k, v), (dout, dlse) = inputs, upstream
-    group, scale = q.shape[1] // k.shape[1], q.shape[2] ** -0.5
+    group = q.shape[1] // k.shape[1]
     grads = [torch.zeros(t.shape, device=t.device) for t in inputs]
     for start, stop in zip(layout.cu_seqlens.tolist(), layout.cu_seqlens[1:].tolist(), strict=False):
         for n in range(q.shape[1]):
             g = n // group
-            q_SH, dout_SH = q[start:stop, n].float(), dout[start:stop, n].float()
-            k_SH, v_SH = k[start:stop, g].float(), v[start:stop, g].float()
-            scores = scale * q_SH @ k_SH.mT
-            if causal:
-                scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
-            p = scores.softmax(-1)
-            p_rounded = p.to(q.dtype).float()
-            out = (p_rounded @ v_SH).to(q.dtype).float()
-            delta = (dout_SH * out).sum(-1, keepdim=True) - dlse[n, start:stop, None]
-            ds = (p * (dout_SH @ v_SH.mT - delta)).to(q.dtype).float()
-            grads[0][start:stop, n] = scale * ds @ k_SH
-            grads[1][start:stop, g] += scale * ds.mT @ q_SH
-            grads[2][start:stop, g] += p_rounded.mT @ dout_SH
+            head = [t[start:stop, i] for t, i in ((q, n), (k, g), (v, g), (dout, n))]
+            dq, dk, dv = _head_gradients(*head, dlse[n, start:stop, None], causal)
+            grads[0][start:stop, n] = dq
+            grads[1][start:stop, g] += dk
+            grads[2][start:stop, g] += dv
     return [grad.to(q.dtype) for grad in grads]
+
+
+def latent_attention_gradients(inputs, upstream) -> list[torch.Tensor]:
+    """As `attention_gradients`, for the direct form: q [T, N, H], k and v [L, N, H], dout [T, N, H]."""
+    heads = zip(*(t.unbind(1) for t in (*inputs, *upstream)), strict=True)
+    per_head = zip(*(_head_gradients(*head) for head in heads), strict=True)
+    return [torch.stack(grads, dim=1).to(inputs[0].dtype) for grads in per_head]
+
+
+def _head_gradients(q, k, v, dout, dlse=0.0, causal: bool = False) -> Tensors:
+    """dq, dk, dv of one head in fp32: q and dout [S, H], k and v [L, H], dlse [S, 1]."""
+    q_SH, k_LH, v_LH, dout_SH = (t.float() for t in (q, k, v, dout))
+    scale = q.shape[1] ** -0.5
+    scores = scale * q_SH @ k_LH.mT
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    lse_log2 = LOG2E * scores.logsumexp(-1, keepdim=True)
+    p = (LOG2E * scores - lse_log2).exp2()
+    p_rounded = p.to(q.dtype).float()
+    out = (p_rounded @ v_LH).to(q.dtype).float()
+    delta = (dout_SH * out).sum(-1, keepdim=True) - dlse
+    ds = (p * (dout_SH @ v_LH.mT - delta)).to(q.dtype).float()
+    return scale * ds @ k_LH, scale * ds.mT @ q_SH, p_rounded.mT @ dout_SH
 
 
 @dataclass(frozen=True)
