@@ -23,6 +23,7 @@ from nvembed_fast.kernels.testing import (
     assert_gradient_parity,
     assert_parity,
     gradients,
+    latent_attention_gradients,
     small,
     upstream_of,
 )
@@ -420,7 +421,15 @@ def test_one_tensor_in_two_places(path, device):
     def twice(function):
         return lambda q, k: function(q, k, k) + function(q, k, q[:1].expand_as(k))
 
-    assert_gradient_parity("direct", twice(latent_attention), twice(reference.latent_attention), [q, k])
+    def low(inputs, upstream):
+        q, k = inputs
+        dq, *dk = latent_attention_gradients([q, k, k], upstream)
+        # here all values are one: dP - delta is the rounding of two equal sums, in eager of one
+        dq_2, dk_2, dv_2 = latent_attention_gradients([q, k, q[:1].expand_as(k)], upstream)
+        dq_2[0] += dv_2.sum(0)
+        return [dq + dq_2, sum(dk) + dk_2]
+
+    assert_gradient_parity("direct", twice(latent_attention), twice(reference.latent_attention), [q, k], low)
 
 
 def test_no_upstream_gives_no_gradient(device):
