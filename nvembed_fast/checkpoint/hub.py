@@ -50,7 +50,7 @@ def resolve(
             name,
             revision=revision,
             token=token,
-            cache_dir=None if cache_dir is None else str(cache_dir),
+            cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             allow_patterns=[CONFIG_FILE] if config_only else _FETCHED,
         )
