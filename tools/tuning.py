@@ -4,16 +4,16 @@
     python -m tools.tuning --list
 
 1. Every candidate below is compiled for the architecture, which needs no GPU. One
-   that does not fit shared memory is dropped; one that spills comes last and says
-   so: time decides.
+   that does not fit shared memory is dropped. One that spills comes last and is
+   marked, because time decides.
 2. On a GPU each of them has to pass parity first. Then they and the rule of the
    kernel's `_launch_config` take turns on the bench cases.
 3. A candidate wins that beats the rule by more than the spread (its 80th
    percentile against the rule's 20th) in every case, the fastest of them. With
-   --write it becomes the entry of its class in kernels/tuned.toml; where none wins,
+   --write it becomes the entry of its class in kernels/tuned.toml. Where none wins,
    an entry of that class is removed. A kernel is written as soon as it is measured.
 
-Ctrl-C keeps what was written. Nothing else searches: launches read the file.
+Ctrl-C keeps the entries written so far. Nothing else searches: launches read the file.
 """
 
 import argparse
@@ -67,8 +67,8 @@ class Launch(NamedTuple):
     """A kernel on inputs of its own.
 
     Attributes:
-        run: launches the kernel; a tensor or several.
-        wanted: (what an honest kernel gives in this dtype, what float64 gives), for `assert_parity`.
+        run: launches the kernel and gives a tensor or several.
+        wanted: (the result of an honest kernel in this dtype, that of float64), for `assert_parity`.
     """
 
     run: Callable[[], torch.Tensor | Results]
@@ -77,13 +77,13 @@ class Launch(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """One class of shapes of one kernel, and what to try on it.
+    """One class of shapes of one kernel, and the configurations to try on it.
 
     Attributes:
         kernel: of `tuned.KERNELS`.
         row: of tools.resources, with its stem: the launch that becomes a candidate's by other constants.
         prepare: (case, device, dtype) -> Launch.
-        cases: what is timed.
+        cases: the timed ones.
         part: of the same class, small enough for float64.
         candidates: capability -> values of the kernel's constants, in their order.
     """
@@ -104,7 +104,7 @@ class Problem:
         return [dict(zip(constants, c, strict=True)) for c in self.candidates.get(capability, ())]
 
 
-# what a kernel is called with
+# the arguments of each kernel
 
 
 def _beside_reference(kernel: Callable, exact: Callable, tensors: Results, *rest) -> Launch:
@@ -202,7 +202,7 @@ def _norm_backward(case: RowCase, device: str, dtype: torch.dtype) -> Launch:
     )
 
 
-# what is tried: bench/NOTES.md, "To measure", says why
+# the candidates: bench/NOTES.md, "To measure", says why
 
 
 def _case(cases: tuple[Case, ...], which: str, /, **changes) -> Case:
@@ -307,7 +307,7 @@ def _pool_problems(geglu: bool) -> list[Problem]:
 
 
 def _norm_problems() -> list[Problem]:
-    # BLOCK_T, num_warps; backward ROWS before them
+    # BLOCK_T, num_warps. Backward has ROWS before them
     forward = ((1, 4), (1, 8), (1, 16))
     backward = (*((rows, 1, 16) for rows in (16, 32, 64, 128)), (32, 1, 8))
     case = functools.partial(_case, NORM_CASES, "nvembed-16k")
@@ -378,7 +378,7 @@ def beyond_limit(row: resources.Figures, capability: int) -> str | None:
 
 
 def survivors(rows: dict[str, resources.Figures], capability: int) -> list[str]:
-    """Labels of what can be launched; what spills comes last."""
+    """Labels of the candidates that can be launched. Those that spill come last."""
     fit = [name for name, row in rows.items() if beyond_limit(row, capability) is None]
     return sorted(fit, key=lambda name: bool(rows[name]["spills"]))
 
@@ -448,7 +448,7 @@ def measure(
         seconds: of device time for the slowest candidate of each case.
 
     Returns:
-        The key of the entry; label -> one `Times` a case, RULE among the labels; a line for each candidate
+        The key of the entry; label -> one `Times` a case, RULE among the labels. A line for each candidate
         whose parity is red.
     """
     part = problem.prepare(problem.part, device, dtype)
@@ -461,7 +461,7 @@ def measure(
             got = as_tuple(_launching(part.run, entry)())
             for one, lo, hi in zip(got, low, high, strict=True):
                 assert_parity(problem.kernel, one, lo, hi)
-        except Exception as error:  # also what the compiler or the launch says of this configuration
+        except Exception as error:  # also an error of the compiler or of the launch
             red.append(f"{name}: {error}")
             del entries[name]
     assert RULE in entries, f"the rule itself is red, so nothing is to be measured: {red[0]}"
@@ -476,7 +476,7 @@ def measure(
 
 
 def fastest(times: Mapping[str, Sequence[Times]]) -> str | None:
-    """The label that beats the rule by more than the spread in every case, by most over all; None: no one."""
+    """The label that beats the rule by more than the spread in every case, and the most over all, or None."""
     rule = times[RULE]
 
     def beats(taken: Sequence[Times]) -> bool:
@@ -506,7 +506,7 @@ def _time_table(problem: Problem, times: Mapping[str, Sequence[Times]]) -> str:
 def record(path: Path, key: Key, entry: Mapping[str, object] | None) -> None:
     """Put an entry (constants and provenance) in its place in a file, or remove the one that is there.
 
-    All other entries stay as they are, and so does what stands before the first of them.
+    All other entries stay as they are, and so does the text before the first of them.
     """
     text = path.read_text(encoding="utf-8")
     tables = {".".join(name): table for name, table in tuned.tables(tomllib.loads(text))}
@@ -538,10 +538,10 @@ def search(
     machine: results.Machine | None,
     path: Path | None = None,
 ) -> None:
-    """Compile, check, time and print problem by problem; with a `machine` also write each as it is done.
+    """Compile, check, time and print problem by problem. With a `machine` each is written as it is done.
 
     Args:
-        path: the file to write; None is the one that launches read.
+        path: the file to write. None is the one that launches read.
     """
     path = path or tuned.FILE
     from nvembed_fast.kernels._common import capability
@@ -587,7 +587,7 @@ def _selected(only: str | None) -> list[Problem]:
     chosen = [p for p in problems() if only in (None, p.kernel, p.kernel.partition(".")[0])]
     if not chosen:
         known = ", ".join(dict.fromkeys(p.kernel for p in problems()))
-        raise SystemExit(f"--only must be one of {known}, or what stands before the dot, got {only}")
+        raise SystemExit(f"--only must be one of {known}, or the part before the dot, got {only}")
     return chosen
 
 
@@ -597,7 +597,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="examples:\n"
-        "  python -m tools.tuning --list --only mean_pool    what compiles, without a GPU\n"
+        "  python -m tools.tuning --list --only mean_pool    the candidates that compile, without a GPU\n"
         "  python -m tools.tuning --only flash_attention.fwd  times, nothing written\n"
         "  python -m tools.tuning --write --commit 45e2969   all kernels, into kernels/tuned.toml",
     )
@@ -612,7 +612,7 @@ def main(argv: list[str] | None = None) -> int:
         type=Path,
         const=tuned.FILE,
         metavar="FILE",
-        help="put what wins into FILE [kernels/tuned.toml]",
+        help="put the winners into FILE [kernels/tuned.toml]",
     )
     parser.add_argument("--commit", metavar="ID", help="of the code, where there is no git to ask")
     args = parser.parse_args(argv)
@@ -638,7 +638,7 @@ def main(argv: list[str] | None = None) -> int:
                 search(selected, compile_all, "cuda", torch.bfloat16, args.seconds, machine, args.write)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
-            print("\ninterrupted; what was written stays", file=sys.stderr)
+            print("\ninterrupted, the entries written so far stay", file=sys.stderr)
             return 130
     return 0
 
