@@ -34,7 +34,7 @@ def sources() -> dict[str, str]:
     return {str(p.relative_to(ROOT)): prose(text) for p, text in found.items()}
 
 
-@pytest.mark.parametrize("kind", [".md"])
+@pytest.mark.parametrize("kind", [".py", ".md"])
 def test_semicolons_are_rare(kind):
     counts = {n: (t.count(";"), len(t.split())) for n, t in sources().items() if n.endswith(kind)}
     semicolons, words = (sum(column) for column in zip(*counts.values(), strict=True))
