@@ -81,9 +81,8 @@ def test_pytest_benchmark_times_ours_and_the_baselines_as_a_group(tmp_path):
     groups = {row["group"]: [] for row in rows}
     for row in rows:
         groups[row["group"]].append(row["name"])
-        # measured: no two samples of a real clock are equal for long
-        assert row["stats"]["min"] > 0 and row["stats"]["rounds"] >= 5
-        assert row["stats"]["min"] < row["stats"]["max"]
+        # a call of PyTorch takes over a microsecond, and no two samples of a clock are equal for long
+        assert 1e-6 < row["stats"]["min"] < row["stats"]["max"] and row["stats"]["rounds"] >= 5
     assert set(groups["rms_norm: rms_norm one-token forward"]) == {OURS, "F.rms_norm"}
     assert len(groups) == 4 and len({row["fullname"] for row in rows}) == len(rows)
     assert "skipped in 4 benches: liger-kernel: " in timed.stdout
