@@ -15,7 +15,7 @@ latent head (2 % more) are not in it.
 
 import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pytest
@@ -44,7 +44,7 @@ class Participants:
 
     scale: Scale
     ours: NVEmbed
-    encoders: dict[str, object]
+    encoders: Mapping[str, object]
     parity: dict[str, Parity]
     skipped: dict[str, str]
 

@@ -41,7 +41,7 @@ def _experiment(setting: Setting, case: AttentionCase) -> Experiment:
 
     return Experiment(
         tensors,
-        ours=lambda *tensors: ops.flash_attention(*tensors, layout),
+        ours=lambda q, k, v: ops.flash_attention(q, k, v, layout),
         reference=wanted,
         baselines=setting.baselines.attention(wanted, layout, case.num_heads, case.num_kv_heads),
         low=low if setting.dtype != torch.float32 else None,

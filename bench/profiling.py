@@ -46,6 +46,7 @@ from bench.report.pictures import draw_waterfall
 from bench.workloads import GPU, SCALES, random_encoder
 from nvembed_fast import ops
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RotaryCase, RowCase
+from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch, token_budget_batches
 from nvembed_fast.stream import BATCH_TOKENS
@@ -301,7 +302,9 @@ def limits_ms(
 
 def _head_work(model: NVEmbedModel, tokens: int, texts: int, dtype: torch.dtype) -> tuple[int, int]:
     """(operations, bytes that must be moved) of the latent head."""
-    head, config, width = model.head, model.head.config, model.config.hidden_size
+    head, width = model.head, model.config.hidden_size
+    assert isinstance(head, LatentHead)
+    config = head.config
     latents, heads, head_width = config.num_latents_value, config.num_cross_heads, config.cross_dim_head
     case = LatentCase("", tokens, latents, heads, head_width, width)
     up, down = head.ff_up.weight.numel(), head.ff_down.weight.numel()
@@ -455,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         Figure(SUITE, case, OURS, f"time:{name}", ms, "ms", share(limits[name], ms))
         for name, ms in parts.items()
     ]
-    bound = sum(limit or 0.0 for limit in limits.values())
+    bound = sum(filter(None, limits.values()))
     figures.append(Figure(SUITE, case, OURS, "time_p50", times.median, "ms", bound / times.median))
     results.add(figures)
     print(f"added {len(figures)} rows to {results.path}")

@@ -599,8 +599,11 @@ def _launch_fwd(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple
     return out, lse2
 
 
-def _launch_bwd_delta(out: torch.Tensor, dout: torch.Tensor, dlse2: torch.Tensor | None) -> torch.Tensor:
+def _launch_bwd_delta(
+    out: torch.Tensor | None, dout: torch.Tensor, dlse2: torch.Tensor | None
+) -> torch.Tensor:
     """[N, T] fp32: rowsum(dout out) - dlse2 log2(e)."""
+    assert out is not None
     num_tokens, num_heads, width = out.shape
     delta = out.new_empty(num_heads, num_tokens, dtype=torch.float32)
     _flash_attention_bwd_delta_kernel[(num_tokens,)](

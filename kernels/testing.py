@@ -420,4 +420,5 @@ def assert_gradient_parity(
         if i in frozen:
             assert g is None, f"{name}: gradient {i} is not needed but was given"
         else:
+            assert g is not None and hi is not None, f"{name}: gradient {i} is missing"
             assert_parity(f"{name}: gradient {i}", g, lo, hi)

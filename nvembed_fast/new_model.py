@@ -86,6 +86,7 @@ def _fresh_head(head: nn.Module, generator: torch.Generator) -> Iterator[tuple[s
             if isinstance(module, nn.LayerNorm):
                 yield f"{name}.{part}", torch.full(parameter.shape, float(part == "weight"))
             else:
+                assert isinstance(module, nn.Linear)
                 bound = module.in_features**-0.5
                 drawn = torch.rand(parameter.shape, generator=generator)
                 yield f"{name}.{part}", drawn.mul_(2 * bound).sub_(bound)

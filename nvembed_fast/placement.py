@@ -1,7 +1,7 @@
 """Where a model runs and how it computes: decided once, checked once, before any weight is read."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -119,11 +119,10 @@ def check_device(device: str | int | torch.device) -> torch.device:
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A dtype that weights can have, from itself or its name, or a ValueError."""
+    found: Any = dtype
     if isinstance(dtype, str):
         name = dtype.removeprefix("torch.")
         found = getattr(torch, _SHORT_NAMES.get(name, name), None)
-    else:
-        found = dtype
     if found not in DTYPES.values():
         names = ", ".join(dtype_name(d) for d in DTYPES.values())
         raise ValueError(f"dtype must be one of {names}, got {dtype!r}")

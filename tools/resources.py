@@ -64,7 +64,7 @@ LATENTS, LATENT_HEADS, SWIGLU_WIDTH, GEGLU_WIDTH = 512, 8, 14336, 16384
 TOKENS = 4096
 
 Figures = dict[str, int]  # column -> value
-Row = dict[str, int | str]  # name, kernel and capability beside the figures
+Row = dict[str, Any]  # name, kernel and capability beside the figures
 
 
 class Example(NamedTuple):
@@ -127,8 +127,8 @@ def _flash_attention() -> Iterator[Example]:
             qkv = _empty(length, heads + 2 * KV_HEADS + padding, width + padding, dtype=dtype)[..., :width]
             q, k, v = qkv[:, : heads + 2 * KV_HEADS].split((heads, KV_HEADS, KV_HEADS), 1)
             if "fwd" in passes:
-                call = partial(m.flash_attention, q, k, v, layout, causal=causal)
-                yield Example(f"forward{title} {name}", "fwd", call)
+                forward = partial(m.flash_attention, q, k, v, layout, causal=causal)
+                yield Example(f"forward{title} {name}", "fwd", forward)
             if "bwd" in passes:
                 out, lse2 = (
                     _empty(length, heads, width, dtype=dtype),

@@ -30,7 +30,7 @@ import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -90,7 +90,7 @@ class Problem:
 
     kernel: str
     row: str
-    prepare: Callable[[Case, str, torch.dtype], Launch]
+    prepare: Callable[[Any, str, torch.dtype], Launch]
     cases: tuple[Case, ...]
     part: Case
     candidates: Mapping[int, tuple[tuple, ...]]
@@ -111,7 +111,7 @@ def _beside_reference(kernel: Callable, exact: Callable, tensors: Results, *rest
     """A kernel and its reference, with the same arguments."""
     return Launch(
         lambda: kernel(*tensors, *rest),
-        lambda: tuple(as_tuple(exact(*ts, *rest)) for ts in (tensors, [t.double() for t in tensors])),
+        lambda: (as_tuple(exact(*tensors, *rest)), as_tuple(exact(*(t.double() for t in tensors), *rest))),
     )
 
 
@@ -129,7 +129,8 @@ def _attention_backward(
 
     *qkv, layout = case.inputs(device, dtype)
     scale = case.head_width**-0.5
-    out, lse2 = _launch_fwd(*qkv, layout, scale, case.causal)
+    q, k, v = qkv
+    out, lse2 = _launch_fwd(q, k, v, layout, scale, case.causal)
     (dout,) = upstream_of([out])
 
     def needed(grads: Sequence[torch.Tensor]) -> Results:
@@ -176,7 +177,7 @@ def _pool_backward(case: PoolCase, device: str, dtype: torch.dtype, geglu: bool)
     (dout,) = upstream_of([torch.empty(len(layout), case.width, device=device)])
     return Launch(
         lambda: _launch_bwd(x if geglu else None, dout, layout, mask, dtype),
-        lambda: tuple(gradients(exact, [t], [dout])[1] for t in (x, x.double())),
+        lambda: (gradients(exact, [x], [dout])[1], gradients(exact, [x.double()], [dout])[1]),
     )
 
 
@@ -455,7 +456,8 @@ def measure(
     low, high = part.wanted()
     launches = [problem.prepare(case, device, dtype) for case in problem.cases]
     key = key_of(problem.kernel, [part.run, *(launch.run for launch in launches)])
-    entries, red = {RULE: {}} | {name: {key: config} for name, config in configs.items()}, []
+    entries: dict[str, dict] = {RULE: {}} | {name: {key: config} for name, config in configs.items()}
+    red = []
     for name, entry in list(entries.items()):
         try:
             got = as_tuple(_launching(part.run, entry)())
@@ -465,7 +467,7 @@ def measure(
             red.append(f"{name}: {error}")
             del entries[name]
     assert RULE in entries, f"the rule itself is red, so nothing is to be measured: {red[0]}"
-    times = {name: [] for name in entries}
+    times: dict[str, list[Times]] = {name: [] for name in entries}
     for launch in launches:
         functions = {name: _launching(launch.run, entry) for name, entry in entries.items()}
         for function in functions.values():
@@ -509,6 +511,7 @@ def record(path: Path, key: Key, entry: Mapping[str, object] | None) -> None:
     All other entries stay as they are, and so does the text before the first of them.
     """
     text = path.read_text(encoding="utf-8")
+    tables: dict[str, Mapping[str, object]]
     tables = {".".join(name): table for name, table in tuned.tables(tomllib.loads(text))}
     kernel, capability, shape_class = key
     name = f"{kernel}.sm_{capability}.{shape_class}"

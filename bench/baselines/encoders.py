@@ -17,11 +17,11 @@ Shape suffixes: B texts, S tokens of the longest one, T tokens without padding, 
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from bench.baselines import latent_blocks
 from bench.measure.results import OURS
@@ -32,18 +32,23 @@ from nvembed_fast.kernels.layout import to_device
 from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.placement import Placement
 
+if TYPE_CHECKING:
+    from transformers import MistralModel
 
-def mistral_model(ours: NVEmbed) -> nn.Module:
+
+def mistral_model(ours: NVEmbed) -> "MistralModel":
     """transformers' MistralModel without a causal mask, on views of our weights."""
     from transformers import MistralConfig, MistralModel
 
     text = ours.config.text_config
     config = MistralConfig(
         **dataclasses.asdict(text)
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta}},
+        | {
+            "rope_parameters": {"rope_type": "default", "rope_theta": text.rope_theta},
+            "attn_implementation": "sdpa",
+        },
         sliding_window=None,
         use_cache=False,
-        attn_implementation="sdpa",
     )
     with torch.device("meta"):
         model = MistralModel(config)
@@ -74,7 +79,8 @@ class PaddedEncoder:
         self.ours = ours
         self.device = ours.device
         self.mistral = mistral_model(ours)
-        self.head: LatentHead = ours.model.head
+        assert isinstance(ours.model.head, LatentHead)
+        self.head = ours.model.head
 
     @torch.no_grad()
     def encode(self, texts: list[str], instruction: str, batch_size: int) -> torch.Tensor:
@@ -188,7 +194,7 @@ class Ours:
 
     def encode(self, texts: list[str], instruction: str, batch_size: int) -> torch.Tensor:
         """[N, D] fp32 on the device. `batch_size` is not used."""
-        return self.ours.encode(texts, instruction, MAX_LENGTH, show_progress=False)
+        return torch.as_tensor(self.ours.encode(texts, instruction, MAX_LENGTH, show_progress=False))
 
 
 class Graphed:
@@ -203,7 +209,7 @@ class Graphed:
     def encode(self, texts: list[str], instruction: str, batch_size: int) -> torch.Tensor:
         """As `Ours.encode`."""
         vectors = [self.ours.encode([text], instruction, MAX_LENGTH, show_progress=False) for text in texts]
-        return torch.cat(vectors)
+        return torch.cat([torch.as_tensor(vector) for vector in vectors])
 
 
 GRAPHED = f"{OURS}, CUDA graphs"

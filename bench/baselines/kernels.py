@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from nvembed_fast.packing import pad_rows
 
 NEEDS_GPU = "needs a GPU"
 # [T, N, H] to [1, N, T, H] and back
-ONE_BATCH = {
+ONE_BATCH: dict[str, Any] = {
     "arrange": lambda *tensors: tuple(t.transpose(0, 1)[None].contiguous() for t in tensors),
     "restore": lambda out: out[0].transpose(0, 1),
 }
@@ -92,7 +93,7 @@ class Baselines:
         # without a mask padding would be attended to, so only batches of equal lengths need none
         ragged = not padded.is_full
         no_mask = self._gpu or ("takes no padding mask" if ragged else "")
-        places = {"arrange": padded.arrange, "restore": padded.restore}
+        places: dict[str, Any] = {"arrange": padded.arrange, "restore": padded.restore}
         baselines = self.plain(reference)
         for name, backend, masked, obstacle in (
             ("SDPA flash", SDPBackend.FLASH_ATTENTION, False, no_mask),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from bench.baselines.encoders import Ours, PaddedEncoder
+from bench.baselines.encoders import Graphed, Ours, PaddedEncoder
 from bench.workloads import Scale, Workload, random_encoder
 from nvembed_fast import NVEmbed
 
@@ -48,10 +48,10 @@ class ParityCheck:
         oracle = dataclasses.replace(self._wide.placement, impl="torch")
         self._wanted = self._vectors(Ours(NVEmbed(self._wide.model, self._wide.text_tokenizer, oracle)))
 
-    def _vectors(self, encoder: PaddedEncoder | Ours) -> torch.Tensor:
+    def _vectors(self, encoder: PaddedEncoder | Ours | Graphed) -> torch.Tensor:
         return torch.cat([encoder.encode(*texts, PARITY_BATCH) for texts in self._cases])
 
-    def of(self, make: Callable[[NVEmbed], PaddedEncoder | Ours]) -> Parity:
+    def of(self, make: Callable[[NVEmbed], PaddedEncoder | Ours | Graphed]) -> Parity:
         """The parity of an encoder: in fp32, then in the dtype that is timed. `make` builds it."""
         got = self._vectors(make(self._wide))
         wanted = self._wanted

@@ -182,7 +182,7 @@ def take_turns(title: str, case: str, workers: Sequence[Worker], args: argparse.
     count = max(int(TURN_MS / max(slowest, 1e-3)), 1)
     rounds = int(1e3 * args.seconds / (count * max(slowest, 1e-3)))
     rounds = 1 if args.smallest else min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)
-    samples = {worker.name: [] for worker in workers}
+    samples: dict[str, list] = {worker.name: [] for worker in workers}
     for i in range(rounds):
         for worker in workers[:: -1 if i % 2 else 1]:
             samples[worker.name].append(worker.ask(do="sample", count=count)["ms"])

@@ -155,7 +155,9 @@ class KernelBench:
         if only_ours:
             experiment, part = (dataclasses.replace(e, baselines=()) for e in (experiment, part))
         errors, skipped = _parity(self.case, part, self.backward)
-        calls, forwards, peaks = {}, {}, {}
+        calls: dict[str, Callable[[], object]] = {}
+        forwards: dict[str, Callable[[], object]] = {}
+        peaks: dict[str, float | None] = {}
         for implementation in (Implementation(OURS, experiment.ours), *experiment.baselines):
             name = implementation.name
             if name in skipped:

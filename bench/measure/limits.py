@@ -57,7 +57,7 @@ class Limits:
         """GB/s of a large copy, bytes read and bytes written together."""
         return _copy_rate(self)
 
-    def product_ms(self, tokens: int, weight: tuple[int, int], dtype: torch.dtype) -> float:
+    def product_ms(self, tokens: int, weight: tuple[int, ...], dtype: torch.dtype) -> float:
         """Milliseconds of [tokens, columns] times the transpose of a [rows, columns] weight."""
         return _product_ms(self, tokens, weight, dtype)
 
@@ -102,7 +102,7 @@ def _matrix_rate(limits: Limits, dtype: torch.dtype) -> float:
 
 
 @functools.cache
-def _product_ms(limits: Limits, tokens: int, weight: tuple[int, int], dtype: torch.dtype) -> float:
+def _product_ms(limits: Limits, tokens: int, weight: tuple[int, ...], dtype: torch.dtype) -> float:
     x = _random(tokens, weight[1], device=limits.device, dtype=dtype)
     w = _random(*weight, device=limits.device, dtype=dtype)
     # of few tokens the weight is most of the traffic: as in a model, it is not in the cache

@@ -16,6 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -180,7 +181,8 @@ class _GPUSampler:
         return first[1].elapsed_time(last[1])
 
 
-def make_sampler(fn: Callable, flush: bool = True) -> _CPUSampler | _GPUSampler:
+def make_sampler(fn: Callable, flush: bool = True) -> Any:
+    """A `_GPUSampler` or a `_CPUSampler`."""
     return _GPUSampler(fn, flush) if torch.cuda.is_available() else _CPUSampler(fn)
 
 

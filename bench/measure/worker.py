@@ -37,6 +37,7 @@ def main() -> None:
     setting = Setting.here(args.smallest, args.compile)
     found = {bench.case: bench for bench in benches(args.suite, setting)}
     sampler = None
+    answer: dict[str, object]
     with setting.implementation():
         for line in sys.stdin:
             question = json.loads(line)
@@ -59,7 +60,7 @@ def main() -> None:
             print(json.dumps(answer), file=answers, flush=True)
 
 
-def _times(sampler) -> dict[str, float]:
+def _times(sampler) -> dict[str, object]:
     return {"estimate_ms": sampler.estimate_ms, "sample_ms": sampler.sample_ms}
 
 

@@ -32,7 +32,6 @@ SUITES = {
 PROFILE, LIMITS = "profile", "limits"
 # "sweep-128x256 forward": 256 texts of 128 tokens; "direct sweep-64-latents forward"
 SWEEP = re.compile(r"(.+ )?sweep-(\d+)(?:x\d+|-(\w+)) (.+)")
-_NAMES = ("suite", "case", "impl", "metric")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,8 @@ def load(paths: Iterable[Path]) -> dict[str, list[Comparison]]:
             if known is None or known.run != run or row["metric"] in known.impls.get(row["impl"], {}):
                 newest[key] = Comparison(row["suite"], row["case"], run, {})
             value, share = _float(row["value"]), _share(row["share_of_limit"])
-            figure = Figure(*(row[name] for name in _NAMES), value, row["unit"], share)
+            names = row["suite"], row["case"], row["impl"], row["metric"]
+            figure = Figure(*names, value, row["unit"], share)
             newest[key].impls.setdefault(figure.impl, {})[figure.metric] = figure
     machines: dict[str, list[Comparison]] = {}
     for (gpu, *_), comparison in newest.items():

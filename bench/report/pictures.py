@@ -135,8 +135,8 @@ def draw_shares(comparisons: Sequence[Comparison]):
     points = [(c.share(c.best_baseline()), y) for y, c in enumerate(cases) if c.best_baseline()]
     points = [point for point in points if point[0] is not None]
     if points:
-        x, y = zip(*points, strict=True)
-        ax.plot(x, y, "D", color=ORANGE, mec="black", ms=6, label="best baseline", zorder=3)
+        shares, places = zip(*points, strict=True)
+        ax.plot(shares, places, "D", color=ORANGE, mec="black", ms=6, label="best baseline", zorder=3)
     ax.axvline(1, color="black", lw=1.5, ls="--", label="limit, measured in the same run")
     ax.set_yticks(range(len(cases)), [f"{SUITES.get(c.suite, c.suite)}\n{c.case}" for c in cases], fontsize=7)
     ax.invert_yaxis()

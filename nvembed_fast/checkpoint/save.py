@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +91,7 @@ def _shards(table: dict[str, Slot], dtype: torch.dtype, max_bytes: int) -> dict[
 
 
 def _published_value(
-    name: str, slot: Slot, parameters: dict[str, torch.Tensor], dtype: torch.dtype
+    name: str, slot: Slot, parameters: Mapping[str, torch.Tensor], dtype: torch.dtype
 ) -> torch.Tensor:
     rows = parameters[slot.parameter].detach()[slot.rows]
     value = rows.to(dtype)
