@@ -57,11 +57,11 @@ def operands(*tensors: tuple[str, torch.Tensor | None, str]) -> dict[str, torch.
     `dims` names the first dimensions. The last one is contiguous and has no argument. Strides carry the first
     letter of the name, those of a gradient the first two: stride_dot of dout. The strides of None are zero.
     """
-    arguments = {}
+    arguments: dict[str, torch.Tensor | int | None] = {}
     for name, t, dims in tensors:
         pointer, strides = _argument_names(name, dims)
         arguments[pointer] = t
-        arguments.update(dict.fromkeys(strides, 0) if t is None else zip(strides, t.stride(), strict=False))
+        arguments.update(zip(strides, (0,) * len(strides) if t is None else t.stride(), strict=False))
     return arguments
 
 

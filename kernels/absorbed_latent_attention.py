@@ -116,7 +116,7 @@ def _absorbed_latent_attention_fwd_kernel(
     # the pieces, all but the last parked
     b_max = tl.full([BLOCK_T], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([BLOCK_T], dtype=tl.float32)
-    parked_max = ()
+    parked_max = ()  # type: tuple
     for i_piece in tl.static_range(NUM_PIECES):
         i_l = i_n * L + i_piece * BLOCK_L
         o_row = o_l if L % BLOCK_L == 0 else tl.minimum(o_l, L - 1 - i_piece * BLOCK_L)
@@ -325,6 +325,7 @@ def _backward(
     dout = with_contiguous_rows(dout)
     dx, da, db = (dout.new_empty(0) for _ in range(3))
     if x is not None or a is not None:
+        assert b is not None
         ds = _launch_bwd(p, with_contiguous_rows(b), dout, num_heads)
         dx = dx if a is None else ds @ a
         da = da if x is None else ds.mT @ x

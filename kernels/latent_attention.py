@@ -467,10 +467,12 @@ def _launch_bwd(
     """(dq, dk, dv), empty where not needed. `out` may be None if dv alone is needed."""
     if len(q) == 0:
         needs = ((q, needs_dq), (k, needs_dk), (v, needs_dv))
-        return tuple(t.new_zeros(t.shape if needed else 0) for t, needed in needs)
+        dq, dk, dv = (t.new_zeros(t.shape if needed else 0) for t, needed in needs)
+        return dq, dk, dv
     dq, dk, dv = (t.new_empty(0) for t in (q, k, v))
     dout, delta = with_contiguous_rows(dout), lse
     if needs_dq or needs_dk:
+        assert out is not None
         dq, delta = _launch_bwd_dq(q, k, v, out, lse, dout, scale, needs_dq)
     if needs_dk or needs_dv:
         dk, dv = _launch_bwd_dkv(q, k, v, lse, delta, dout, scale, needs_dk, needs_dv)
@@ -516,7 +518,7 @@ def _wide_bwd(
     k_NLH, v_NLH = k.transpose(0, 1), v.transpose(0, 1)
     dqs = []
     dk_LNH, dv_LNH = (
-        k.new_zeros(k.shape, dtype=torch.float32) if needed else None for needed in (needs_dk, needs_dv)
+        k.new_zeros(k.shape if needed else 0, dtype=torch.float32) for needed in (needs_dk, needs_dv)
     )
     for q_TNH, dout_TNH in zip(*(t.split(_tokens_per_chunk(k)) for t in (q, dout)), strict=True):
         dout_NTH = dout_TNH.transpose(0, 1)
