@@ -112,7 +112,7 @@ def test_the_page_says_how_much_faster_and_what_was_skipped(whole, tmp_path, cap
     assert "index.html" in capsys.readouterr().out
 
 
-def test_no_value_is_no_number_and_nobody_is_faster_by_one_that_is_not_finite(write):
+def test_no_value_is_no_number_and_one_that_is_not_finite_makes_no_factor(write):
     rows = [Figure("flash_attention", ATTENTION, "torch", "time_p50", float("nan"), "ms", float("nan"))]
     rows.append(Figure("flash_attention", ATTENTION, "torch", "peak_memory", float("inf"), "MiB"))
     path = write(times(ATTENTION, "nvembed_fast", 2.0), rows)
@@ -350,7 +350,7 @@ def test_without_matplotlib_there_is_no_page_and_a_way_out(whole, tmp_path, monk
     assert not (tmp_path / "page").exists()
 
 
-def test_the_roofline_has_its_roof_and_a_point_for_everyone(write):
+def test_the_roofline_has_its_roof_and_its_points(write):
     limits = [Figure("limits", "copy", "torch", "rate", 4000.0, "GB/s")]
     ours = times(ATTENTION, "nvembed_fast", 2.0) + [
         Figure("flash_attention", ATTENTION, "nvembed_fast", "limit", 800.0, "TFLOP/s"),

@@ -10,6 +10,7 @@ import pytest
 
 from bench.measure import results
 from bench.measure.results import OURS
+from bench.report import comparisons
 from bench.suites import SUITES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,8 +22,9 @@ def run(folder: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def test_every_bench_file_is_a_suite():
+def test_every_bench_file_is_a_suite_with_a_title():
     assert {f"bench_{suite}" for suite in SUITES} == {path.stem for path in FILES}
+    assert set(comparisons.SUITES) == set(SUITES)
 
 
 @pytest.mark.slow
