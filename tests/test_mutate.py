@@ -133,12 +133,20 @@ def test_check_runs_nothing_and_names_what_is_stale(toy, capsys):
     assert "no such test: tests/test_toy.py::test_gone" in out and "2 mutations, 2 problems" in out
 
 
-def test_a_draw_is_repeated_by_its_seed(toy, capsys):
+def test_a_draw_is_repeated_by_its_seed():
+    everything = range(1000)
+    drawn = mutate.draw(everything, 10, seed=1)
+    assert len(set(drawn)) == 10 and drawn == mutate.draw(everything, 10, seed=1)
+    assert drawn != mutate.draw(everything, 10, seed=2)
+    assert sorted(mutate.draw(everything, 2000, seed=1)) == list(everything)
+
+
+def test_a_run_at_random_prints_what_repeats_it(toy, capsys):
     write(toy, *(entry(*DOUBLE, breaks=str(i)) for i in range(20)))
-    (shown,) = re.findall(r"--number 2 --seed \d+", first := run(toy, capsys, "--number", "2")[1])
-    again = run(toy, capsys, *shown.split())[1]
-    drawn = [sorted(re.findall(r"toy: (\d+)", text)) for text in (first, again)]
-    assert len(drawn[0]) == 2 and drawn[0] == drawn[1]
+    out = run(toy, capsys, "--number", "1")[1]
+    (options,) = re.findall(r"--number 1 --seed \d+", out)
+    assert "1 red, 0 survived, 0 errors" in out
+    assert re.findall(r"toy: (\d+)", out) == re.findall(r"toy: (\d+)", run(toy, capsys, *options.split())[1])
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,11 @@ def read(root: Path, stems: Sequence[str] = ()) -> list[Mutation]:
     return mutations
 
 
+def draw(mutations: Sequence[Mutation], number: int, seed: int) -> list[Mutation]:
+    """So many of them at random, the same ones for the same seed."""
+    return random.Random(seed).sample(mutations, min(number, len(mutations)))
+
+
 def copy_tree(root: Path, target: Path) -> Path:
     """Copy the files that the tests need, without caches. Links stay links."""
     target.mkdir(parents=True)
@@ -333,7 +338,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     if args.number is not None:
         seed = int(time.time()) if args.seed is None else args.seed
         print(f"--number {args.number} --seed {seed}")
-        mutations = random.Random(seed).sample(mutations, min(args.number, len(mutations)))
+        mutations = draw(mutations, args.number, seed)
     try:
         return 1 if run_all(root, mutations, args.jobs, args.limit) else 0
     except KeyboardInterrupt:
