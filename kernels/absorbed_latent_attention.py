@@ -214,7 +214,7 @@ def _absorbed_latent_attention_bwd_kernel(
             tl.store(ds_ptr + o_p, b_ds.to(ds_ptr.dtype.element_ty), mask=m_p)
 
 
-def _rule(num_latents: int, *, capability: int, dtype: torch.dtype) -> dict[str, int | bool]:
+def _rule(num_latents: int, *, capability: int, dtype: torch.dtype, aligned: bool) -> dict[str, int | bool]:
     use_tma = dtype.itemsize == 2 and use_descriptors(capability)
     if dtype.itemsize == 4:
         block_t, block_l, block_k, num_warps, num_stages = 32, 128, 16, 4, 2
@@ -224,7 +224,7 @@ def _rule(num_latents: int, *, capability: int, dtype: torch.dtype) -> dict[str,
         "BLOCK_T": block_t,
         "BLOCK_L": min(block_l, max(16, triton.next_power_of_2(num_latents))),
         "BLOCK_K": block_k,
-        "USE_TMA": use_tma,
+        "USE_TMA": use_tma and aligned,
         "num_warps": num_warps,
         "num_stages": num_stages,
     }
@@ -234,17 +234,22 @@ def _rule(num_latents: int, *, capability: int, dtype: torch.dtype) -> dict[str,
 def _launch_config(
     num_latents: int, *, capability: int, dtype: torch.dtype, aligned: bool = True
 ) -> dict[str, int | bool]:
-    """Tiles of the fused softmax. 16-bit data is loaded by descriptors (TMA) where the GPU has them."""
-    rule = _rule(num_latents, capability=capability, dtype=dtype)
-    rule["USE_TMA"] = rule["USE_TMA"] and aligned
+    """Tiles of the fused softmax. 16-bit data is loaded by descriptors (TMA) where the GPU has them.
+
+    Args:
+        aligned: bases and strides let descriptors be made.
+    """
+    rule = _rule(num_latents, capability=capability, dtype=dtype, aligned=aligned)
     shape_class = {"latents": max(16, triton.next_power_of_2(num_latents)), "bits": 8 * dtype.itemsize}
     return tuned.override("absorbed_latent_attention.fwd", capability, rule, **shape_class)
 
 
 @functools.cache
-def _bwd_launch_config(num_latents: int, *, capability: int, dtype: torch.dtype) -> dict[str, int]:
+def _bwd_launch_config(
+    num_latents: int, *, capability: int, dtype: torch.dtype, aligned: bool = True
+) -> dict[str, int | bool]:
     """The forward's rule, and for parked pieces whole rows of a head's latents: 32 elements per thread."""
-    config = _rule(num_latents, capability=capability, dtype=dtype)
+    config = _rule(num_latents, capability=capability, dtype=dtype, aligned=aligned)
     block_head = triton.next_power_of_2(num_latents)
     if block_head == config["BLOCK_L"] == 256:
         config["BLOCK_T"] = 64  # P stands beside dP
@@ -285,8 +290,8 @@ def _launch_bwd(p: torch.Tensor, b: torch.Tensor, dout: torch.Tensor, num_heads:
     if num_tokens == 0:
         return ds
     sm = capability(p.device)
-    config = dict(_bwd_launch_config(num_latents, capability=sm, dtype=p.dtype))
-    config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, dout, b)
+    aligned = use_descriptors(sm, dout, b)
+    config = _bwd_launch_config(num_latents, capability=sm, dtype=p.dtype, aligned=aligned)
     if config["USE_TMA"]:
         allow_descriptors()
     _absorbed_latent_attention_bwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](

@@ -27,6 +27,7 @@ Prefixes inside kernels: i_ index, o_ offsets, m_ mask, b_ block in registers.
 """
 
 import functools
+from typing import Literal
 
 import torch
 import triton
@@ -304,9 +305,15 @@ def _launch_config(
 
 @functools.cache
 def _bwd_launch_config(
-    num_latents: int, head_width: int, *, capability: int, dtype: torch.dtype
-) -> dict[str, dict[str, int]]:
-    """Tiles of the two backward kernels, as `_launch_config`."""
+    kernel: Literal["dq", "dkv"],
+    num_latents: int,
+    head_width: int,
+    *,
+    capability: int,
+    dtype: torch.dtype,
+    aligned: bool = True,
+) -> dict[str, int | bool]:
+    """As `_launch_config`, for one of the two backward kernels."""
     block_h = max(16, triton.next_power_of_2(head_width))
     use_tma = dtype.itemsize == 2 and use_descriptors(capability)
     # (BLOCK_T, BLOCK_L, num_warps, num_stages)
@@ -321,17 +328,14 @@ def _bwd_launch_config(
     else:
         # 99 KB of shared memory on 8.6, 8.9 and 12.0
         dq, dkv = (64, 32, 8, 1), (16, 64, 8, 1)
-    padded = max(16, triton.next_power_of_2(num_latents))
+    block_t, block_l, num_warps, num_stages = dq if kernel == "dq" else dkv
     return {
-        name: {
-            "BLOCK_T": block_t,
-            "BLOCK_L": min(block_l, padded),
-            "BLOCK_H": block_h,
-            "USE_TMA": use_tma,
-            "num_warps": num_warps,
-            "num_stages": num_stages,
-        }
-        for name, (block_t, block_l, num_warps, num_stages) in (("dq", dq), ("dkv", dkv))
+        "BLOCK_T": block_t,
+        "BLOCK_L": min(block_l, max(16, triton.next_power_of_2(num_latents))),
+        "BLOCK_H": block_h,
+        "USE_TMA": use_tma and aligned,
+        "num_warps": num_warps,
+        "num_stages": num_stages,
     }
 
 
@@ -380,8 +384,8 @@ def _launch_bwd_dq(
     dq = q.new_empty(q.shape if needs_dq else 0)
     delta = torch.empty_like(lse)
     sm = capability(q.device)
-    config = dict(_bwd_launch_config(len(k), head_width, capability=sm, dtype=q.dtype)["dq"])
-    config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v, dout)
+    aligned = use_descriptors(sm, q, k, v, dout)
+    config = _bwd_launch_config("dq", len(k), head_width, capability=sm, dtype=q.dtype, aligned=aligned)
     if config["USE_TMA"]:
         allow_descriptors()
     _latent_attention_bwd_dq_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
@@ -422,8 +426,8 @@ def _launch_bwd_dkv(
         for needed in (needs_dk, needs_dv)
     )
     sm = capability(q.device)
-    config = dict(_bwd_launch_config(len(k), head_width, capability=sm, dtype=q.dtype)["dkv"])
-    config["USE_TMA"] = config["USE_TMA"] and use_descriptors(sm, q, k, v, dout)
+    aligned = use_descriptors(sm, q, k, v, dout)
+    config = _bwd_launch_config("dkv", len(k), head_width, capability=sm, dtype=q.dtype, aligned=aligned)
     if config["USE_TMA"]:
         allow_descriptors()
     num_tiles = triton.cdiv(len(k), config["BLOCK_L"])

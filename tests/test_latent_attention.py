@@ -279,7 +279,7 @@ def test_every_tile_of_tokens_divides_a_chunk():
     for sm in (80, 86, 90, 120):
         for dtype in (torch.float16, torch.float32):
             for width in (1, 64, 65, 128, 129, module.MAX_HEAD_WIDTH):
-                config = module._bwd_launch_config(512, width, capability=sm, dtype=dtype)["dkv"]
+                config = module._bwd_launch_config("dkv", 512, width, capability=sm, dtype=dtype)
                 assert module.CHUNK % config["BLOCK_T"] == 0 == 64 % config["BLOCK_T"]
 
 
