@@ -13,7 +13,7 @@ help:
 	@echo "make demo      embed real text with a small real decoder, and search it"
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
 	@echo "make test-cpus the kernel tests with the CPU libraries of other CPUs; ARGS='Haswell Nehalem': these alone"
-	@echo "make check     format, lint, layers, and what the compiler makes of every kernel"
+	@echo "make check     format, lint, types, layers, and what the compiler makes of every kernel"
 	@echo "make test-gpu  the kernel tests and the full-size tests on a CUDA GPU"
 	@echo "make bench     every kernel and the encoder beside their baselines and the limit; goes on where it stopped"
 	@echo "make profile   where the time of a step goes: table, picture and trace; ARGS='--workload skewed'"
@@ -41,6 +41,7 @@ test: $(STAMP)
 check: $(STAMP)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
+	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_layering.py
 	$(PY) -m tools.mutate --check
 	$(PY) -m tools.resources

@@ -108,8 +108,8 @@ def attention_gradients(inputs, upstream, layout: SeqLayout, causal: bool = Fals
     for start, stop in zip(layout.cu_seqlens.tolist(), layout.cu_seqlens[1:].tolist(), strict=False):
         for n in range(q.shape[1]):
             g = n // group
-            head = [t[start:stop, i] for t, i in ((q, n), (k, g), (v, g), (dout, n))]
-            dq, dk, dv = _head_gradients(*head, dlse[n, start:stop, None], causal)
+            q_h, k_h, v_h, dout_h = (t[start:stop, i] for t, i in ((q, n), (k, g), (v, g), (dout, n)))
+            dq, dk, dv = _head_gradients(q_h, k_h, v_h, dout_h, dlse[n, start:stop, None], causal)
             grads[0][start:stop, n] = dq
             grads[1][start:stop, g] += dk
             grads[2][start:stop, g] += dv
