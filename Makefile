@@ -1,17 +1,19 @@
 # PYTHON makes the virtual environment: make test PYTHON=python3.12
 PYTHON ?= python3
+# make test: 15 minutes of two cores, and 2 minutes a file, are its limits (tests/tiers.py)
 # tests run in so many processes, one thread each: most of their time is Triton's interpreter, which uses one
 JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 
 .PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
-.PHONY: test-cpus
+.PHONY: test-cpus test-long
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
 	@echo "make demo      embed real text with a small real decoder, and search it"
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
+	@echo "make test-long what make test leaves to the end of a piece of work: full lengths, many repetitions"
 	@echo "make test-cpus the kernel tests with the CPU libraries of other CPUs; ARGS='Haswell Nehalem': these alone"
 	@echo "make check     format, lint, types, layers, and what the compiler makes of every kernel"
 	@echo "make test-gpu  the kernel tests and the full-size tests on a CUDA GPU"
@@ -36,7 +38,10 @@ demo: $(STAMP)
 	$(PY) examples/demo.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --file-seconds 120 --all-seconds 1800
+
+test-long: $(STAMP)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist load --long
 
 check: $(STAMP)
 	$(PY) -m ruff format --check .

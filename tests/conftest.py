@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import tiers
 import torch
+from tiers import pytest_addoption, pytest_configure  # noqa: F401 - hooks
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
@@ -27,7 +29,8 @@ if not HAS_GPU:
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    tiers.deselect(config, items)
     for item in items:
         if HAS_GPU and "device" in item.fixturenames:
             item.add_marker("gpu")  # the kernel tests: in the interpreter without a GPU, on it with one
