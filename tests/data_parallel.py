@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
-from test_backward import gradients_of, loss_of, make_batch, make_model
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from whole_model import gradients_of, loss_of, make_batch, make_model
 
 from nvembed_fast import ops
 

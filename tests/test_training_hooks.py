@@ -1,0 +1,114 @@
+"""What training puts around a whole model: steps, checkpointing, autocast and several processes."""
+
+import copy
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+from whole_model import EVERY_HEAD, HEADS, gradients_of, loss_of, make_batch, make_model
+
+from nvembed_fast import ops
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def contrastive_loss(model, batch) -> torch.Tensor:
+    """InfoNCE of neighbouring texts, at temperature 0.1."""
+    e = model(batch)
+    return F.cross_entropy(e[::2] @ e[1::2].mT / 0.1, torch.arange(len(e) // 2, device=e.device))
+
+
+def losses_of_a_run(impl: str, head, device: str, steps: int) -> list[float]:
+    model = make_model(head, device, layers=1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.03)
+    losses = []
+    for step in range(steps):
+        batch = make_batch(device, lengths=(2, 3, 1, 2), seed=step % 5)
+        with ops.use_impl(impl):
+            loss = contrastive_loss(model, batch)
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [12, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("head", HEADS[:2], ids=lambda h: h[1])
+def test_every_step_gives_the_same_loss(head, steps, device):
+    got, wanted = (losses_of_a_run(impl, head, device, steps) for impl in ("triton", "torch"))
+    assert wanted[-1] < 0.5 * wanted[0], "nothing was learned, so this test would prove nothing"
+    np.testing.assert_allclose(got, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_no_bit(use_reentrant, device):
+    model, batch = make_model(device=device), make_batch(device)
+    wanted = {name: g.clone() for name, g in gradients_of(model, batch, "triton").items()}
+    calls = []
+    for layer in model.embedding_model.layers:
+        inner = layer.forward
+
+        def counted(*args, inner=inner):
+            calls.append(torch.is_grad_enabled())
+            return inner(*args)
+
+        layer.forward = functools.partial(checkpoint, counted, use_reentrant=use_reentrant)
+    got = gradients_of(model, batch, "triton")
+    assert len(calls) == 2 * len(model.embedding_model.layers), "nothing was run again"
+    for name, gradient in got.items():
+        assert torch.equal(gradient, wanted[name]), name
+
+
+def test_one_model_twice_in_one_graph(device):
+    """Query and passages go through the same weights before one backward."""
+    model, first, second = make_model(device=device), make_batch(device), make_batch(device, (4, 6), seed=1)
+    with ops.use_impl("triton"):
+        one, other = (
+            {name: g.clone() for name, g in gradients_of(model, b, "triton").items()} for b in (first, second)
+        )
+        both = gradients_of(model, first, "triton", lambda m, b: loss_of(m, b) + loss_of(m, second))
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, one[name] + other[name], rtol=1e-4, atol=1e-5)
+
+
+@EVERY_HEAD
+def test_autocast_computes_in_16_bits_and_keeps_fp32_gradients(head, device):
+    kind, low = ("cuda", torch.bfloat16) if device == "cuda" else ("cpu", torch.float16)
+    model, batch = make_model(head, device), make_batch(device)
+    wanted = gradients_of(copy.deepcopy(model), batch, "torch")
+    results = {}
+    for impl in ("torch", "triton"):
+        copied = copy.deepcopy(model)
+        with ops.use_impl(impl), torch.autocast(kind, low):
+            states = copied.embedding_model(batch)
+            loss = loss_of(copied, batch)
+        loss.backward()
+        results[impl] = states.dtype, {name: p.grad for name, p in copied.named_parameters()}
+    assert results["torch"][0] == results["triton"][0] == torch.float32
+    for name, gradient in results["triton"][1].items():
+        assert gradient.dtype == torch.float32
+        error, eager = (r[1][name] - wanted[name] for r in (results["triton"], results["torch"]))
+        assert eager.abs().max() > 0 or not error.any(), "autocast did nothing"
+        assert error.norm() <= 1.5 * eager.norm() + 1e-3 * wanted[name].norm(), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "ddp_built_once", "fsdp2", "fsdp2_mixed_precision"])
+def test_two_processes_get_the_mean_gradient(how, device):
+    if device == "cuda" and torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(ROOT / "tests" / "data_parallel.py"), how, device]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert run.stdout.count("equal on rank") == 2
