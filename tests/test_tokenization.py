@@ -35,9 +35,9 @@ def test_megabytes_without_a_space_are_clipped_without_a_trace(published, unit):
     max_length = 16
     bound = published.max_characters(max_length)
     whole = published.backend.encode(unit * (4 * bound // len(unit))).ids[:max_length]
-    start = time.perf_counter()
+    start = time.process_time()  # of this process: the machine may be busy
     got = published([unit * (10_000_000 // len(unit))], "", max_length)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
     assert got.ids[0].tolist() == whole
 
 
