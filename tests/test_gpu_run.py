@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 
+from nvembed_fast.kernels import tuned
 from tools import gpu_checks, gpu_run
 from tools.gpu_run import Slice
 
 ROOT = Path(__file__).resolve().parents[1]
+KERNEL_TESTS = [p for p in ROOT.glob("tests/test_*.py") if (ROOT / "kernels" / f"{p.stem[5:]}.py").exists()]
 
 
 def python(name, code, minutes=0.01, **more):
@@ -175,6 +177,8 @@ def test_slices_name_suites_workloads_and_test_files_that_exist():
     from bench.suites import SUITES
 
     assert set(gpu_run.SUITES) == set(SUITES)
+    assert set(gpu_run.KERNELS) == set(gpu_checks.STEMS) == {path.stem[5:] for path in KERNEL_TESTS}
+    assert {*gpu_run.TUNED, "flash_attention"} == {kernel.partition(".")[0] for kernel in tuned.KERNELS}
     for one in gpu_run.slices():
         for option, value in itertools.pairwise(one.command):
             if option == "--workload":
