@@ -7,13 +7,14 @@ PY := .venv/bin/python
 STAMP := .venv/installed
 
 .PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
-.PHONY: test-cpus test-long
+.PHONY: test-cpus test-long test-integrations
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
 	@echo "make demo      embed real text with a small real decoder, and search it"
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
 	@echo "make test-long what make test leaves to the end of a piece of work: full lengths, many repetitions"
+	@echo "make test-integrations  the tests with mteb, peft and the like, in .venv-integrations; ARGS=--long: the long ones"
 	@echo "make test-cpus the kernel tests with the CPU libraries of other CPUs; ARGS='Haswell Nehalem': these alone"
 	@echo "make check     format, lint, types, layers, and what the compiler makes of every kernel"
 	@echo "make test-gpu  the kernel tests and the full-size tests on a CUDA GPU"
@@ -50,6 +51,16 @@ check: $(STAMP)
 	$(PY) -m pytest -q tests/test_layering.py
 	$(PY) -m tools.mutate --check
 	$(PY) -m tools.resources
+
+# an environment of its own: these libraries bring many others
+.venv-integrations/installed: setup.py pyproject.toml constraints.txt constraints-integrations.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/python -m pip install -c constraints.txt -c constraints-integrations.txt \
+		-e . datasets mteb peft pytest sentence-transformers sentencepiece
+	touch $@
+
+test-integrations: .venv-integrations/installed
+	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations $(ARGS)
 
 test-cpus: $(STAMP)
 	$(PY) -m tools.cpus --jobs $(JOBS) $(ARGS)
