@@ -19,6 +19,7 @@ from nvembed_fast.config import Latents, NVEmbedConfig
 from nvembed_fast.graphs import MAX_TOKENS, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.network.pooling_heads import PoolingHead
 from nvembed_fast.packing import PackedBatch
 from nvembed_fast.placement import Placement
 from nvembed_fast.stream import Progress, Result, TextStream
@@ -202,7 +203,17 @@ class NVEmbed(nn.Module):
     @property
     def stream(self) -> TextStream:
         """`encode` batch by batch, for a caller that takes the vectors as they come."""
-        return TextStream(self.text_tokenizer, self.embed, self.device)
+        return TextStream(self.text_tokenizer, self.embed, self.device, start=self.refresh)
+
+    def refresh(self) -> None:
+        """Drop what was built from weights whose content has changed. `encode` and `forward` begin with it.
+
+        It sees writes through `.data` and `.numpy()`: see `LatentHead.refresh`. A call of `embed` or of
+        `model` itself does not look for them.
+        """
+        heads = (m for m in self.model.head.modules() if isinstance(m, PoolingHead))
+        if any([head.refresh() for head in heads]) and self.graphs is not None:
+            self.graphs.forget()
 
     @torch.no_grad()
     def embed(self, ids: list[np.ndarray], first_pooled: list[int]) -> torch.Tensor:
@@ -258,6 +269,7 @@ class NVEmbed(nn.Module):
             {"sentence_embeddings": [B, D] fp32, of unit norm}, or without a pool_mask [B, S, D] token states
             in the model's dtype, zeros at pads.
         """
+        self.refresh()
         with self._computing():
             result = legacy.padded_forward(self.model, input_ids, attention_mask, pool_mask)
         return {"sentence_embeddings": result} if return_dict else (result,)

@@ -10,6 +10,8 @@ The invariant: a captured launch depends on the bucket alone. So a tile list has
 of a bucket. If a text needs fewer tiles, one tile is computed twice, to the same values.
 
 A graph holds the addresses it was captured with. It is captured anew when a weight has changed or moved.
+Code that was added to the model, such as an adapter or a hook, decides anew in every call. A model that holds
+any runs without graphs.
 """
 
 import dataclasses
@@ -22,6 +24,7 @@ import torch
 
 from nvembed_fast.kernels.layout import SeqLayout, to_device
 from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.network.pooling_heads import runs_as_written
 from nvembed_fast.packing import PackedBatch
 
 __all__ = ["MAX_TOKENS", "MIN_BUCKET", "BucketLayout", "SingleTextGraphs", "captured"]
@@ -96,6 +99,7 @@ class SingleTextGraphs:
 
     def __init__(self, model: NVEmbedModel):
         self.model = model
+        self._modules = tuple(model.modules())
         self._graphs: dict[int, _Graph] = {}
         self._pool: tuple | None = None
 
@@ -107,6 +111,9 @@ class SingleTextGraphs:
             ids: [S] int, S at most MAX_TOKENS.
             first_pooled: the number of leading tokens that are not pooled.
         """
+        if not self._is_as_built():
+            device = self.model.embedding_model.embed_tokens.weight.device
+            return self.model(PackedBatch.from_ids([ids], [first_pooled], device))
         bucket = max(MIN_BUCKET, 1 << (len(ids) - 1).bit_length())
         state = self._state()
         graph = self._graphs.get(bucket)
@@ -115,6 +122,14 @@ class SingleTextGraphs:
         graph.layout.put(ids, first_pooled)
         # the next replay overwrites its result
         return graph.replay()[:1].clone()
+
+    def forget(self) -> None:
+        """Drop all graphs: they read tensors that are out of date."""
+        self._graphs.clear()
+
+    def _is_as_built(self) -> bool:
+        modules = tuple(self.model.modules())
+        return modules == self._modules and all(map(runs_as_written, modules))
 
     def _state(self) -> tuple:
         weights = tuple(
@@ -144,7 +159,7 @@ class SingleTextGraphs:
 
     def __getstate__(self) -> dict:
         # copies and pickles capture their own
-        return {"model": self.model, "_graphs": {}, "_pool": None}
+        return {"model": self.model, "_modules": self._modules, "_graphs": {}, "_pool": None}
 
 
 def captured(run: Callable[[], T], pool=None) -> Callable[[], T]:

@@ -68,12 +68,14 @@ class TextStream:
         embed: token ids and first pooled tokens of one batch to its [B, D] vectors.
         device: where `embed` computes.
         window: how many texts are tokenized at a time.
+        start: called once, before the first batch.
     """
 
     tokenizer: TextTokenizer
     embed: Callable[[list[np.ndarray], list[int]], torch.Tensor]
     device: torch.device
     window: Window = field(default_factory=lambda: WINDOW)
+    start: Callable[[], None] | None = None
 
     def __call__(
         self,
@@ -134,7 +136,9 @@ class TextStream:
         self, windows: Iterable[tuple[int, TokenizedTexts]], budget: int
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """(indices, vectors) of every batch. One that does not fit in memory halves the budget."""
-        for first, window in windows:
+        for number, (first, window) in enumerate(windows):
+            if number == 0 and self.start is not None:
+                self.start()
             lengths = window.lengths()
             pending = deque(token_budget_batches(lengths, budget))
             while pending:

@@ -119,6 +119,32 @@ def test_a_changed_weight_or_form_is_captured_anew(tiny_directory, captures):
         assert run._graphs[16] is not graph
 
 
+def test_added_code_runs_without_graphs(tiny_directory, captures):
+    """A replay would not call it, and it may decide anew in every call."""
+    model = model_of(tiny_directory, "latent")
+    run, ids = SingleTextGraphs(model), np.arange(3, 12)
+    with ops.use_impl("triton"):
+        before, again = run(ids, 0), len(captures)
+        for number, module in enumerate((model.head.to_q, model.embedding_model.layers[1].mlp)):
+            handle = module.register_forward_hook(lambda module, args, output: -output)
+            assert (run(ids, 0) - before).abs().max() > 1e-3, number
+            handle.remove()
+        model.head.to_out = torch.nn.Sequential(model.head.to_out, torch.nn.Tanh())
+        assert (run(ids, 0) - before).abs().max() > 1e-6
+    assert len(captures) == again
+
+
+def test_written_content_is_captured_anew(tiny_directory, captures):
+    encoder = NVEmbed.from_pretrained(tiny_directory, device="cpu", impl="triton")
+    encoder.graphs = SingleTextGraphs(encoder.model)
+    before = encoder.encode("a query")
+    encoder.model.head.latents.data.neg_()
+    after = encoder.encode("a query")
+    assert len(captures) == 2 and (after - before).abs().max() > 1e-3
+    encoder.graphs = None
+    torch.testing.assert_close(after, encoder.encode("a query"), rtol=2e-5, atol=2e-6)
+
+
 def test_what_a_graph_reads_is_kept(tiny_directory, captures):
     model = model_of(tiny_directory, "latent")
     run = SingleTextGraphs(model)

@@ -5,10 +5,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
 
-from nvembed_fast import ops
+from nvembed_fast import NVEmbed, ops
 from nvembed_fast.config import LatentConfig
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.network import latent_head
 from nvembed_fast.network.latent_head import LatentHead
 
 CONFIG = LatentConfig(
@@ -88,6 +91,133 @@ def test_the_cache_is_used_and_never_stored():
     first, second = head._constant(), head._constant()
     assert first[0] is second[0]
     assert not any("cache" in name for name in head.state_dict())
+
+
+class Adapter(nn.Module):
+    """A low-rank correction beside a frozen projection. It has no `weight`."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.down = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+    def merged(self) -> torch.Tensor:
+        return (self.base.weight + self.up.weight @ self.down.weight).detach()
+
+
+@pytest.mark.parametrize("latents", ["auto", "direct", "absorbed"])
+@pytest.mark.parametrize("names", [["to_q"], ["to_kv"], ["to_out"], ["to_q", "to_kv", "to_out"]])
+def test_an_adapter_counts_and_learns_and_merges(latents, names):
+    head, h = make_head(), torch.randn(4, 16, dtype=torch.float64)
+    head.mode = latents
+    with ops.use_impl("torch"):
+        before = head(h, ALONE)  # fills the cache
+        adapters = {name: Adapter(getattr(head, name)) for name in names}
+        for name, adapter in adapters.items():
+            setattr(head, name, adapter)
+        for factor in (1, -3):  # as by the steps of an optimizer
+            for adapter in adapters.values():
+                adapter.up.weight.data.mul_(factor)
+            merged = make_head()
+            for name, adapter in adapters.items():
+                getattr(merged, name).weight.copy_(adapter.merged())
+            got = head(h, ALONE)
+            torch.testing.assert_close(got, merged(h, ALONE), rtol=1e-12, atol=1e-12)
+            assert (got - before).abs().max() > 1e-3
+        got.sum().backward()
+        for name, adapter in adapters.items():
+            for layer in (adapter.up, adapter.down):
+                assert layer.weight.grad is not None and layer.weight.grad.abs().sum() > 0, name
+        # the merge of an adapter writes through .data and puts the old module back
+        for name, adapter in adapters.items():
+            adapter.base.weight.data = adapter.merged()
+            setattr(head, name, adapter.base)
+        torch.testing.assert_close(head(h, ALONE), merged(h, ALONE), rtol=1e-12, atol=1e-12)
+
+
+def doubled(_module, _args, output):
+    return 2 * output
+
+
+@pytest.mark.parametrize("latents", ["direct", "absorbed"])
+@pytest.mark.parametrize("name", ["context_norm", "to_q", "to_kv", "to_out"])
+@pytest.mark.parametrize("added", ["hook", "forward", "parametrization", "bias"])
+def test_whatever_stands_around_a_weight_counts(latents, name, added):
+    head, h = make_head(), torch.randn(4, 16, dtype=torch.float64)
+    head.mode = latents
+    module = getattr(head, name)
+    with ops.use_impl("torch"):
+        before = head(h, ALONE)
+        if added == "hook":
+            module.register_forward_hook(doubled)
+        elif added == "forward":
+            forward = module.forward
+            module.forward = lambda x: 2 * forward(x)
+        elif added == "parametrization":
+            parametrize.register_parametrization(module, "weight", nn.Softplus())
+        else:
+            module.bias = nn.Parameter(torch.full(module.weight.shape[:1], 2.0).double(), False)
+        got = head(h, ALONE)
+        head.mode = "direct"
+        head._cache.clear()
+        torch.testing.assert_close(got, head(h, ALONE), rtol=1e-12, atol=1e-12)
+    assert (got - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("latents", ["direct", "absorbed"])
+@pytest.mark.parametrize("write", ["data", "numpy"])
+@pytest.mark.parametrize("names", [["latents"], ["context_norm.bias"], ["to_kv.weight"], None])
+def test_content_written_behind_a_weight_is_seen(tiny_directory, tmp_path, latents, write, names):
+    """Right are the vectors of the model when saved and loaded again."""
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu", latents=latents)
+    before = model.encode(["a b c"])
+    weights = dict(model.model.head.named_parameters())
+    for weight in weights.values() if names is None else [weights[name] for name in names]:
+        if write == "data":
+            weight.data.mul_(-3).add_(0.1)
+        else:
+            array = weight.numpy()
+            array[...] = -3 * array + 0.1
+    model.save_pretrained(tmp_path / "saved")
+    anew = NVEmbed.from_pretrained(tmp_path / "saved", device="cpu", latents=latents)
+    wanted, got = anew.encode(["a b c"]), model.encode(["a b c"])
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    assert (wanted - before).abs().max() > 1e-3, "nothing changed, so this test would prove nothing"
+
+
+def test_forward_and_a_held_stream_see_written_content_too(tiny_directory):
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    ids, stream = torch.tensor([[1, 5, 6, 2]]), model.stream
+    mask = torch.ones_like(ids)
+    before = model(ids, mask, mask)["sentence_embeddings"]
+    model.model.head.latents.data.neg_()
+    after = model(ids, mask, mask)["sentence_embeddings"]
+    [(_, negative)] = stream(["a"])
+    model.model.head.latents.data.neg_()
+    [(_, positive)] = stream(["a"])
+    for one, other in ((before, after), (negative, positive)):
+        assert (one - other).abs().max() > 1e-3
+    assert torch.equal(positive[0], model.encode("a"))
+
+
+def test_a_sample_lies_in_every_column_and_holds_all_of_a_small_weight():
+    small, large = torch.arange(100.0), torch.arange(512.0).repeat(4096, 1)
+    sample = latent_head._sample([small, large])
+    assert torch.equal(sample[:100], small)
+    assert len(sample) - 100 <= 4096 and set(sample[100:].tolist()) == set(range(512))
+
+
+def test_a_weight_whose_memory_was_freed_counts_as_changed():
+    head = make_head()
+    with ops.use_impl("torch"):
+        head(torch.randn(4, 16, dtype=torch.float64), ALONE)
+    assert not head.refresh()
+    head.to_kv.weight.untyped_storage().resize_(0)
+    assert head.refresh() and not head.cached()
 
 
 @pytest.mark.parametrize("latents", ["direct", "absorbed"])

@@ -17,11 +17,16 @@ It recomputes c Wk^T and c Wv^T for every text. Three identities save that work:
 3 belongs to the feed-forward, so it stands in `pooling_heads.AttentionHead`.
 
 The matrices of 1 and 2 are cached for frozen weights (`requires_grad_(False)`).
-The cache never enters a state dict. It is dropped when a weight moves or
-changes, except through `.data`. Weights in training have no cache: each forward
-builds its own matrices, with their graph, or all forwards of a step share one
-set inside `built_once`. There is no cache under torch.compile either, which
-cannot see whether a weight has changed.
+The cache never enters a state dict. It is dropped when a weight moves or its
+version changes. A write through `.data` or `.numpy()`, such as the merge of an
+adapter, leaves the version alone: `refresh` finds it. Weights in training have
+no cache: each forward builds its own matrices, with their graph, or all forwards
+of a step share one set inside `built_once`. There is no cache under
+torch.compile either, which cannot see whether a weight has changed.
+
+An adapter, a hook or a parametrization in the place of a projection has no
+weight that could be multiplied out. With one of them the head takes the direct
+form, and what it stands in for is called in every forward.
 
 Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H head width, F = 4 D.
 """
@@ -37,9 +42,13 @@ from torch import nn
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig, LatentForm, Latents, check_latents
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.network.pooling_heads import AttentionHead
+from nvembed_fast.network.pooling_heads import AttentionHead, runs_as_written
 
 __all__ = ["LatentHead"]
+
+_SAMPLED = 4096  # elements of a weight
+# modules whose weights say all that they do
+_PLAIN = (nn.LayerNorm, nn.Linear, ops.Linear)
 
 
 class LatentHead(AttentionHead):
@@ -55,8 +64,10 @@ class LatentHead(AttentionHead):
         self.to_kv = ops.Linear(config.latent_dim, 2 * inner, bias=False)
         self.to_out = ops.Linear(inner, width, bias=False)
         self.mode: Latents = "auto"
-        # form -> (state of the weights, the weights, the tensors built from them)
-        self._cache: dict[str, tuple[tuple, list[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {}
+        # form -> (state of the weights, the weights and their sample, the tensors built from them)
+        self._cache: dict[
+            str, tuple[tuple, tuple[list[torch.Tensor], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+        ] = {}
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @contextmanager
@@ -104,12 +115,35 @@ class LatentHead(AttentionHead):
         return self.to_out(rearrange(out_TNH, "t n h -> t (n h)")) + h_TD
 
     def form(self) -> LatentForm:
-        """The form the shapes make cheaper, or the one that `mode` forces."""
+        """The form the shapes make cheaper, or the one that `mode` forces. An adapter forces "direct"."""
         mode = check_latents(self.mode)
-        return self.config.cheaper_form if mode == "auto" else mode
+        form = self.config.cheaper_form if mode == "auto" else mode
+        return form if form == "direct" or self._multipliable() else "direct"
 
     def cached(self) -> dict:
         return self._cache.copy()
+
+    def refresh(self) -> bool:
+        """Drop the cache if the content of a weight has changed without its version. True if so.
+
+        It compares up to 4096 evenly spaced elements of each weight, which is all of a small one, and waits
+        for the device. For the published head in fp16 that took 12 to 21 ms on one core of a busy CPU
+        (2026-11-26). It misses a write that touches none of them, such as one to a single row of a large
+        weight. An in-place operation on the parameter itself is always seen.
+        """
+        changed = [form for form, (_, held, _) in list(self._cache.items()) if _changed(*held)]
+        for form in changed:
+            self._cache.pop(form, None)
+        return bool(changed)
+
+    def _multipliable(self) -> bool:
+        """Whether weights are all that the norm of the latents and the projections are."""
+        projections = (self.to_q, self.to_kv, self.to_out)
+        return (
+            all(_is_plain(module) for module in (self.context_norm, *projections))
+            and all(projection.bias is None for projection in projections)
+            and self.context_norm.elementwise_affine
+        )
 
     def _build(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.absorbed() if self.form() == "absorbed" else self._keys_and_values()
@@ -119,11 +153,14 @@ class LatentHead(AttentionHead):
         if self._shared is not None:
             return self._shared
         form = self.form()
-        weights = [self.latents, *self.context_norm.parameters(), self.to_kv.weight]
+        modules = [self.context_norm, self.to_kv]
         if form == "absorbed":
-            weights += [self.to_q.weight, self.to_out.weight]
+            modules += [self.to_q, self.to_out]
+        weights = [self.latents, *(weight for module in modules for weight in module.parameters())]
         # never of weights in training: not every optimizer that changes them moves their version counter
         if torch.compiler.is_compiling() or any(w.requires_grad for w in weights):
+            return self._build()
+        if not all(map(_is_plain, modules)):
             return self._build()
         # a weight's version counter moves with every in-place change, and inference tensors cannot change
         state = tuple(
@@ -134,13 +171,14 @@ class LatentHead(AttentionHead):
             # tensors built under inference_mode could not be used outside it
             with torch.inference_mode(False), torch.no_grad():
                 built = self._build()
+                sample = _sample(weights)
             if not all(t.isfinite().all() for t in built):
                 raise ValueError(
                     f"the {form} form of these latents overflows {self.latents.dtype}: load with "
                     "dtype='bfloat16', or take the other form (latents='direct' or 'absorbed')"
                 )
             # the weights are held, so that no later one can come to lie at the same address unseen
-            cached = self._cache[form] = (state, [w.detach() for w in weights], built)
+            cached = self._cache[form] = (state, ([w.detach() for w in weights], sample), built)
         return cached[2]
 
     def _keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -177,3 +215,21 @@ class LatentHead(AttentionHead):
         # do not keep the old weights alive beside the moved or cast ones
         self._cache.clear()
         return super()._apply(fn, recurse)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in _PLAIN and runs_as_written(module)
+
+
+def _sample(weights: list[torch.Tensor]) -> torch.Tensor:
+    """Evenly spaced elements of each weight. The step is odd, so that they lie in all columns."""
+    flat = [weight.detach().reshape(-1) for weight in weights]
+    return torch.cat([f[:: f.numel() // _SAMPLED | 1] for f in flat])
+
+
+def _changed(weights: list[torch.Tensor], sample: torch.Tensor) -> bool:
+    # FSDP frees the memory of gathered weights, and the next forward has them at another place
+    if any(weight.untyped_storage().nbytes() == 0 for weight in weights):
+        return True
+    with torch.no_grad():
+        return not torch.equal(_sample(weights), sample)

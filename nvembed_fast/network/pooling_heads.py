@@ -20,9 +20,16 @@ from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig
 from nvembed_fast.kernels.layout import SeqLayout
 
-__all__ = ["AttentionHead", "EOSHead", "MeanHead", "PoolingHead", "SelfAttentionHead"]
+__all__ = ["AttentionHead", "EOSHead", "MeanHead", "PoolingHead", "SelfAttentionHead", "runs_as_written"]
 
 _FEED_FORWARD_RATIO = 4
+
+
+def runs_as_written(module: nn.Module) -> bool:
+    """Whether a call of the module runs the forward of its class and nothing around it."""
+    if torch.compiler.is_compiling():
+        return True
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 class PoolingHead(nn.Module):
@@ -55,6 +62,10 @@ class PoolingHead(nn.Module):
     def cached(self) -> dict:
         """The tensors that the head has built from its weights, for a caller that must keep them alive."""
         return {}
+
+    def refresh(self) -> bool:
+        """Drop the tensors that were built from weights with other content. True if there were any."""
+        return False
 
     def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
         """[B, D] fp32 (float64 for float64) vectors, not yet normalised."""
