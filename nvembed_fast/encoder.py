@@ -93,9 +93,11 @@ class NVEmbed(nn.Module):
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
             show_progress: a progress bar. None shows it in a terminal only.
             old_keywords: torch_dtype and device_map are the old names of dtype and device. trust_remote_code
-                is accepted and not needed: code from a checkpoint never runs.
+                is accepted and not needed: code from a checkpoint never runs. The same holds for
+                low_cpu_mem_usage, use_safetensors and attn_implementation.
 
         Raises:
+            TypeError: a keyword is unknown.
             FileNotFoundError, ValueError: something is missing or wrong. The message names it.
         """
         device, dtype = legacy.loading_place(cls.from_pretrained, device, dtype, old_keywords)
@@ -173,18 +175,24 @@ class NVEmbed(nn.Module):
             max_batch_tokens: tokens per batch. None: 16384 on a GPU, 2048 on a CPU.
             show_progress: a progress bar. None shows it in a terminal only.
             output: "torch" for a tensor on the model's device, "numpy" for an array on the host.
-            old_keywords: return_numpy is the old name of output="numpy". num_workers and batch_size are
-                accepted and not needed: one thread tokenizes ahead, and batches are cut by tokens.
+            old_keywords: those of the original and of sentence-transformers that have a meaning here, such as
+                return_numpy, prompt, convert_to_tensor and show_progress_bar. num_workers and batch_size
+                are not needed: one thread tokenizes ahead, and batches are cut by tokens.
 
         Returns:
             [N, D] fp32 in the order of prompts, of unit norm. [D] for a single string, [0, D] for no text.
 
         Raises:
-            TypeError: a prompt is not a string. The message names its index.
+            TypeError: a prompt is not a string, and the message names its index. Or a keyword is unknown or
+                asks for another result.
             ValueError: a prompt cannot be tokenized, or its instruction leaves nothing to pool within
                 max_length. The message names its index.
         """
-        kind = legacy.encoding_output(self.encode, output, old_keywords)
+        call = legacy.Encoding(instruction, output, show_progress)
+        normalized = self.config.latent_attention_config.output_normalize
+        instruction, kind, show_progress = legacy.encoding_call(
+            self.encode, call, old_keywords, device=self.device, normalized=normalized
+        )
         if kind not in ("torch", "numpy"):
             raise ValueError(f"output must be 'torch' or 'numpy', got {kind!r}")
         if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):

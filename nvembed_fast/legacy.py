@@ -3,26 +3,71 @@
 No other file knows their keywords.
 """
 
+import difflib
 import inspect
-import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import from_padded, pad_rows
 
-__all__ = ["encoding_output", "loading_place", "padded_forward"]
+__all__ = ["Encoding", "encoding_call", "loading_place", "padded_forward"]
 
-# keywords that each function accepts beside ours. Those that no code below reads have no effect
+# keywords that each function accepts beside ours
 OLD_KEYWORDS = {
-    "from_pretrained": ("torch_dtype", "device_map", "trust_remote_code"),
-    "encode": ("num_workers", "batch_size", "return_numpy"),
+    "from_pretrained": (
+        "torch_dtype",
+        "device_map",
+        # these cannot change a vector
+        "trust_remote_code",
+        "low_cpu_mem_usage",
+        "use_safetensors",
+        "attn_implementation",
+    ),
+    "encode": (
+        "return_numpy",
+        "prompt",
+        "prompt_name",
+        "task_name",
+        "prompt_type",
+        "convert_to_numpy",
+        "convert_to_tensor",
+        "normalize_embeddings",
+        "show_progress_bar",
+        "device",
+        "output_value",
+        "precision",
+        "truncate_dim",
+        "pool",
+        # these cannot change a vector
+        "num_workers",
+        "batch_size",
+        "chunk_size",
+    ),
+}
+# other libraries' words for arguments of ours
+_RIGHT_KEYWORDS = {
+    "max_seq_length": "max_length",
+    "sentences": "prompts",
+    "texts": "prompts",
+    "task": "instruction=query_instruction(task)",
+    "use_auth_token": "token",
+    "model_name_or_path": "path_or_id",
 }
 # values of device_map that name no device
 _ANY_DEVICE = ("auto", "balanced", "balanced_low_0", "sequential")
-_warned: set[tuple[str, str]] = set()
+# names of prompts under which other libraries embed documents, which carry no instruction
+_DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+
+
+class Encoding(NamedTuple):
+    """Our arguments of `encode`."""
+
+    instruction: str
+    output: str
+    show_progress: bool | None
 
 
 def loading_place(
@@ -31,11 +76,14 @@ def loading_place(
     """The (device, dtype) that a call of `from_pretrained` asks for. None leaves the choice to us.
 
     Args:
-        function: `from_pretrained`, for the warning about unknown keywords.
+        function: `from_pretrained`, for the error about unknown keywords.
         device, dtype: our arguments. Each takes the forms of its old name too.
         keywords: all others. `torch_dtype` and `device_map` are the old names of dtype and device.
+
+    Raises:
+        TypeError: a keyword is unknown.
     """
-    _warn_of_unknown(function, keywords)
+    _refuse_unknown(function, keywords)
     device = keywords.get("device_map") if device is None else device
     dtype = keywords.get("torch_dtype") if dtype is None else dtype
     if isinstance(device, dict):
@@ -45,10 +93,84 @@ def loading_place(
     return None if device in _ANY_DEVICE else device, None if dtype == "auto" else dtype
 
 
-def encoding_output(function: Callable, output: str, keywords: dict[str, Any]) -> str:
-    """The output that a call of `encode` asks for: `return_numpy` is the old name of output="numpy"."""
-    _warn_of_unknown(function, keywords)
-    return "numpy" if keywords.get("return_numpy") else output
+def encoding_call(
+    function: Callable, call: Encoding, keywords: dict[str, Any], *, device: torch.device, normalized: bool
+) -> Encoding:
+    """The arguments that a call of `encode` asks for.
+
+    Args:
+        function: `encode`, for the error about unknown keywords.
+        call: our arguments.
+        keywords: all others. None stands for a keyword that is not given.
+        device: of the model.
+        normalized: whether the model's vectors have unit norm.
+
+    Raises:
+        TypeError: a keyword is unknown, asks for another result than the model gives, or contradicts ours.
+    """
+    _refuse_unknown(function, keywords)
+    given = {name: value for name, value in keywords.items() if value is not None}
+    _refuse_other_results(given, device, normalized)
+    instruction, show_progress = call.instruction, call.show_progress
+    if prompt := given.get("prompt"):
+        if instruction not in ("", prompt):
+            raise TypeError("encode() got both instruction and prompt, which are one thing: pass instruction")
+        instruction = prompt
+    if show_progress is None and "show_progress_bar" in given:
+        show_progress = bool(given["show_progress_bar"])
+    return Encoding(instruction, _output(call.output, given), show_progress)
+
+
+def _output(output: str, given: dict[str, Any]) -> str:
+    if given.get("convert_to_tensor"):
+        if output == "numpy" or given.get("return_numpy"):
+            raise TypeError("encode() got convert_to_tensor=True and asks for numpy: pass output alone")
+        return "torch"
+    if given.get("return_numpy") or given.get("convert_to_numpy"):
+        return "numpy"
+    # in that library arrays are the default
+    if "convert_to_tensor" in given and "convert_to_numpy" not in given:
+        return "numpy"
+    return output
+
+
+def _refuse_other_results(given: dict[str, Any], device: torch.device, normalized: bool) -> None:
+    """TypeError for a keyword of another library that asks for what is not here. It says what to do."""
+    for name in ("prompt_name", "task_name", "prompt_type"):
+        # an enumeration's member counts by its value
+        value = getattr(given.get(name), "value", given.get(name))
+        if value is not None and value not in _DOCUMENT_PROMPTS:
+            raise TypeError(
+                f"encode() has no named prompts, got {name}={value!r}: pass "
+                "instruction=query_instruction(task), or nothing for documents"
+            )
+    wanted = given.get("normalize_embeddings", normalized)
+    if bool(wanted) != normalized:
+        have = "have unit norm" if normalized else "are not normalised"
+        raise TypeError(
+            f"encode() got normalize_embeddings={wanted!r}, but the vectors of this model {have}: "
+            "drop the keyword, or change output_normalize in config.json"
+        )
+    if given.get("precision", "float32") not in ("float32", "fp32"):
+        raise TypeError(
+            f"encode() returns float32, got precision={given['precision']!r}: convert the vectors it returns"
+        )
+    if "truncate_dim" in given:
+        raise TypeError("encode() has no truncate_dim: cut vectors[:, :n], then normalise them again")
+    if given.get("output_value", "sentence_embedding") != "sentence_embedding":
+        raise TypeError(
+            f"encode() returns one vector a text, got output_value={given['output_value']!r}: "
+            "model(input_ids, attention_mask) gives the states of all tokens"
+        )
+    if "pool" in given:
+        raise TypeError("encode() has no pool of processes: start one process for each GPU")
+    if "device" in given:
+        asked = torch.device(given["device"])
+        if asked.type != device.type or asked.index not in (None, device.index or 0):
+            raise TypeError(
+                f"encode() runs on the model's device {device}, got device={given['device']!r}: "
+                "pass device to from_pretrained, or call model.to(device)"
+            )
 
 
 def padded_forward(
@@ -85,14 +207,15 @@ def _check_pooled(pooled: torch.Tensor) -> None:
         )
 
 
-def _warn_of_unknown(function: Callable, keywords: dict[str, Any]) -> None:
-    """Warn once per unknown keyword, and name the known ones."""
+def _refuse_unknown(function: Callable, keywords: dict[str, Any]) -> None:
+    """TypeError for a keyword that nobody reads. It names the right one."""
     name, old = function.__name__, OLD_KEYWORDS[function.__name__]
     for keyword in keywords:
-        if keyword in old or (name, keyword) in _warned:
+        if keyword in old:
             continue
         parameters = inspect.signature(function).parameters.values()
         known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"]
-        message = f"{name}() ignores {keyword!r}; it knows {', '.join([*known, *old])}"
-        warnings.warn(message, stacklevel=4)
-        _warned.add((name, keyword))
+        near = difflib.get_close_matches(keyword, [*known, *old], n=1, cutoff=0.8)
+        right = _RIGHT_KEYWORDS.get(keyword) or (near[0] if near else None)
+        hint = f"use {right}" if right else f"it knows {', '.join([*known, *old])}"
+        raise TypeError(f"{name}() does not know the keyword {keyword!r}: {hint}")

@@ -1,6 +1,7 @@
 """Calls written for the original or for other libraries."""
 
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,14 +56,83 @@ def test_old_names_give_way_to_ours(device, dtype, old, wanted):
     assert legacy.loading_place(NVEmbed.from_pretrained, device, dtype, old) == wanted
 
 
-def test_an_unknown_keyword_warns_once_and_names_what_is_known(model):
-    with pytest.warns(
-        UserWarning, match=r"encode\(\) ignores 'pooling'; it knows prompts, instruction, max_length"
-    ):
-        model.encode(["a"], pooling="cls")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        model.encode(["a"], pooling="cls")
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        (
+            {"pooling": "cls"},
+            r"encode\(\) does not know the keyword 'pooling': it knows prompts, instruction",
+        ),
+        ({"pooling": None}, "does not know the keyword 'pooling'"),
+        ({"instrction": "x"}, "'instrction': use instruction"),
+        ({"max_seq_length": 9}, "'max_seq_length': use max_length"),
+        ({"prompt_name": "query"}, r"no named prompts, got prompt_name='query': .*query_instruction\(task\)"),
+        ({"task_name": "NFCorpus"}, "no named prompts, got task_name='NFCorpus'"),
+        ({"prompt_type": SimpleNamespace(value="query")}, "no named prompts, got prompt_type='query'"),
+        ({"prompt": "a", "instruction": "b"}, "both instruction and prompt"),
+        ({"normalize_embeddings": False}, "normalize_embeddings=False, but the vectors .* have unit norm"),
+        ({"precision": "int8"}, "returns float32, got precision='int8'"),
+        ({"truncate_dim": 8}, "no truncate_dim: cut"),
+        ({"output_value": "token_embeddings"}, "one vector a text, got output_value='token_embeddings'"),
+        ({"pool": object()}, "one process for each GPU"),
+        ({"device": "cuda"}, "runs on the model's device cpu, got device='cuda'"),
+        ({"output": "numpy", "convert_to_tensor": True}, "pass output alone"),
+    ],
+)
+def test_a_keyword_that_asks_for_another_result_is_refused(model, keywords, message):
+    with pytest.raises(TypeError, match=message):
+        model.encode(["a"], **keywords)
+
+
+@pytest.mark.parametrize("keyword", ["load_in_8bit", "quantization_config", "subfolder"])
+def test_loading_refuses_a_keyword_that_it_does_not_know(tiny_directory, keyword):
+    with pytest.raises(TypeError, match=rf"from_pretrained\(\) does not know the keyword '{keyword}'"):
+        NVEmbed.from_pretrained(tiny_directory, **{keyword: True})
+
+
+def test_a_prompt_is_an_instruction(model):
+    instruction = query_instruction("find it")
+    wanted = model.encode(["a b"], instruction)
+    assert (wanted - model.encode(["a b"])).abs().max() > 1e-3, "this test would prove nothing"
+    for keywords in ({}, {"instruction": instruction}, {"prompt_name": None}):
+        assert torch.equal(model.encode(["a b"], prompt=instruction, **keywords), wanted)
+    for name in ("document", "passage", "corpus"):
+        assert torch.equal(model.encode(["a b"], prompt_name=name), model.encode(["a b"]))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "kind"),
+    [
+        ({"convert_to_numpy": True}, np.ndarray),
+        ({"convert_to_tensor": True}, torch.Tensor),
+        ({"convert_to_tensor": True, "convert_to_numpy": True}, torch.Tensor),
+        ({"convert_to_tensor": False}, np.ndarray),
+        ({"convert_to_tensor": False, "convert_to_numpy": False}, torch.Tensor),
+        (
+            {"normalize_embeddings": True, "batch_size": 2, "device": "cpu", "precision": "float32"},
+            torch.Tensor,
+        ),
+    ],
+)
+def test_keywords_of_sentence_transformers_keep_their_meaning(model, keywords, kind):
+    got = model.encode(["a b"], **keywords)
+    assert isinstance(got, kind)
+    assert torch.equal(torch.as_tensor(got), model.encode(["a b"]))
+
+
+def test_a_progress_bar_by_its_other_name(model, capsys):
+    model.encode(["a"], show_progress_bar=True)
+    assert "1/1 texts" in capsys.readouterr().err
+    model.encode(["a"], show_progress_bar=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_model_without_normalisation_is_not_taken_for_one(model):
+    call = legacy.Encoding("", "torch", None)
+    place = {"device": model.device, "normalized": False}
+    assert legacy.encoding_call(model.encode, call, {"normalize_embeddings": False}, **place) == call
+    with pytest.raises(TypeError, match="are not normalised"):
+        legacy.encoding_call(model.encode, call, {"normalize_embeddings": True}, **place)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
