@@ -7,6 +7,8 @@ in its own file, because `impl="auto"` takes the reference there.
 This file needs no Triton. No check waits for a device.
 """
 
+from math import inf
+
 import torch
 
 from nvembed_fast.kernels.layout import SeqLayout
@@ -59,8 +61,8 @@ def check_flash_attention(
     num_kv_heads = k.shape[1]
     if not num_kv_heads or not num_heads or num_heads % num_kv_heads:
         raise mismatch("q", f"[T, N, H] with N a multiple of the {num_kv_heads} heads of k", q)
+    _check_dtype("q", q)
     for name, t in (("q", q), ("k", k), ("v", v)):
-        _check_dtype(name, t)
         if t.dtype != q.dtype:
             raise mismatch(name, f"{q.dtype} like q", t)
         if t.device != layout.cu_seqlens.device:
@@ -121,7 +123,7 @@ def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
     fits = weight.shape == (width,) and weight.dtype == x.dtype and weight.device == x.device
     if not fits or weight.stride(0) != 1:
         raise mismatch("weight", f"[{width}] {x.dtype} on {x.device}, contiguous", weight)
-    if not 0 <= eps < float("inf"):
+    if not 0 <= eps < inf:
         raise ValueError(f"eps must be finite and not negative, got {eps}")
 
 
@@ -203,5 +205,5 @@ def _check_dtype(name: str, t: torch.Tensor) -> None:
 
 def _check_scale(scale: float | None) -> None:
     # True is a `causal` that came one place too early
-    if scale is not None and (isinstance(scale, bool) or not 0 < scale < float("inf")):
+    if scale is not None and (isinstance(scale, bool) or not 0 < scale < inf):
         raise ValueError(f"scale must be positive and finite, got {scale}")
