@@ -31,7 +31,7 @@ form, and what it stands in for is called in every forward.
 Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H head width, F = 4 D.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -221,7 +221,7 @@ def _is_plain(module: nn.Module) -> bool:
     return type(module) in _PLAIN and runs_as_written(module)
 
 
-def _sample(weights: list[torch.Tensor]) -> torch.Tensor:
+def _sample(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     """Evenly spaced elements of each weight. The step is odd, so that they lie in all columns."""
     flat = [weight.detach().reshape(-1) for weight in weights]
     return torch.cat([f[:: f.numel() // _SAMPLED | 1] for f in flat])
