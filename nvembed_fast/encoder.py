@@ -23,13 +23,19 @@ from nvembed_fast.network.pooling_heads import PoolingHead
 from nvembed_fast.packing import PackedBatch
 from nvembed_fast.placement import Placement
 from nvembed_fast.stream import Progress, Result, TextStream
-from nvembed_fast.tokenization import TextTokenizer
+from nvembed_fast.tokenization import TextTokenizer, text_list
 
 __all__ = ["NVEmbed", "query_instruction"]
 
 
 def query_instruction(task: str) -> str:
     """The published query template: "Instruct: {task}", a new line, "Query: "."""
+    if not isinstance(task, str):
+        raise TypeError(
+            f"task must be a string, got {type(task).__name__}: without a task use encode_document"
+        )
+    if not task.strip():
+        raise ValueError("task is empty: describe it, or embed without an instruction (encode_document)")
     return f"Instruct: {task}\nQuery: "
 
 
@@ -183,8 +189,8 @@ class NVEmbed(nn.Module):
             [N, D] fp32 in the order of prompts, of unit norm. [D] for a single string, [0, D] for no text.
 
         Raises:
-            TypeError: a prompt is not a string, and the message names its index. Or a keyword is unknown or
-                asks for another result.
+            TypeError: a prompt is not a string, and the message names its index. Prompts have no order, or give
+                keys in the place of texts. A keyword is unknown or asks for another result.
             ValueError: a prompt cannot be tokenized, or its instruction leaves nothing to pool within
                 max_length. The message names its index.
         """
@@ -195,10 +201,8 @@ class NVEmbed(nn.Module):
         )
         if kind not in ("torch", "numpy"):
             raise ValueError(f"output must be 'torch' or 'numpy', got {kind!r}")
-        if isinstance(prompts, bytes | bytearray) or not isinstance(prompts, Iterable):
-            raise TypeError(f"prompts must be a string or texts, got {type(prompts).__name__}")
         single = isinstance(prompts, str)
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [prompts] if isinstance(prompts, str) else text_list(prompts)
         batches = self.stream(texts, instruction, max_length, max_batch_tokens)
         result = Result(len(texts), self.config.hidden_size, self.device, on_host=kind == "numpy")
         with Progress(texts, max_length, show_progress) as progress:

@@ -11,7 +11,7 @@ the LlamaTokenizer of transformers 5 gives other ids for leading or repeated spa
 
 import functools
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView, Mapping, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 
 from nvembed_fast.config import NVEmbedConfig, PoolingStart
 
-__all__ = ["TextTokenizer", "TokenizedTexts", "check_texts"]
+__all__ = ["TextTokenizer", "TokenizedTexts", "check_texts", "text_list"]
 
 
 class TokenizedTexts(NamedTuple):
@@ -133,14 +133,39 @@ def _first_from(offsets: list[tuple[int, int]], border: int) -> int:
     return len(offsets)
 
 
+def text_list(texts: Iterable[str], name: str = "prompts") -> list[str]:
+    """The texts as a list, not yet looked at.
+
+    Raises:
+        TypeError: they are one string, or nothing that gives texts in an order. The message says what to do.
+    """
+    kind = type(texts).__name__
+    if isinstance(texts, str):
+        raise TypeError(f"{name} must be a list of texts, got one string: put it in a list")
+    if isinstance(texts, bytes | bytearray | memoryview) or not isinstance(texts, Iterable):
+        raise TypeError(f"{name} must be a string or texts, got {kind}")
+    if isinstance(texts, Set) and not isinstance(texts, KeysView):
+        raise TypeError(
+            f"{name} must be in an order, and a {kind} has none: pass a list, such as sorted(texts)"
+        )
+    # a pandas Series has keys, and gives its values
+    keyed = hasattr(texts, "keys") and getattr(texts, "ndim", None) != 1
+    if isinstance(texts, Mapping) or keyed or hasattr(texts, "columns"):
+        raise TypeError(
+            f"{name} must be texts, got {kind}, which would give its keys or column names: pass "
+            'the texts in it, such as x["text"] or list(x.values())'
+        )
+    return list(texts)
+
+
 def check_texts(texts: Iterable[str], name: str = "prompts") -> list[str]:
     """The texts as a list.
 
     Raises:
-        TypeError: one is not a string. The message names its index.
+        TypeError: one is not a string, and the message names its index. Or see `text_list`.
         ValueError: one has a lone surrogate and cannot be written as UTF-8. The message names its index.
     """
-    texts = list(texts)
+    texts = text_list(texts, name)
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"{name}[{index}] must be a string, got {type(text).__name__}: {text!r:.80}")

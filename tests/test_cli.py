@@ -147,6 +147,8 @@ def test_help_has_examples(command, capsys):
         (["encode", "{texts}", "-o", "{tmp}/o.npy", "--impl", "cuda"], "impl must be one of"),
         (["encode", "{texts}", "-o", "{tmp}/o.npy", "--device", "cuda:77"], "is not there"),
         (["search", "{texts}", "q", "--top", "0"], "--top must be at least 1"),
+        (["search", "{texts}", "q", "--task", ""], "task is empty"),
+        (["encode", "{texts}", "-o", "{tmp}/o.npy", "--task", ""], "task is empty"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(

@@ -1,5 +1,6 @@
 import copy
 import json
+from collections import UserDict
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +100,49 @@ def test_odd_texts_have_vectors(model, text):
     assert torch.isfinite(vector).all() and abs(vector.norm() - 1) < 1e-5
 
 
+class Table:
+    """As a DataFrame it gives the names of its columns."""
+
+    columns = ("text",)
+
+    def __iter__(self):
+        return iter(self.columns)
+
+
+class Series:
+    """As a column of a DataFrame it has keys and gives its values."""
+
+    ndim = 1
+
+    def keys(self):
+        return (0, 1)
+
+    def __iter__(self):
+        return iter(["a b", "c"])
+
+
+def test_a_table_is_refused(model):
+    with pytest.raises(TypeError, match="prompts must be texts, got Table, which would give .* column names"):
+        model.encode(Table())
+
+
+def test_what_gives_texts_in_an_order_is_taken(model):
+    wanted = model.encode(["a b", "c"])
+    for texts in (Series(), {"a b": 1, "c": 2}.keys(), {1: "a b", 2: "c"}.values(), ("a b", "c")):
+        assert relative(model.encode(texts), wanted) < 1e-6
+    with pytest.raises(TypeError, match="must be a list of texts, got one string"):
+        model.stream("a b")
+
+
+@pytest.mark.parametrize(
+    ("task", "error"), [(None, TypeError), (3, TypeError), ("", ValueError), (" ", ValueError)]
+)
+def test_a_query_needs_a_task(model, task, error):
+    for call in (query_instruction, lambda task: model.encode_query(["q"], task)):
+        with pytest.raises(error, match="task "):
+            call(task)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -109,6 +153,11 @@ def test_odd_texts_have_vectors(model, text):
         ({"prompts": None}, TypeError, "prompts must be a string or texts, got NoneType"),
         ({"prompts": 5}, TypeError, "prompts must be a string or texts, got int"),
         ({"prompts": b"ab"}, TypeError, "prompts must be a string or texts, got bytes"),
+        ({"prompts": {"q": "text"}}, TypeError, r"prompts must be texts, got dict, .* list\(x.values\(\)\)"),
+        ({"prompts": UserDict(text=["a", "b"])}, TypeError, "prompts must be texts, got UserDict"),
+        ({"prompts": {"a", "b"}}, TypeError, "prompts must be in an order, and a set has none"),
+        ({"prompts": frozenset("ab")}, TypeError, "and a frozenset has none: pass a list"),
+        ({"prompts": memoryview(b"ab")}, TypeError, "prompts must be a string or texts, got memoryview"),
         ({"prompts": ["a"], "max_length": None}, TypeError, "max_length must be an int, got NoneType"),
         ({"prompts": ["a"], "max_length": "512"}, TypeError, "max_length must be an int, got str: '512'"),
         (

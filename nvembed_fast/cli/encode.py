@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     # importing torch takes seconds: first what fails at once
     from nvembed_fast.encoder import query_instruction
 
-    instruction = query_instruction(arguments.task) if arguments.task else arguments.instruction
+    instruction = arguments.instruction if arguments.task is None else query_instruction(arguments.task)
     model = options.load(arguments)
     options.note_empty(texts)
     _check_space(arguments.output, 4 * len(texts) * model.config.hidden_size)

@@ -43,6 +43,10 @@ def run(arguments: argparse.Namespace) -> None:
                 f"{arguments.embeddings} has shape {documents.shape}, but {arguments.file} has {len(texts)} "
                 "texts: make it from this file with nvembed-fast encode"
             )
+    # importing torch takes seconds: first what fails at once
+    from nvembed_fast.encoder import query_instruction
+
+    instruction = query_instruction(arguments.task)
     model = options.load(arguments)
     keywords = options.encode_options(arguments)
     if documents is None:
@@ -53,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"{arguments.embeddings} has vectors of {documents.shape[1]}, the model of "
             f"{model.config.hidden_size}: they are not of the same model"
         )
-    queries = model.encode_query(arguments.question, arguments.task, output="numpy", **keywords)
+    queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
     for question, scores in zip(arguments.question, queries @ documents.T, strict=True):
         print(f"\n{question}")
         for rank, index in enumerate(np.argsort(-scores, kind="stable")[: arguments.top], start=1):
