@@ -189,8 +189,9 @@ class NVEmbed(nn.Module):
             [N, D] fp32 in the order of prompts, of unit norm. [D] for a single string, [0, D] for no text.
 
         Raises:
-            TypeError: a prompt is not a string, and the message names its index. Prompts have no order, or give
-                keys in the place of texts. A keyword is unknown or asks for another result.
+            TypeError: a prompt is not a string, and the message names its index. Prompts have no order, or
+                give keys in the place of texts. A keyword is unknown or asks for another result.
+            ValueError: a vector is not finite, as after an overflow in float16. The message names its index.
             ValueError: a prompt cannot be tokenized, or its instruction leaves nothing to pool within
                 max_length. The message names its index.
         """
@@ -215,7 +216,7 @@ class NVEmbed(nn.Module):
     @property
     def stream(self) -> TextStream:
         """`encode` batch by batch, for a caller that takes the vectors as they come."""
-        return TextStream(self.text_tokenizer, self.embed, self.device, start=self.refresh)
+        return TextStream(self.text_tokenizer, self.embed, self.device, start=self.refresh, dtype=self.dtype)
 
     def refresh(self) -> None:
         """Drop what was built from weights whose content has changed. `encode` and `forward` begin with it.

@@ -3,7 +3,8 @@
 1. Texts are taken in windows. While one window is on the device, a thread tokenizes the next.
 2. A window is sorted by length and cut into batches by a budget of tokens, longest first.
 3. Each batch is embedded. If a GPU's memory runs out, the budget is halved from there on.
-4. A batch's vectors come out with the indices of its texts. `Result` puts them into the caller's order.
+4. Whether its vectors are finite stays on the device until the last batch, so that no batch waits for it.
+5. A batch's vectors come out with the indices of its texts. `Result` puts them into the caller's order.
 
 The invariant: every text has exactly one vector, and it does not depend on the other texts of its batch.
 """
@@ -67,6 +68,7 @@ class TextStream:
         tokenizer: texts to ids.
         embed: token ids and first pooled tokens of one batch to its [B, D] vectors.
         device: where `embed` computes.
+        dtype: in which `embed` computes.
         window: how many texts are tokenized at a time.
         start: called once, before the first batch.
     """
@@ -76,6 +78,7 @@ class TextStream:
     device: torch.device
     window: Window = field(default_factory=lambda: WINDOW)
     start: Callable[[], None] | None = None
+    dtype: torch.dtype = torch.float32
 
     def __call__(
         self,
@@ -97,7 +100,8 @@ class TextStream:
 
         Raises:
             TypeError, ValueError: an argument is wrong. The call raises it.
-            ValueError: the instruction leaves nothing of a text to pool. The iterator raises it.
+            ValueError: the instruction leaves nothing of a text to pool, or a vector is not finite. The
+                iterator raises it, the latter behind the last batch.
         """
         if max_batch_tokens is None:
             max_batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
@@ -136,6 +140,7 @@ class TextStream:
         self, windows: Iterable[tuple[int, TokenizedTexts]], budget: int
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """(indices, vectors) of every batch. One that does not fit in memory halves the budget."""
+        order, finite = [], []
         for number, (first, window) in enumerate(windows):
             if number == 0 and self.start is not None:
                 self.start()
@@ -145,7 +150,11 @@ class TextStream:
                 rows = pending.popleft()
                 vectors = self._embed_if_it_fits(window, rows)
                 if vectors is not None:
-                    yield [first + row for row in rows], vectors
+                    indices = [first + row for row in rows]
+                    order += indices
+                    # the sum of a row is finite if and only if all of it is, and needs no mask of its size
+                    finite.append(vectors.sum(1).isfinite())
+                    yield indices, vectors
                     continue
                 if len(rows) == 1:
                     raise torch.OutOfMemoryError(
@@ -157,6 +166,28 @@ class TextStream:
                 budget = sum(lengths[row] for row in rows) // 2
                 again = token_budget_batches([lengths[row] for row in left], budget)
                 pending = deque([left[index] for index in batch] for batch in again)
+
+        self._check_finite(order, finite)
+
+    def _check_finite(self, order: list[int], finite: list[torch.Tensor]) -> None:
+        """ValueError for a vector that is not finite. Waits for the device."""
+        if not finite:
+            return
+        good = torch.cat(finite).cpu().tolist()
+        bad = [index for index, is_good in zip(order, good, strict=True) if not is_good]
+        if not bad:
+            return
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        name = str(self.dtype).removeprefix("torch.")
+        if self.dtype == torch.float16:
+            reason = (
+                "an activation is larger than float16 holds (65504). Load the model with dtype='bfloat16'"
+            )
+        else:
+            reason = (
+                "a weight is not finite, or an activation overflows. Check the weights, or load in float32"
+            )
+        raise ValueError(f"the vector of prompts[{min(bad)}]{more} is NaN or Inf in {name}: {reason}")
 
     def _embed_if_it_fits(self, window: TokenizedTexts, rows: list[int]) -> torch.Tensor | None:
         """The vectors of these texts, or None if the device's memory does not hold the batch."""

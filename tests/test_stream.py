@@ -142,3 +142,47 @@ def test_a_stream_gives_every_text_once_with_its_vector(model):
 def test_a_stream_checks_its_arguments_before_it_is_read(model, call):
     with pytest.raises((TypeError, ValueError), match="must be"):
         model.stream(**call)
+
+
+def overflow(model, factor=2e4):
+    model.model.embedding_model.layers[1].mlp.down_proj.weight.mul_(factor)
+    return model
+
+
+def test_an_overflow_of_float16_names_the_first_text_and_the_way_out(tiny_directory):
+    model = overflow(NVEmbed.from_pretrained(tiny_directory, device="cpu", dtype="float16"))
+    message = r"prompts\[0\] and 2 more is NaN or Inf in float16: .* dtype='bfloat16'"
+    for output in ("torch", "numpy"):
+        with pytest.raises(ValueError, match=message):
+            model.encode(["importance", "of", "order"], output=output)
+    with pytest.raises(ValueError, match=r"prompts\[0\] is NaN"):
+        list(model.stream(["importance"]))
+    anew = overflow(NVEmbed.from_pretrained(tiny_directory, device="cpu", dtype="bfloat16"))
+    assert anew.encode(["importance"]).isfinite().all()
+
+
+def test_the_first_text_with_a_bad_vector_is_named_whatever_the_order_of_batches(model, monkeypatch):
+    run = model.model.forward
+
+    def spoiled(batch):
+        vectors = run(batch)
+        for row, length in enumerate(batch.layout.lengths):
+            vectors[row, 5] = {4: float("nan"), 6: float("inf")}.get(length, vectors[row, 5])
+        return vectors
+
+    texts = ["a b c d e f g", "one two", "a b c d", "one", "one two three"]
+    lengths = model.text_tokenizer(texts, "", 64).lengths()
+    assert lengths == [9, 4, 6, 3, 5]
+    monkeypatch.setattr(model.model, "forward", spoiled)
+    with pytest.raises(ValueError, match=r"prompts\[1\] and 1 more is NaN or Inf in float32: a weight"):
+        model.encode(texts, max_batch_tokens=6)
+    with pytest.raises(ValueError, match=r"prompts\[0\] is NaN"):
+        model.encode("one two")
+
+
+def test_no_batch_waits_for_the_flag(model, monkeypatch):
+    reads, embedded, check = [], [], TextStream._check_finite
+    monkeypatch.setattr(TextStream, "_check_finite", lambda *a: reads.append(len(embedded)) or check(*a))
+    for indices, _ in model.stream(["a", "b c", "d e f"], max_batch_tokens=4):
+        embedded.append(indices)
+    assert len(embedded) == 3 and reads == [3]
