@@ -69,6 +69,10 @@ class TextTokenizer:
         Args:
             directory: of a model.
             config: its parsed config.json. None for a decoder that is no NV-Embed model yet.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            ValueError: a file is damaged, or gives an id that the embedding of config has not.
         """
         for name in ("tokenizer.json", "tokenizer_config.json"):
             if not (directory / name).is_file():
@@ -85,6 +89,8 @@ class TextTokenizer:
             raise ValueError(
                 f"{directory / 'tokenizer.json'} is not a readable tokenizer: {error}"
             ) from error
+        if config is not None:
+            _check_ids(tokenizer, config.text_config.vocab_size, directory / "tokenizer.json")
         config = config or NVEmbedConfig()
         return cls(tokenizer, eos_token, config.pooling_start, directory, config.is_mask_instruction)
 
@@ -123,6 +129,21 @@ class TextTokenizer:
     @functools.cached_property
     def _longest_token(self) -> int:
         return max(map(len, self.backend.get_vocab()))
+
+
+def _check_ids(tokenizer: Tokenizer, vocab_size: int, file: Path) -> None:
+    """ValueError for a token beyond the embedding. Texts that hold it would fail, on a GPU the process."""
+    ids = {id: token for token, id in tokenizer.get_vocab(with_added_tokens=True).items()}
+    # a template may add marks of its own
+    ids |= {id: f"the mark {id}" for id in tokenizer.encode("").ids if id not in ids}
+    beyond = [id for id in ids if id >= vocab_size]
+    if beyond:
+        first = min(beyond)
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        raise ValueError(
+            f"{file}: token {ids[first]!r} has id {first}{more}, but the embedding has {vocab_size} rows "
+            "(vocab_size in config.json): remove the token, or enlarge the embedding"
+        )
 
 
 def _first_from(offsets: list[tuple[int, int]], border: int) -> int:

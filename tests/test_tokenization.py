@@ -1,9 +1,12 @@
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer
 
+from nvembed_fast import NVEmbed, NVEmbedConfig
 from nvembed_fast.tokenization import TextTokenizer, check_texts
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenization.json").read_text())
@@ -61,6 +64,22 @@ def test_a_model_may_pool_its_instruction(mistral_tokenizer, rule):
     for masks, first in ((True, 9), (False, 0)):
         tokenizer = TextTokenizer(mistral_tokenizer, "</s>", rule, is_mask_instruction=masks)
         assert tokenizer(["word"], instruction, 64).first_pooled == [first]
+
+
+def test_a_token_beyond_the_embedding_is_refused_at_load(tiny_directory, tmp_path):
+    for path in tiny_directory.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    tokenizer = Tokenizer.from_file(str(tiny_directory / "tokenizer.json"))
+    tokenizer.add_special_tokens(["[PAD]", "[SEP]"])
+    (tmp_path / "tokenizer.json").unlink()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    config = NVEmbedConfig.from_file(tiny_directory / "config.json")
+    larger = replace(config, text_config=replace(config.text_config, vocab_size=32002))
+    assert TextTokenizer.from_directory(tmp_path, larger).backend.token_to_id("[SEP]") == 32001
+    (tmp_path / "model.safetensors").unlink()  # told before weights are looked for
+    message = r"tokenizer.json: token '\[PAD\]' has id 32000 and 1 more, .* has 32000 rows"
+    with pytest.raises(ValueError, match=message):
+        NVEmbed.from_pretrained(tmp_path)
 
 
 def test_rejects_an_unknown_end_mark(mistral_tokenizer):
