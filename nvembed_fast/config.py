@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
+from nvembed_fast import files
+
 __all__ = [
     "BackboneConfig",
     "LatentConfig",
@@ -175,6 +177,11 @@ class NVEmbedConfig:
     def from_file(cls, path: Path) -> "NVEmbedConfig":
         """Read config.json. Errors name the file."""
         if not path.is_file():
+            if left := files.unfinished(path.parent):
+                raise FileNotFoundError(
+                    f"{path.parent} has no {path.name}: a save to it did not end and left {', '.join(left)}. "
+                    "The next save to it removes what a dead process left"
+                )
             raise FileNotFoundError(
                 f"{path.parent} has no {path.name}: it is no model directory (nvembed-fast init makes one)"
             )

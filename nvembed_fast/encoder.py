@@ -6,8 +6,10 @@ weights are read. Texts are embedded by `stream`. Keywords of the original are t
 
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Iterable, Iterator
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -123,11 +125,16 @@ class NVEmbed(nn.Module):
         return cls(model, tokenizer, placement).eval().requires_grad_(False)
 
     def save_pretrained(self, directory: str | PathLike, *, dtype: torch.dtype | None = None) -> None:
-        """Write weights, config and tokenizer in the published layout, for `from_pretrained`."""
-        if self.text_tokenizer.directory is None:
-            raise ValueError("the tokenizer of this model was not read from a directory, so it has no files")
-        files = checkpoint.tokenizer_files(self.text_tokenizer.directory)
-        checkpoint.save_model(self.model, directory, dtype=dtype, tokenizer_files=files)
+        """Write weights, config and tokenizer in the published layout, for `from_pretrained`.
+
+        The tokenizer is written as it was loaded, even if its files are gone. See `save_model`.
+
+        Raises:
+            FileExistsError: another model lies in the directory. Nothing was written.
+        """
+        with tempfile.TemporaryDirectory() as aside:
+            files = self.text_tokenizer.write(Path(aside))
+            checkpoint.save_model(self.model, directory, dtype=dtype, tokenizer_files=files)
 
     @property
     def config(self) -> NVEmbedConfig:

@@ -1,73 +1,198 @@
-"""Files that appear whole or not at all: written aside, then renamed into place.
+"""Files that appear whole or not at all, even if the process is killed or the power fails.
 
-`replacing` is for one file. `replacing_together` is for files that only make sense together, such as a
-checkpoint's shards and their config. In both, a new file gets the mode that the process gives ordinary files.
+`replacing` is for one file: written aside, synced, then renamed into place. `replacing_together` is for files
+that only make sense together, such as a checkpoint's shards and their config. One rename decides between the
+old ones and the new ones:
+
+1. The new files are written and synced in a folder `.saving-*` inside the directory.
+2. That folder is renamed to `.saved`. From here on it is the directory's content, which `current` tells.
+3. Links to its files take the places of the old files. The key file leaves first and comes last, so that a
+   reader who does not ask `current` finds no mix.
+4. `.saved` is renamed back and removed. `current` is the directory again.
+
+A process killed in step 1 or 4 leaves `.saving-*`, and the next save removes it. A process killed in step 3
+leaves `.saved`, and the next save finishes its work. A process keeps a lock on the file `.plan` in its folder
+as long as it lives, so a folder with a free lock is left over. New files get the mode of ordinary ones.
 """
 
+import errno
+import fcntl
+import glob
+import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
-__all__ = ["replacing", "replacing_together"]
+__all__ = ["current", "link_aside", "replacing", "replacing_together", "unfinished"]
+
+_SAVED, _SAVING, _PLAN = ".saved", ".saving-", ".plan"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give an empty file beside `path` to write to. It takes the place of `path` when the block ends.
 
-    An error or an interruption removes it and leaves `path` as it was.
+    An error or an interruption removes it and leaves `path` as it was. The next call for this path removes
+    the file of a killed process.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    os.close(handle)
-    aside = Path(name)
-    try:
-        yield aside
-        aside.chmod(_ordinary_mode())
-        os.replace(aside, path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    for name in glob.glob(f".{glob.escape(path.name)}-*.part", root_dir=path.parent):
+        with suppress(OSError), open(path.parent / name, "r+b") as left:
+            if _lock(left, wait=False):
+                (path.parent / name).unlink()
+    lock, aside = _locked_file(path)
+    with lock:
+        try:
+            yield aside
+            aside.chmod(_ordinary_mode())
+            _sync(aside)
+            os.replace(aside, path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
 
 
 @contextmanager
-def replacing_together(directory: Path, *, key: str, is_outdated: Callable[[str], object]) -> Iterator[Path]:
-    """Give an empty folder to write to. Its files take their places in `directory` when the block ends.
+def replacing_together(directory: Path, *, key: str, outdated: re.Pattern[str]) -> Iterator[Path]:
+    """Give a folder to write to. Its files take their places in `directory` when the block ends.
 
-    An error or an interruption leaves `directory` with all the old files (absent, where it was absent) or,
-    from the last rename on, with all the new ones. A killed process may leave `.saving-*` (new) and `.old-*`
-    (old) in it, and never a mix of both beside the key file.
+    An error, an interruption, a kill or a loss of power leaves the content of `directory`, as `current` tells
+    it, with all the old files (absent, where it was absent) or with all the new ones.
 
     Args:
         directory: created, with its parents, if it is not there.
         key: the file without which the directory holds no model. It leaves first and comes last.
-        is_outdated: whether an old file of this name goes even if no new one replaces it.
+        outdated: matches the names of old files that go even if no new ones replace them.
 
     Raises:
-        OSError: the old files cannot be put back. The message names the two folders that hold the rest of the
-            old and the new ones.
+        IsADirectoryError: a folder lies in the place of a new file.
+        OSError: the new files are whole and cannot be put into their places. The message names their folder.
     """
     with _created(directory):
-        aside = Path(tempfile.mkdtemp(prefix=".saving-", dir=directory))
-        retired = aside.with_name(aside.name.replace(".saving-", ".old-"))
-        try:
-            yield aside
-            for file in aside.iterdir():
-                file.chmod(_ordinary_mode())
-            _exchange(directory, aside, retired, key, is_outdated)
-        except BaseException:
-            if not retired.exists():  # else both folders still hold files
-                shutil.rmtree(aside, ignore_errors=True)
-            raise
+        _finish(directory)
+        _remove_left(directory)
+        lock, aside = _locked_folder(directory)
+        with lock:
+            try:
+                yield aside
+                _make_ready(directory, aside, {"key": key, "outdated": outdated.pattern})
+                _commit(directory, aside)
+                _install(directory, aside)
+            except BaseException as error:
+                # the disk tells whether they were committed: an interruption may come right after the rename
+                if not _is_locked_by(directory / _SAVED, lock):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    raise
+                try:
+                    _install(directory, aside)
+                except BaseException as again:
+                    raise OSError(
+                        f"the new model is whole in {directory / _SAVED} and loads from {directory}, but its "
+                        f"files cannot take their places ({error!r}, then {again!r}). The next save does so"
+                    ) from again
+                raise
 
 
-def _ordinary_mode() -> int:
+def current(directory: Path) -> Path:
+    """The folder that holds the content of a directory: itself, or `.saved` in it after a killed save."""
+    saved = directory / _SAVED
+    return saved if saved.is_dir() else directory
+
+
+def unfinished(directory: Path) -> list[str]:
+    """The names of folders in which a save to this directory was begun and did not end."""
+    return sorted(path.name for path in directory.glob(f"{_SAVING}*"))
+
+
+def link_aside(directory: Path, names: Iterable[str]) -> Path:
+    """Give files a second name in a new folder, `replaced-*`, so that they stay when their first one goes."""
+    number = 1
+    while (folder := directory / f"replaced-{number}").exists():
+        number += 1
+    folder.mkdir()
+    for name in names:
+        if (directory / name).exists():
+            _link_or_copy(directory / name, folder / name)
+    _sync(folder)
+    return folder
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(
+            os.path.realpath(source), target
+        )  # the file itself: a relative link points nowhere from there
+    except FileExistsError:
+        raise
+    except OSError:  # not every file system has hard links
+        shutil.copyfile(source, target)
+        _sync(target)
+
+
+def _ordinary_mode(kind: int = 0o666) -> int:
     """The mode of a file that open() creates: mkstemp and safetensors let only the owner read theirs."""
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return kind & ~mask
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk. Not every file system can do that for a folder."""
+    with suppress(PermissionError):  # a folder that may be written and not read
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+        finally:
+            os.close(handle)
+
+
+def _lock(file: IO, *, wait: bool) -> bool:
+    """Lock an open file until it is closed or the process dies. False: another process holds it.
+
+    Without `wait` a file system that has no locks gives False too, so that no living process loses its files.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return wait
+    return True
+
+
+def _locked_file(path: Path) -> tuple[IO, Path]:
+    while True:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-", suffix=".part")
+        lock = os.fdopen(handle, "wb")
+        _lock(lock, wait=True)
+        if os.fstat(handle).st_nlink:
+            return lock, Path(name)
+        lock.close()  # taken for a left one before it was locked
+
+
+def _locked_folder(directory: Path) -> tuple[IO, Path]:
+    while True:
+        aside = Path(tempfile.mkdtemp(prefix=_SAVING, dir=directory))
+        with suppress(FileNotFoundError):  # taken for a left one before it was locked
+            lock = open(aside / _PLAN, "wb")  # noqa: SIM115
+            _lock(lock, wait=True)
+            if _is_locked_by(aside, lock):
+                return lock, aside
+            lock.close()
+
+
+def _is_locked_by(folder: Path, lock: IO) -> bool:
+    try:
+        return os.path.samestat(os.stat(folder / _PLAN), os.fstat(lock.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
@@ -76,6 +201,8 @@ def _created(directory: Path) -> Iterator[None]:
     made = [path for path in (directory, *directory.parents) if not path.exists()]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        for path in made:
+            _sync(path.parent)
         yield
     except BaseException:
         for path in made:
@@ -84,42 +211,76 @@ def _created(directory: Path) -> Iterator[None]:
         raise
 
 
-def _exchange(
-    directory: Path, aside: Path, retired: Path, key: str, is_outdated: Callable[[str], object]
-) -> None:
-    """Move the old files to `retired`, those of `aside` into their place, and delete the old ones.
-
-    On an error before the last rename the old files are put back. The key file leaves first and comes last,
-    both ways, so that no moment shows a mix that loads.
-    """
-    new = sorted(os.listdir(aside), key=lambda name: name == key)
-    old = [name for name in os.listdir(directory) if name in new or is_outdated(name)]
-    old.sort(key=lambda name: name != key)
-    try:
-        retired.mkdir()
-        _move(old, directory, retired)
-        _move(new, aside, directory)
-        shutil.rmtree(retired)
-        aside.rmdir()
-    except BaseException:
-        # the disk tells which files were moved: an interruption may come right after a rename
-        if not (aside / key).exists():
-            shutil.rmtree(retired, ignore_errors=True)
-            raise
+def _remove_left(directory: Path) -> None:
+    """Remove the folders of processes that died before they committed, or after all was in place."""
+    for name in unfinished(directory):
+        folder = directory / name
         try:
-            _move([name for name in new if not (aside / name).exists()], directory, aside)
-            # lexists: a hub snapshot's files are relative links, which point nowhere from `retired`
-            _move([name for name in reversed(old) if os.path.lexists(retired / name)], retired, directory)
-            with suppress(FileNotFoundError):
-                retired.rmdir()
-        except BaseException as error:
-            raise OSError(
-                f"saving to {directory} failed, and so did putting the old model back ({error!r}): files of "
-                f"the old one are in {retired}, of the new one in {aside}, the rest of both in {directory}"
-            ) from error
-        raise
+            with open(folder / _PLAN, "r+b") as lock:
+                if _lock(lock, wait=False) and _is_locked_by(folder, lock):
+                    shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:
+            # the lock is the first file to come: without it, an empty folder may be a new one, which its
+            # process makes again, and a full one was half removed
+            with suppress(OSError):
+                if {*os.listdir(folder)} - {_PLAN} and not (folder / _PLAN).exists():
+                    shutil.rmtree(folder, ignore_errors=True)
+                else:
+                    folder.rmdir()
+        except OSError:
+            continue  # another user's
 
 
-def _move(names: Iterable[str], source: Path, target: Path) -> None:
-    for name in names:
-        os.replace(source / name, target / name)
+def _make_ready(directory: Path, aside: Path, plan: dict[str, str]) -> None:
+    for name in {*os.listdir(aside)} - {_PLAN}:
+        if (directory / name).is_dir():
+            raise IsADirectoryError(f"{directory / name} is a folder, and a file of this name is to be saved")
+        (aside / name).chmod(_ordinary_mode())
+        _sync(aside / name)
+    (aside / _PLAN).write_text(json.dumps(plan))
+    _sync(aside / _PLAN)
+    aside.chmod(_ordinary_mode(0o777))  # mkdtemp lets only the owner read it
+    _sync(aside)
+
+
+def _commit(directory: Path, aside: Path) -> None:
+    """Rename `aside` to `.saved`. The rename fails while another process has its own files there."""
+    while True:
+        try:
+            os.replace(aside, directory / _SAVED)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+        _finish(directory)
+
+
+def _finish(directory: Path) -> None:
+    """Wait for the process whose files are in `.saved`. If it is dead, do the rest of its work."""
+    saved = directory / _SAVED
+    while saved.is_dir():
+        with suppress(FileNotFoundError), open(saved / _PLAN, "r+b") as lock:
+            _lock(lock, wait=True)
+            if _is_locked_by(saved, lock):
+                _install(directory, directory / f"{_SAVING}{secrets.token_hex(4)}")
+
+
+def _install(directory: Path, trash: Path) -> None:
+    """Put the files of `.saved` into their places and remove the old ones, then `.saved` by way of `trash`.
+
+    It can be done again from every point at which it was cut off.
+    """
+    saved = directory / _SAVED
+    _sync(directory)  # the commit is on the disk before an old file goes
+    plan = json.loads((saved / _PLAN).read_text())
+    new = sorted({*os.listdir(saved)} - {_PLAN}, key=lambda name: name == plan["key"])
+    old = [name for name in os.listdir(directory) if name in new or re.fullmatch(plan["outdated"], name)]
+    for name in sorted(old, key=lambda name: name != plan["key"]):
+        if (directory / name).is_symlink() or not (directory / name).is_dir():
+            os.unlink(directory / name)
+    for name in new:
+        _link_or_copy(saved / name, directory / name)
+    _sync(directory)
+    os.replace(saved, trash)
+    _sync(directory)  # or a loss of power could bring `.saved` back with half its files
+    shutil.rmtree(trash)

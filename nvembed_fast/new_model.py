@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from nvembed_fast import files
 from nvembed_fast.checkpoint.decoders import open_decoder
-from nvembed_fast.checkpoint.names import CONFIG_FILE
-from nvembed_fast.checkpoint.save import save_model
+from nvembed_fast.checkpoint.save import model_files, save_model
 from nvembed_fast.config import LatentConfig, NVEmbedConfig, PoolingHeadName
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_dtype
@@ -30,12 +30,13 @@ def init_model(
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
     pooling_head: PoolingHeadName = "latent",
-) -> None:
+    force: bool = False,
+) -> Path | None:
     """Write an untrained NV-Embed model on a decoder, in the published layout.
 
     Args:
         source: a Hugging Face directory or hub id, or a GGUF file.
-        output_directory: created. It must not hold a model yet.
+        output_directory: created. It must not hold a model yet, nor weights, an index or a tokenizer of one.
         num_latents: latents of the head.
         num_heads: heads of the latent attention.
         head_width: width of one of these heads. None takes 64 for decoders narrower than 2048, else the
@@ -45,15 +46,20 @@ def init_model(
         seed: seed of the fresh head. The same seed gives the same head in every dtype.
         pooling_head: "latent", or for comparison "mean", "eos" or "self_attention". Those ignore the three
             arguments about latents.
+        force: move such files to a new folder in the output directory, `replaced-*`.
+
+    Returns:
+        That folder, if there were any.
 
     Raises:
-        FileExistsError: the output directory holds a model.
+        FileExistsError: the output directory holds a model, or files of one.
         FileNotFoundError, ValueError, ImportError: the decoder cannot be used. The message says why.
     """
     output_directory = Path(output_directory)
-    if (output_directory / CONFIG_FILE).exists():
+    if not force and (found := model_files(files.current(output_directory))):
         raise FileExistsError(
-            f"{output_directory} already holds a model: remove it or choose another directory"
+            f"{output_directory} already holds a model: remove it or choose another directory. Found "
+            f"{', '.join(found)}. --force moves them aside"
         )
     for name, value in (("num_latents", num_latents), ("num_heads", num_heads), ("head_width", head_width)):
         if value is not None and value < 1:
@@ -74,7 +80,8 @@ def init_model(
     values |= {f"head.{name}": value.to(stored) for name, value in fresh}
     model.load_state_dict(values, assign=True)
     with tempfile.TemporaryDirectory() as aside:
-        save_model(model, output_directory, tokenizer_files=decoder.write_tokenizer(Path(aside)))
+        tokenizer_files = decoder.write_tokenizer(Path(aside))
+        return save_model(model, output_directory, tokenizer_files=tokenizer_files, move_aside=force)
 
 
 def _fresh_head(head: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:

@@ -20,7 +20,9 @@ from tokenizers import Tokenizer
 
 from nvembed_fast.config import NVEmbedConfig, PoolingStart
 
-__all__ = ["TextTokenizer", "TokenizedTexts", "check_texts", "text_list"]
+__all__ = ["TOKENIZER_FILES", "TextTokenizer", "TokenizedTexts", "check_texts", "text_list"]
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
 class TokenizedTexts(NamedTuple):
@@ -40,7 +42,7 @@ class TextTokenizer:
         tokenizer: the checkpoint's tokenizer. Its own truncation and padding are switched off.
         eos_token: appended to every text, as a string.
         pooling_start: see `NVEmbedConfig`.
-        directory: where it came from. Saving a model copies the files from there.
+        files: the tokenizer's files by name, as `write` writes them. None makes them from the tokenizer.
         is_mask_instruction: see `NVEmbedConfig`.
     """
 
@@ -49,7 +51,7 @@ class TextTokenizer:
         tokenizer: Tokenizer,
         eos_token: str,
         pooling_start: PoolingStart = "token_count",
-        directory: Path | None = None,
+        files: Mapping[str, bytes] | None = None,
         is_mask_instruction: bool = True,
     ):
         tokenizer.no_truncation()
@@ -59,7 +61,7 @@ class TextTokenizer:
         self.backend = tokenizer
         self.eos_token = eos_token
         self.pooling_start = pooling_start
-        self.directory = directory
+        self._files = files
         self.is_mask_instruction = is_mask_instruction
 
     @classmethod
@@ -79,12 +81,14 @@ class TextTokenizer:
                 raise FileNotFoundError(
                     f"{directory / name} is missing: a model directory needs its tokenizer"
                 )
-        raw = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+        # kept, because the directory may be gone when the model is saved
+        files = {n: (directory / n).read_bytes() for n in TOKENIZER_FILES if (directory / n).is_file()}
+        raw = json.loads(files["tokenizer_config.json"])
         eos_token = raw.get("eos_token") or "</s>"
         if isinstance(eos_token, dict):  # an AddedToken
             eos_token = eos_token["content"]
         try:
-            tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+            tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
         except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(
                 f"{directory / 'tokenizer.json'} is not a readable tokenizer: {error}"
@@ -92,7 +96,17 @@ class TextTokenizer:
         if config is not None:
             _check_ids(tokenizer, config.text_config.vocab_size, directory / "tokenizer.json")
         config = config or NVEmbedConfig()
-        return cls(tokenizer, eos_token, config.pooling_start, directory, config.is_mask_instruction)
+        return cls(tokenizer, eos_token, config.pooling_start, files, config.is_mask_instruction)
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write the tokenizer's files to a directory, as they were read. Returns their paths."""
+        files = self._files or {
+            "tokenizer.json": self.backend.to_str(pretty=True).encode(),
+            "tokenizer_config.json": json.dumps({"eos_token": self.eos_token}).encode(),
+        }
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
+        return [directory / name for name in files]
 
     def __call__(self, texts: list[str], instruction: str, max_length: int) -> TokenizedTexts:
         """Tokenize checked texts (`check_texts`).

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from tiny_decoders import write_mistral
 
 from nvembed_fast import NVEmbed, cli, query_instruction
 
@@ -160,6 +161,37 @@ def test_errors_are_one_line_and_leave_nothing(
     status, _, error = run(capsys, *arguments)
     assert status == 1 and message in error and error.count("\n") == 1, error
     assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
+
+
+@pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])
+def test_texts_are_not_replaced_by_their_vectors(
+    tiny_directory, texts_file, tmp_path, capsys, monkeypatch, link
+):
+    source = texts_file.rename(tmp_path / "in.npy")
+    output = source
+    if link:
+        output = tmp_path / "out.npy"
+        getattr(output, link)(source)
+    monkeypatch.chdir(tmp_path)
+    before = source.read_bytes()
+    with open(source) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        for given in ("in.npy", source, "-"):
+            status, _, error = run(capsys, "encode", given, "-o", output, "--model", tiny_directory)
+            assert status == 1 and "--output is the file of the texts, which it would replace" in error
+    assert source.read_bytes() == before
+
+
+def test_init_refuses_a_directory_with_weights_unless_forced(tmp_path, capsys):
+    out, decoder = tmp_path / "out", write_mistral(tmp_path / "mistral")
+    out.mkdir()
+    (out / "model.safetensors").write_text("mine")
+    status, _, error = run(capsys, "init", decoder, "-o", out, "--num-latents", 2)
+    assert status == 1 and "--force moves them aside" in error
+    assert (out / "model.safetensors").read_text() == "mine"
+    status, printed, _ = run(capsys, "init", decoder, "-o", out, "--num-latents", 2, "--force")
+    assert status == 0 and f"{out}/replaced-1: the files that were in {out}" in printed
+    assert (out / "replaced-1" / "model.safetensors").read_text() == "mine"
 
 
 def test_a_bad_line_of_jsonl_is_named(tiny_directory, tmp_path, capsys):

@@ -1,5 +1,6 @@
 import copy
 import json
+import shutil
 from collections import UserDict
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from nvembed_fast import NVEmbed, query_instruction
+from nvembed_fast.tokenization import TextTokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny_a"
 CASES = json.loads((TINY / "cases.json").read_text())
@@ -196,3 +198,46 @@ def test_a_config_may_pool_the_instruction(model, tiny_directory, tmp_path):
     pooled = NVEmbed.from_pretrained(tmp_path, device="cpu").encode(TEXTS, "Find it: ")
     assert relative(pooled, model.encode(["Find it: " + text for text in TEXTS])) < 1e-6
     assert relative(pooled, model.encode(TEXTS, "Find it: ")) > 1e-3
+
+
+def test_a_model_whose_directory_is_gone_is_saved_whole(tiny_directory, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        shutil.copytree(tiny_directory, tmp_path / name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    gone, left = NVEmbed.from_pretrained("a"), NVEmbed.from_pretrained("b")
+    shutil.rmtree("a")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for model in (gone, left):
+        model.save_pretrained("saved")
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            assert Path("saved", file).read_bytes() == (tiny_directory / file).read_bytes()
+        again = NVEmbed.from_pretrained("saved", dtype=model.dtype)
+        assert torch.equal(again.encode(["a text"]), model.encode(["a text"]))
+
+
+def test_a_model_whose_tokenizer_came_from_no_file_is_saved_whole(tiny_directory, tmp_path):
+    model = NVEmbed.from_pretrained(tiny_directory)
+    tokenizer = TextTokenizer(model.text_tokenizer.backend, "</s>")
+    NVEmbed(model.model, tokenizer).save_pretrained(tmp_path / "saved")
+    assert torch.equal(
+        NVEmbed.from_pretrained(tmp_path / "saved").encode(["a text"]), model.encode(["a text"])
+    )
+
+
+def test_a_tokenizer_that_cannot_be_written_stops_the_save(tiny_directory, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    model = NVEmbed.from_pretrained(tiny_directory)
+    monkeypatch.setattr(TextTokenizer, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_model_is_loaded_from_a_save_that_was_killed_after_its_commit(tiny_directory, tmp_path):
+    model = NVEmbed.from_pretrained(tiny_directory)
+    shutil.copytree(tiny_directory, tmp_path / ".saved")
+    (tmp_path / "model.safetensors").write_text("half of a mix")
+    assert torch.equal(NVEmbed.from_pretrained(tmp_path).encode(["a text"]), model.encode(["a text"]))

@@ -1,9 +1,12 @@
 """Files written aside: whole or absent, in the mode of ordinary files, and nothing left behind."""
 
 import os
+import re
+import threading
 from pathlib import Path
 
 import pytest
+from tiny_checkpoint import intercept
 
 from nvembed_fast import files
 
@@ -14,7 +17,7 @@ def content(directory: Path) -> dict[str, str]:
 
 def save(directory: Path, **contents: str) -> None:
     """Files of a model, of which `key` is the config and those with an `old` in their name are outdated."""
-    with files.replacing_together(directory, key="key", is_outdated=lambda name: "old" in name) as aside:
+    with files.replacing_together(directory, key="key", outdated=re.compile(".*old.*")) as aside:
         for name, text in contents.items():
             (aside / name).write_text(text)
 
@@ -26,7 +29,7 @@ def test_a_new_file_has_the_mode_of_an_ordinary_one(tmp_path, mask):
         (tmp_path / "ordinary").write_text("")
         with files.replacing(tmp_path / "alone") as aside:
             aside.write_text("")
-        with files.replacing_together(tmp_path, key="together", is_outdated=lambda _: False) as folder:
+        with files.replacing_together(tmp_path, key="together", outdated=re.compile("")) as folder:
             (folder / "together").touch(0o600)
         assert os.umask(mask) == mask, "the process's mask was changed"
     finally:
@@ -81,3 +84,136 @@ def test_an_error_in_the_block_leaves_all_old_files(tmp_path, existed):
         save(directory, key="2", part=3)  # the first file is written by then
     assert sorted(tmp_path.rglob("*")) == before
     assert content(tmp_path) == ({"a/b/key": "1", "a/b/old_part": "1"} if existed else {})
+
+
+def test_the_file_of_a_killed_process_is_removed_and_that_of_a_living_one_stays(tmp_path):
+    with files.replacing(tmp_path / "a.txt") as living:
+        dead = living.with_name(".a.txt-12345678.part")
+        dead.touch()
+        with files.replacing(tmp_path / "a.txt") as aside:
+            assert living.exists() and not dead.exists()
+            aside.write_text("first")
+        living.write_text("second")
+    assert content(tmp_path) == {"a.txt": "second"}
+
+
+def crash(when: str, number: int, directory: Path, **contents: str) -> bool:
+    """Save in a process that dies around its system call of this number. Returns whether it had so many."""
+    calls = 0
+
+    def die():
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            os._exit(9)
+
+    if not (child := os.fork()):
+        try:
+            intercept(pytest.MonkeyPatch(), **{when: die})
+            save(directory, **contents)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+def visible(directory: Path) -> dict[str, str]:
+    return {name: text for name, text in content(directory).items() if not name.startswith(".")}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_killed_process_leaves_the_old_or_the_new_content(tmp_path, when):
+    old = {"key": "1", "old_a": "1", "old_b": "1"}
+    new = {"key": "2", "old_b": "2", "old_c": "2"}
+    newer = {"key": "3", "old_a": "3"}
+    outcomes, number = [], 0
+    while True:
+        number += 1
+        directory = tmp_path / str(number)
+        save(directory, **old)
+        if not crash(when, number, directory, **new):
+            break
+        found = visible(files.current(directory))
+        assert found in (old, new), f"call {number}: {found}"
+        assert "key" not in visible(directory) or visible(directory) in (old, new), "a mix that loads"
+        outcomes.append(found == new)
+        # killed again, at a point that depends on the first: while it finishes the first save, or in its own
+        crash(when, 1 + 7 * number % 37, directory, **newer)
+        again = visible(files.current(directory))
+        assert again in (found, newer), f"call {number}, then {1 + 7 * number % 37}: {again}"
+        save(directory, **old)
+        assert content(directory) == old, f"call {number}: something was left"
+    assert visible(directory) == new and outcomes == sorted(outcomes)
+    assert len(outcomes) > 20 and len(set(outcomes)) == 2
+
+
+def test_the_folder_of_a_living_process_stays(tmp_path):
+    with files.replacing_together(tmp_path, key="key", outdated=re.compile("old.*")) as living:
+        dead, empty, half_removed = (tmp_path / f".saving-{name}" for name in ("dead", "empty", "half"))
+        for folder in (dead, empty, half_removed):
+            folder.mkdir()
+        (dead / ".plan").touch()
+        (dead / "part").touch()
+        (half_removed / "part").touch()
+        assert files.unfinished(tmp_path) == sorted(p.name for p in (living, dead, empty, half_removed))
+        save(tmp_path, key="1", old_part="1")
+        assert files.unfinished(tmp_path) == [living.name]
+        (living / "key").write_text("2")
+    assert content(tmp_path) == {"key": "2"} and not files.unfinished(tmp_path)
+
+
+def test_a_second_process_waits_until_the_first_has_put_its_files_in_place(tmp_path, monkeypatch):
+    link, linking, go_on = os.link, threading.Event(), threading.Event()
+
+    def slow_link(*arguments):
+        if threading.current_thread() is first:
+            linking.set()
+            assert go_on.wait(20)
+        link(*arguments)
+
+    first = threading.Thread(target=save, args=(tmp_path,), kwargs={"key": "1", "old_part": "1"})
+    second = threading.Thread(target=save, args=(tmp_path,), kwargs={"key": "2", "part": "2"})
+    monkeypatch.setattr(os, "link", slow_link)
+    first.start()
+    assert linking.wait(20)
+    second.start()
+    second.join(0.2)
+    assert second.is_alive() and visible(files.current(tmp_path)) == {"key": "1", "old_part": "1"}
+    go_on.set()
+    first.join(20)
+    second.join(20)
+    assert content(tmp_path) == {"key": "2", "part": "2"}
+
+
+def test_a_folder_in_the_place_of_a_file_is_told_before_anything_changes(tmp_path):
+    save(tmp_path, key="1", part="1")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(IsADirectoryError, match="other is a folder"):
+        save(tmp_path, key="2", other="2")
+    assert content(tmp_path) == {"key": "1", "part": "1"} and files.current(tmp_path) == tmp_path
+
+
+def test_everything_is_on_the_disk_before_the_rename_that_decides(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        events.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name)
+        fsync(handle)
+
+    def renamed(source, target):
+        events.append(f"to {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    save(tmp_path, key="1", part="1")
+    commit = events.index("to .saved")
+    assert {"key", "part", ".plan"} < set(events[:commit]) and events[commit - 1].startswith(".saving-")
+    assert events[commit + 1 : commit + 3] == [tmp_path.name] * 2, "the commit, and the files in their places"
+    assert events[commit + 3].startswith("to .saving-") and events[commit + 4 :] == [tmp_path.name]
+    events.clear()
+    with files.replacing(tmp_path / "a.txt") as aside:
+        aside.write_text("new")
+    assert events == [aside.name, "to a.txt", tmp_path.name]

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_checkpoint import everything
 from tiny_decoders import WIDTH, transformers_model, write_mistral, write_tokenizer
 
 from nvembed_fast.config import NVEmbedConfig
@@ -76,6 +77,54 @@ def test_an_existing_model_is_not_overwritten(mistral, tmp_path):
     with pytest.raises(FileExistsError, match="out already holds a model: remove it or choose another"):
         init_model(mistral, tmp_path / "out", num_latents=3)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json", "tokenizer.json"])
+def test_files_of_a_model_without_a_config_are_not_overwritten(mistral, tmp_path, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"out already holds a model: .*Found {name}. --force moves"):
+        init_model(mistral, tmp_path / "out", num_latents=2)
+    assert everything(tmp_path / "out") == {name: b"mine"}
+
+
+def test_a_save_that_was_killed_after_its_commit_is_not_overwritten(mistral, tmp_path):
+    init_model(mistral, tmp_path / "out" / ".saved", num_latents=2)
+    with pytest.raises(FileExistsError, match="out already holds a model: .*Found config.json, model.safet"):
+        init_model(mistral, tmp_path / "out", num_latents=2)
+
+
+def test_force_moves_the_files_of_a_model_aside(mistral, tmp_path):
+    out = tmp_path / "out"
+    old = {
+        "config.json": b"1",
+        "model-00001-of-00002.safetensors": b"2",
+        "pytorch_model.bin": b"3",
+        "tokenizer.json": b"4",
+        "tokenizer.model": b"5",
+    }
+    out.mkdir()
+    for name, content in old.items():
+        (out / name).write_bytes(content)
+    (out / "notes.txt").write_text("mine")
+    (tmp_path / "blob").write_bytes(b"3")
+    (out / "pytorch_model.bin").unlink()
+    (out / "pytorch_model.bin").symlink_to("../blob")
+    assert init_model(mistral, out, num_latents=2, force=True) == out / "replaced-1"
+    assert everything(out / "replaced-1") == old
+    files = {p.name for p in out.iterdir() if p.is_file()}
+    assert files == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "notes.txt",
+    }
+    first = everything(out)
+    assert init_model(mistral, out, num_latents=3, force=True) == out / "replaced-2"
+    assert everything(out / "replaced-2") == {n: first[n] for n in files - {"notes.txt"}}
+    assert init_model(mistral, tmp_path / "fresh", num_latents=2, force=True) is None
+    assert not (tmp_path / "fresh" / "replaced-1").exists()
 
 
 @pytest.mark.parametrize("name", ["num_latents", "num_heads", "head_width"])

@@ -1,6 +1,7 @@
 """The tiny model of tests/golden as a directory that a test may damage."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -46,3 +47,20 @@ def everything(directory: Path) -> dict[str, bytes | None]:
     """Files with their bytes, and folders."""
     paths = {str(p.relative_to(directory)): p for p in directory.rglob("*")}
     return {name: p.read_bytes() if p.is_file() else None for name, p in paths.items()}
+
+
+def intercept(patch, before=lambda: None, after=lambda: None) -> None:
+    """Call `before` and `after` around everything that renames, links, removes or syncs."""
+
+    def wrap(real):
+        def call(*args, **options):
+            before()
+            result = real(*args, **options)
+            after()
+            return result
+
+        return call
+
+    changing = [(os, name) for name in ("replace", "link", "unlink", "rmdir", "fsync")] + [(shutil, "rmtree")]
+    for module, name in changing:
+        patch.setattr(module, name, wrap(getattr(module, name)))

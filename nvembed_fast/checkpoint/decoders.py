@@ -20,7 +20,7 @@ import torch
 from nvembed_fast.checkpoint.gguf import GGUFFile
 from nvembed_fast.checkpoint.hub import resolve
 from nvembed_fast.checkpoint.load import load_weights, stored_tensors
-from nvembed_fast.checkpoint.names import CONFIG_FILE, HARMLESS, backbone_tensors, tokenizer_files
+from nvembed_fast.checkpoint.names import CONFIG_FILE, HARMLESS, backbone_tensors
 from nvembed_fast.config import BackboneConfig
 from nvembed_fast.placement import check_dtype
 from nvembed_fast.tokenization import TextTokenizer
@@ -48,7 +48,7 @@ class Decoder(Protocol):
         ...
 
     def write_tokenizer(self, directory: Path) -> list[Path]:
-        """The tokenizer's files. Those that the decoder does not come with are written to the directory."""
+        """Write the tokenizer's files to the directory. Returns their paths."""
         ...
 
 
@@ -95,4 +95,4 @@ class _HuggingFaceDirectory:
         )
 
     def write_tokenizer(self, directory: Path) -> list[Path]:
-        return tokenizer_files(self._directory)
+        return self.tokenizer.write(directory)

@@ -4,7 +4,9 @@ import os
 import re
 from pathlib import Path
 
-from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, TOKENIZER_FILES
+from nvembed_fast import files
+from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE
+from nvembed_fast.tokenization import TOKENIZER_FILES
 
 __all__ = ["resolve"]
 
@@ -27,8 +29,9 @@ def resolve(
 ) -> Path:
     """The local directory of a model: the path itself, or a snapshot of a hub id.
 
-    Only the config, safetensors and tokenizer files of a hub id are fetched, never code or pickles. With
-    `config_only` only the config is fetched.
+    A path in which a save was killed gives the folder with the whole new model, see `files.current`. Only the
+    config, safetensors and tokenizer files of a hub id are fetched, never code or pickles. With `config_only`
+    only the config is fetched.
 
     Raises:
         FileNotFoundError: no such directory and no such hub id, or the hub is out of reach.
@@ -36,7 +39,7 @@ def resolve(
     """
     name, path = str(path_or_id), Path(path_or_id).expanduser()
     if name and path.is_dir():  # an empty name as a path would be the working directory
-        return path
+        return files.current(path)
     if path.is_file():
         raise ValueError(f"{path} is a file: pass the directory that holds {CONFIG_FILE} and the weights")
     if not _HUB_ID.fullmatch(name):

@@ -29,6 +29,7 @@ from nvembed_fast.checkpoint.names import (
     published_tensors,
 )
 from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.files import current
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import DTYPES, Placement, dtype_name
 
@@ -62,7 +63,7 @@ def load_model(
         FileNotFoundError: a file is missing.
         ValueError: a file or a tensor does not match the config, or holds NaN or Inf.
     """
-    directory = Path(directory)
+    directory = current(Path(directory))
     config = config or NVEmbedConfig.from_file(directory / CONFIG_FILE)
     place = Placement.decide(config, device=device, dtype=dtype)
     with torch.device("meta"):

@@ -11,13 +11,13 @@ from os import PathLike
 from pathlib import Path
 
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
+from nvembed_fast.tokenization import TOKENIZER_FILES
 
 __all__ = [
     "CONFIG_FILE",
     "HARMLESS",
     "INDEX_FILE",
     "SINGLE_FILE",
-    "TOKENIZER_FILES",
     "Slot",
     "backbone_tensors",
     "published_tensors",
@@ -27,7 +27,6 @@ __all__ = [
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 # buffers that older versions of transformers stored along with the weights
 HARMLESS = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 

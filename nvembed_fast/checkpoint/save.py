@@ -1,4 +1,7 @@
-"""Write our modules as a published checkpoint directory: the whole old one or the whole new one stays."""
+"""Write our modules as a published checkpoint directory: the whole old one or the whole new one stays.
+
+Only an earlier save is replaced. Files of another model are refused, or moved aside where the caller asks.
+"""
 
 import json
 import os
@@ -13,13 +16,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nvembed_fast import files
+from nvembed_fast.checkpoint import names
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Slot, published_tensors
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_dtype, dtype_name
 
-__all__ = ["save_model"]
+__all__ = ["check_no_other_model", "model_files", "save_model"]
 
-_WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_ANY_MODEL = re.compile(
+    r"config\.json|.*\.(safetensors|bin|pt|pth|ckpt)(\.index\.json)?"
+    r"|tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+)
 
 
 def save_model(
@@ -29,50 +37,99 @@ def save_model(
     dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
     tokenizer_files: Iterable[str | os.PathLike] = (),
-) -> None:
+    move_aside: bool = False,
+) -> Path | None:
     """Write a model as a published checkpoint directory. `load_model` gives it back bit for bit.
 
-    The files are written aside and then renamed in place of an earlier save. An error or an interruption
-    leaves the directory with the whole old model (nothing, where there was none) or, from the last rename on,
-    with the whole new one. A killed process may leave `.saving-*` (new) and `.old-*` (old) in it, never a mix
-    that loads.
+    It takes the place of an earlier save. At every moment `load_model` reads the whole old model (nothing,
+    where there was none) or the whole new one. That holds after an error, a kill and a loss of power, see
+    `files.replacing_together`. A killed process may leave a hidden folder, which the next save removes.
 
     Args:
         model: the model, on any device.
         directory: created if it is not there.
         dtype: the stored dtype. None keeps the model's.
         max_shard_bytes: the max size of one file's tensors. A single tensor may exceed it.
-        tokenizer_files: files to copy beside the weights, see `names.tokenizer_files`.
+        tokenizer_files: files to copy beside the weights, see `names.tokenizer_files`. Those that lie in the
+            directory stay where none replaces them.
+        move_aside: move the files of any model in the directory to a new folder in it, `replaced-*`.
+
+    Returns:
+        The folder of the files moved aside, if there were any.
 
     Raises:
+        FileExistsError: another model lies in the directory, see `check_no_other_model`. Nothing was written.
         ValueError: a weight does not fit the dtype, or is NaN or Inf.
-        OSError: the files cannot be written, or an old model cannot be put back. The message then names the
-            two folders that hold the rest of the old and the new one.
+        OSError: the files cannot be written, or the new ones cannot take their places. The message then names
+            the folder that holds them.
     """
     directory = Path(directory)
+    copies = [Path(p) for p in tokenizer_files]
+    if not move_aside:
+        check_no_other_model(directory, except_for=copies)
     table = published_tensors(model.config)
     parameters = dict(model.named_parameters())
     dtype = check_dtype(dtype if dtype is not None else model.embedding_model.embed_tokens.weight.dtype)
     config = replace(model.config, torch_dtype=dtype_name(dtype))
-    copies = [Path(p) for p in tokenizer_files]
+    leaving = {*model_files(directory), *model_files(files.current(directory))} if move_aside else set()
+    outdated = re.compile("|".join([_OWN_WEIGHTS.pattern, *map(re.escape, leaving)]))
+    moved = None
 
     try:
-        with files.replacing_together(
-            directory, key=CONFIG_FILE, is_outdated=_WEIGHT_FILES.fullmatch
-        ) as aside:
+        with files.replacing_together(directory, key=CONFIG_FILE, outdated=outdated) as aside:
             shards = _shards(table, dtype, max_shard_bytes)
-            for file, names in shards.items():
-                tensors = {name: _published_value(name, table[name], parameters, dtype) for name in names}
+            for file, stored in shards.items():
+                tensors = {name: _published_value(name, table[name], parameters, dtype) for name in stored}
                 save_file(tensors, aside / file, metadata={"format": "pt"})
             if len(shards) > 1:
-                weight_map = {name: file for file, names in shards.items() for name in names}
+                weight_map = {name: file for file, stored in shards.items() for name in stored}
                 total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
                 _write_json(aside / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            for path in copies:
+            kept = [] if move_aside else names.tokenizer_files(directory)
+            for path in (*kept, *copies):  # what stays is a part of the whole too
                 shutil.copyfile(path, aside / path.name)
             _write_json(aside / CONFIG_FILE, config.to_dict())
+            if leaving:
+                moved = files.link_aside(directory, leaving)
     except SafetensorError as error:
         raise OSError(f"cannot write the weights to {directory}: {error}") from error
+    return moved
+
+
+def check_no_other_model(directory: Path, *, except_for: Iterable[Path] = ()) -> None:
+    """Refuse to save to a directory that holds a model which is not an earlier save.
+
+    Args:
+        directory: may be absent.
+        except_for: files that do not count.
+
+    Raises:
+        FileExistsError: its config.json has another model_type, or there are weights, an index or a
+            tokenizer without a config.json.
+    """
+    place = files.current(directory)
+    found = model_files(place)
+    if CONFIG_FILE in found:
+        try:
+            model_type = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type")
+        except (OSError, ValueError, AttributeError):
+            model_type = None
+        if model_type != "nvembed":
+            raise FileExistsError(
+                f"{place / CONFIG_FILE} has model_type {model_type!r}, so {directory} holds another model: "
+                "choose another directory, or move it away"
+            )
+    elif others := [name for name in found if place / name not in except_for]:
+        raise FileExistsError(
+            f"{directory} holds {', '.join(others)} of another model, and no {CONFIG_FILE}: choose another "
+            "directory, or move them away"
+        )
+
+
+def model_files(directory: Path) -> list[str]:
+    """The names of the files in a directory that look like a model's: config, weights, index, tokenizer."""
+    present = os.listdir(directory) if directory.is_dir() else []
+    return sorted(name for name in present if _ANY_MODEL.fullmatch(name) and not (directory / name).is_dir())
 
 
 def _shards(table: dict[str, Slot], dtype: torch.dtype, max_bytes: int) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    _check_output(arguments.output)
+    _check_output(arguments.output, arguments.file)
     texts = read_texts(arguments.file, arguments.field)
     # importing torch takes seconds: first what fails at once
     from nvembed_fast.encoder import query_instruction
@@ -49,14 +50,24 @@ def run(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: float32 [{vectors.shape[0]}, {vectors.shape[1]}]")
 
 
-def _check_output(output: Path) -> None:
+def _check_output(output: Path, texts_file: str) -> None:
     """Fail before the hours of encoding, not after."""
+    if _is_same_file(output, texts_file):
+        raise ValueError(f"--output is the file of the texts, which it would replace: {output}")
     if output.suffix != ".npy":
         raise ValueError(f"--output must end in .npy, got {output}")
     if not output.parent.is_dir():
         raise FileNotFoundError(f"the directory of --output does not exist: {output.parent}")
     if not os.access(output.parent, os.W_OK):
         raise PermissionError(f"the directory of --output cannot be written: {output.parent}")
+
+
+def _is_same_file(output: Path, texts_file: str) -> bool:
+    try:
+        source = os.fstat(sys.stdin.fileno()) if texts_file == "-" else os.stat(texts_file)
+        return os.path.samestat(source, output.stat())
+    except (OSError, ValueError, AttributeError):  # one is not there, or standard input is no file
+        return False
 
 
 def _check_space(output: Path, num_bytes: int) -> None:

@@ -27,13 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=get_args(PoolingHeadName),
         help="the published models' latent head, or one to compare it with (default: %(default)s)",
     )
+    parser.add_argument(
+        "--force", action="store_true", help="move a model in DIRECTORY to DIRECTORY/replaced-1, or -2 ..."
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the fresh head (default: 0)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     from nvembed_fast.new_model import init_model
 
-    init_model(
+    moved = init_model(
         arguments.decoder,
         arguments.output,
         num_latents=arguments.num_latents,
@@ -41,6 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
         head_width=arguments.head_width,
         seed=arguments.seed,
         pooling_head=arguments.pooling_head,
+        force=arguments.force,
     )
+    if moved:
+        print(f"{moved}: the files that were in {arguments.output}")
     head = arguments.pooling_head
     print(f"{arguments.output}: {arguments.decoder} with a fresh {head} head; train the model before use")
