@@ -375,7 +375,7 @@ def test_a_first_save_that_was_killed_is_named(tmp_path):
 
 @pytest.mark.parametrize("kills", [15, pytest.param(200, marks=pytest.mark.long)])
 def test_a_killed_save_leaves_a_whole_model(tmp_path, kills):
-    """Children save two models in turns and are killed at random. What loads is one of the two, bit for bit."""
+    """Children save two models in turns and are killed at random. One of the two loads, bit for bit."""
     script = """
 import os, random, signal, sys, time
 from pathlib import Path
