@@ -125,9 +125,8 @@ def link_aside(directory: Path, names: Iterable[str]) -> Path:
 
 def _link_or_copy(source: Path, target: Path) -> None:
     try:
-        os.link(
-            os.path.realpath(source), target
-        )  # the file itself: a relative link points nowhere from there
+        # the file itself: a relative link points nowhere from another folder
+        os.link(os.path.realpath(source), target)
     except FileExistsError:
         raise
     except OSError:  # not every file system has hard links

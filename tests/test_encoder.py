@@ -67,14 +67,6 @@ def test_save_pretrained_round_trip(model, tmp_path):
     assert torch.equal(again.encode(TEXTS), model.encode(TEXTS))
 
 
-def test_a_tokenizer_without_files_cannot_be_saved(model, tmp_path):
-    text_tokenizer = copy.copy(model.text_tokenizer)
-    text_tokenizer.directory = None
-    with pytest.raises(ValueError, match="was not read from a directory, so it has no files"):
-        NVEmbed(model.model, text_tokenizer).save_pretrained(tmp_path / "copy")
-    assert not (tmp_path / "copy").exists()
-
-
 def test_weights_ask_for_no_gradient_and_forward_can(model):
     assert not any(p.requires_grad for p in model.parameters())
     assert not model.encode(["a"]).requires_grad
