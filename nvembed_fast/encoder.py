@@ -184,7 +184,8 @@ class NVEmbed(nn.Module):
             prompts: texts in any number, or one text.
             instruction: put in front of every text and not pooled. "" for passages. For queries see
                 `query_instruction` and `encode_query`.
-            max_length: tokens per text, instruction included. A longer text is cut at the right.
+            max_length: tokens per text, instruction included. A longer text is cut at the right. One warning
+                (`stream.TextsCut`) says how many were.
             max_batch_tokens: tokens per batch. None: 16384 on a GPU, 2048 on a CPU.
             show_progress: a progress bar. None shows it in a terminal only.
             output: "torch" for a tensor on the model's device, "numpy" for an array on the host.

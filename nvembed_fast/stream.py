@@ -9,6 +9,7 @@
 The invariant: every text has exactly one vector, and it does not depend on the other texts of its batch.
 """
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,16 @@ from nvembed_fast.kernels.layout import to_device
 from nvembed_fast.packing import token_budget_batches
 from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
 
-__all__ = ["BATCH_TOKENS", "MIN_MAX_LENGTH", "WINDOW", "Progress", "Result", "TextStream", "Window"]
+__all__ = [
+    "BATCH_TOKENS",
+    "MIN_MAX_LENGTH",
+    "WINDOW",
+    "Progress",
+    "Result",
+    "TextStream",
+    "TextsCut",
+    "Window",
+]
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 MIN_MAX_LENGTH = 3  # a mark at each end and one token between them
@@ -58,6 +68,10 @@ class Window:
 
 
 WINDOW = Window()
+
+
+class TextsCut(UserWarning):
+    """Texts were longer than max_length."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,8 @@ class TextStream:
             max_batch_tokens: tokens per batch. None: 16384 on a GPU, 2048 on a CPU.
 
         Returns:
-            An iterator over (indices into texts, their vectors), in which every text comes once.
+            An iterator over (indices into texts, their vectors), in which every text comes once. It ends with
+            a warning (`TextsCut`) if texts were longer than max_length.
 
         Raises:
             TypeError, ValueError: an argument is wrong. The call raises it.
@@ -111,7 +126,8 @@ class TextStream:
         if not isinstance(instruction, str):
             raise TypeError(f'instruction must be a string ("" for none), got {type(instruction).__name__}')
         check_texts([instruction], "instruction")
-        return self._embedded(self.tokenized(texts, instruction, max_length), max_batch_tokens)
+        windows = self.tokenized(texts, instruction, max_length)
+        return self._embedded(windows, max_batch_tokens, max_length)
 
     def tokenized(
         self, texts: list[str], instruction: str, max_length: int
@@ -137,13 +153,14 @@ class TextStream:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _embedded(
-        self, windows: Iterable[tuple[int, TokenizedTexts]], budget: int
+        self, windows: Iterable[tuple[int, TokenizedTexts]], budget: int, max_length: int
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """(indices, vectors) of every batch. One that does not fit in memory halves the budget."""
-        order, finite = [], []
+        order, finite, num_cut = [], [], 0
         for number, (first, window) in enumerate(windows):
             if number == 0 and self.start is not None:
                 self.start()
+            num_cut += window.num_cut
             lengths = window.lengths()
             pending = deque(token_budget_batches(lengths, budget))
             while pending:
@@ -168,6 +185,10 @@ class TextStream:
                 pending = deque([left[index] for index in batch] for batch in again)
 
         self._check_finite(order, finite)
+        if num_cut:
+            message = f"{num_cut} of {len(order)} texts were cut at max_length={max_length} tokens"
+            # at the line that calls encode
+            warnings.warn(message, TextsCut, stacklevel=3)
 
     def _check_finite(self, order: list[int], finite: list[torch.Tensor]) -> None:
         """ValueError for a vector that is not finite. Waits for the device."""

@@ -26,10 +26,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 class TokenizedTexts(NamedTuple):
-    """Per text: int32 token ids, and the number of leading tokens that are not pooled."""
+    """Per text: int32 token ids, and the number of leading tokens that are not pooled.
+
+    `num_cut` counts the texts that max_length has cut.
+    """
 
     ids: list[np.ndarray]
     first_pooled: list[int]
+    num_cut: int = 0
 
     def lengths(self) -> list[int]:
         return [len(i) for i in self.ids]
@@ -123,10 +127,14 @@ class TextTokenizer:
         # the fast form gives no offsets
         encodings = (self.backend.encode_batch if by_offset else self.backend.encode_batch_fast)(full)
         ids = [np.asarray(e.ids[:max_length], dtype=np.int32) for e in encodings]
+        # a text clipped to `limit` characters has more tokens than max_length, too
+        num_cut = sum(len(e.ids) > max_length for e in encodings)
         if by_offset:
             border = len(instruction.rstrip())
-            return TokenizedTexts(ids, [_first_from(e.offsets[:max_length], border) for e in encodings])
-        return TokenizedTexts(ids, [self.instruction_length(instruction) if skips else 0] * len(ids))
+            starts = [_first_from(e.offsets[:max_length], border) for e in encodings]
+            return TokenizedTexts(ids, starts, num_cut)
+        start = self.instruction_length(instruction) if skips else 0
+        return TokenizedTexts(ids, [start] * len(ids), num_cut)
 
     def instruction_length(self, instruction: str) -> int:
         """Tokens of the instruction on its own, without marks: the number that "token_count" drops."""

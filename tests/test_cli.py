@@ -100,6 +100,15 @@ def test_search_prints_the_texts_nearest_to_the_question(tiny_directory, texts_f
     assert run(capsys, *arguments, "--embeddings", tmp_path / "e.npy")[1] == printed
 
 
+def test_texts_that_are_cut_are_told_in_one_line(tiny_directory, texts_file, tmp_path, capsys):
+    arguments = ("encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
+    assert "cut" not in run(capsys, *arguments)[2]
+    status, _, error = run(capsys, *arguments, "--max-length", 4)
+    lines = [line for line in error.splitlines() if "cut" in line]
+    assert status == 0
+    assert lines == ["note: 3 of 4 texts were cut at max_length=4 tokens; --max-length raises it"]
+
+
 def test_info_says_which_implementation_and_why(tiny_directory, capsys):
     status, printed, _ = run(capsys, "info", "--model", tiny_directory)
     assert status == 0

@@ -1,6 +1,7 @@
 """From texts to vectors: windows, budget, memory, order."""
 
 import threading
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -186,3 +187,17 @@ def test_no_batch_waits_for_the_flag(model, monkeypatch):
     for indices, _ in model.stream(["a", "b c", "d e f"], max_batch_tokens=4):
         embedded.append(indices)
     assert len(embedded) == 3 and reads == [3]
+
+
+def test_texts_cut_at_max_length_are_counted_and_told_once(model, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", Window(2, 2))
+    texts = ["one two three", "a", "x" * 10_000_000, "one two three four", "b"]
+    with pytest.warns(stream.TextsCut, match="^3 of 5 texts were cut at max_length=4 tokens$") as told:
+        model.encode(texts, max_length=4)
+    assert len(told) == 1 and told[0].filename == __file__
+    longest = len(model.text_tokenizer(texts[3:4], "", 64).ids[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(texts[3], max_length=longest)
+    with pytest.warns(stream.TextsCut, match="^1 of 1 texts"):
+        model.encode(texts[3], max_length=longest - 1)

@@ -45,7 +45,8 @@ def run(arguments: argparse.Namespace) -> None:
     model = options.load(arguments)
     options.note_empty(texts)
     _check_space(arguments.output, 4 * len(texts) * model.config.hidden_size)
-    vectors = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
+    with options.note_cut():
+        vectors = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
     _save(arguments.output, vectors)
     print(f"{arguments.output}: float32 [{vectors.shape[0]}, {vectors.shape[1]}]")
 

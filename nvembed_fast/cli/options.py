@@ -2,12 +2,15 @@
 
 import argparse
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nvembed_fast.encoder import NVEmbed
 
-__all__ = ["add_model_options", "add_text_options", "encode_options", "load", "note_empty"]
+__all__ = ["add_model_options", "add_text_options", "encode_options", "load", "note_cut", "note_empty"]
 
 DEFAULT_MODEL = "nvidia/NV-Embed-v2"
 
@@ -61,3 +64,22 @@ def note_empty(texts: list[str]) -> None:
     """Tell on standard error how many texts are empty."""
     if empty := sum(not text.strip() for text in texts):
         print(f"note: {empty} of the {len(texts)} texts are empty and are embedded as such", file=sys.stderr)
+
+
+@contextmanager
+def note_cut() -> Iterator[None]:
+    """Inside, a warning that texts were cut is one line on standard error."""
+    from nvembed_fast.stream import TextsCut
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", TextsCut)
+        show = warnings.showwarning
+
+        def note(message, category, *place):
+            if issubclass(category, TextsCut):
+                print(f"note: {message}; --max-length raises it", file=sys.stderr)
+            else:
+                show(message, category, *place)
+
+        warnings.showwarning = note
+        yield

@@ -51,13 +51,15 @@ def run(arguments: argparse.Namespace) -> None:
     keywords = options.encode_options(arguments)
     if documents is None:
         options.note_empty(texts)
-        documents = np.asarray(model.encode_document(texts, output="numpy", **keywords))
+        with options.note_cut():
+            documents = np.asarray(model.encode_document(texts, output="numpy", **keywords))
     elif documents.shape[1] != model.config.hidden_size:
         raise ValueError(
             f"{arguments.embeddings} has vectors of {documents.shape[1]}, the model of "
             f"{model.config.hidden_size}: they are not of the same model"
         )
-    queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
+    with options.note_cut():
+        queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
     for question, scores in zip(arguments.question, queries @ documents.T, strict=True):
         print(f"\n{question}")
         for rank, index in enumerate(np.argsort(-scores, kind="stable")[: arguments.top], start=1):
