@@ -1,3 +1,4 @@
+import dataclasses
 import inspect
 
 import numpy as np
@@ -209,7 +210,11 @@ SMALLEST = LatentCase("smallest", 3, 5, 2, 8, 8)
 WIDE = LatentCase("wide", 20, 40, 3, module.MAX_HEAD_WIDTH + 8, 16)
 
 
-@pytest.mark.parametrize("case", [*CASES, RAGGED], ids=lambda c: c.name)
+# one token of four heads has four softmax denominators, whose rounding would be luck
+GRADIENT_CASES = [dataclasses.replace(CASES[0], num_heads=32), *CASES[1:], RAGGED]
+
+
+@pytest.mark.parametrize("case", GRADIENT_CASES, ids=lambda c: c.name)
 def test_gradient_matches_reference(case, dtype, path, device):
     _assert_gradients_match(case, device, dtype)
 
