@@ -24,7 +24,7 @@ help:
 	@echo "make bench-compare BASE=COMMIT           this tree and that commit take turns: which cases became slower?"
 	@echo "make tune      measure launch configurations on a GPU, keep the fastest in kernels/tuned.toml; ARGS=--list: which"
 	@echo "make mutate    break the code in every way of tests/mutations/ and see tests fail; STEM=gated, N=3 at random"
-	@echo "make gpu-run OUT=DIR  all that a GPU has to decide, in slices below 9 minutes; goes on where it stopped"
+	@echo "make gpu-run OUT=DIR  all that a GPU has to decide, in slices below 9 minutes; goes on where it stopped; --dry-run lists them"
 	@echo "make golden DOWNLOAD=DIR OUT=DIR  the golden numbers by the original's code; see tests/golden/README.md"
 
 venv: $(STAMP)

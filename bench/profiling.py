@@ -419,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     warn_if_busy()
     case = args.workload
-    case += f", {args.texts} text{'s' * (args.texts > 1)}" if args.texts else ""
+    case += f", {args.texts} {'text' if args.texts == 1 else 'texts'}" if args.texts else ""
     case += f", {layers} of {all_layers} layers" if layers < all_layers else ""
     batches = _batches(lengths, args.texts, BATCH_TOKENS[device])
 

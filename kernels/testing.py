@@ -26,10 +26,10 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def skewed_lengths(count: int, median: int = 128, least: int = 16, most: int = 4096) -> tuple[int, ...]:
+def skewed_lengths(count: int, median: int = 128, minimum: int = 16, maximum: int = 4096) -> tuple[int, ...]:
     """Tokens of texts as they come: lognormal with sigma 1, clipped, drawn with seed 0."""
     draws = np.random.default_rng(0).lognormal(math.log(median), 1.0, count)
-    return tuple(int(n) for n in draws.round().clip(least, most))
+    return tuple(int(n) for n in draws.round().clip(minimum, maximum))
 
 
 @dataclass(frozen=True)

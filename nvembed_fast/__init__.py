@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from nvembed_fast.ops import use_impl
 
 __all__ = ["NVEmbed", "NVEmbedConfig", "NVEmbedModel", "query_instruction", "use_impl"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # modules are imported at the first use of their names: `nvembed-fast --help` does not wait for torch
 _MODULES = {

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import shutil
@@ -22,8 +23,8 @@ with torch.device("meta"):
 KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
 
 
-if not HAS_GPU:
-    import exact_products  # imports triton
+if not HAS_GPU and importlib.util.find_spec("triton"):
+    import exact_products
 
     exact_products.install()
 

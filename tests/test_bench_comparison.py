@@ -306,7 +306,7 @@ def test_compiled_baselines_run():
 def test_skewed_lengths():
     lengths = skewed_lengths(4096)
     assert lengths[:64] == skewed_lengths(64) and min(lengths) == 16 and max(lengths) <= 4096
-    assert max(skewed_lengths(100, 128, 16, 200)) == 200
+    assert max(skewed_lengths(100, maximum=200)) == 200
     ordered = sorted(lengths)
     # lognormal of sigma 1: the median, and e times as much one sigma above
     assert ordered[2048] == pytest.approx(128, rel=0.1)

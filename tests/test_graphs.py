@@ -36,7 +36,7 @@ def test_a_bucket_has_the_tiles_of_its_two_texts(block):
         assert layout.lengths == (64, 0) and layout.max_length == 64
 
 
-def test_a_text_is_in_front_and_its_instruction_is_left_out():
+def test_a_text_is_in_front_and_its_instruction_is_not_pooled():
     layout = BucketLayout(8, torch.device("cpu"))
     layout.put(np.array([9, 8, 7, 6, 5, 4, 3, 2]), 0)
     layout.put(np.array([5, 6, 7]), 1)

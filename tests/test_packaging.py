@@ -7,6 +7,7 @@ in the folder, `from transformers import MistralModel` would fail in the reposit
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -33,16 +34,17 @@ def _pip(*arguments: str | Path, cwd: Path) -> None:
     _run(sys.executable, "-m", "pip", *arguments, "--no-deps", "--no-build-isolation", "-q", cwd=cwd)
 
 
-def _imported_from(target: Path, cwd: Path) -> Path:
+def _imported_from(target: Path, cwd: Path, before: str = "") -> Path:
     """Where `nvembed_fast.kernels.reference` comes from when only `target` could hold the project.
 
-    `site` is off, or an editable install in the running environment would answer instead.
+    `site` is off, or an editable install in the running environment would answer instead. `before` is a path
+    that is searched before it.
     """
     names = ("torch", "numpy", "einops", "tqdm", "tokenizers", "safetensors", "huggingface_hub")
     elsewhere = dict.fromkeys(str(Path(importlib.util.find_spec(n).origin).parents[1]) for n in names)
     # the target first: an editable install elsewhere has a finder of the same name
     code = f"import sys, site; site.addsitedir({str(target)!r}); sys.path += {list(elsewhere)}; {IMPORT}"
-    return Path(_run(sys.executable, "-S", "-P", "-c", code, cwd=cwd, PYTHONPATH=""))
+    return Path(_run(sys.executable, "-S", "-P", "-c", code, cwd=cwd, PYTHONPATH=before))
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +103,12 @@ def test_the_wheel_states_version_licence_and_requirements(wheel):
     metadata = zipfile.ZipFile(wheel).read(next(n for n in names if n.endswith("METADATA"))).decode()
     init = (ROOT / "nvembed_fast" / "__init__.py").read_text()
     stated = next(line for line in metadata.splitlines() if line.startswith("Version: "))
-    assert f'__version__ = "{stated.removeprefix("Version: ")}"' in init
+    version = stated.removeprefix("Version: ")
+    assert f'__version__ = "{version}"' in init
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(r"^## \[(\d[^]]*)]", changes, re.M)[1] == version, (
+        "CHANGELOG's newest version is another"
+    )
     for line in (
         "License-Expression: Apache-2.0",
         "Requires-Python: >=3.11",
@@ -129,6 +136,10 @@ def test_an_editable_install_imports(checkout, tmp_path):
     target = tmp_path / "target"
     _pip("install", "--target", target, "-e", checkout, cwd=tmp_path)
     got = _imported_from(target, tmp_path).resolve()
+    assert got == checkout / "kernels" / "reference.py"
+    # a script beside a clone of this name: the clone's own folder must not be taken for the package
+    (tmp_path / "nvembed_fast").symlink_to(checkout)
+    got = _imported_from(target, tmp_path, before=str(tmp_path)).resolve()
     assert got == checkout / "kernels" / "reference.py"
 
 

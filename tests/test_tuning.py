@@ -469,7 +469,7 @@ def search(tmp_path, monkeypatch, device):
 
 
 def fake_clock(monkeypatch, milliseconds):
-    """A clock that gives each rival a time by its label."""
+    """A clock that gives each candidate a time by its label."""
 
     def interleaved(functions, seconds):
         assert tuning.RULE in functions
