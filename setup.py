@@ -4,9 +4,9 @@ import sys
 
 from setuptools import find_packages, setup
 
-# An editable install puts a path into the environment, because the link nvembed_fast/kernels is there. The finder
-# that setuptools would write for a mapped folder comes too late for a script beside a clone called nvembed_fast:
-# Python takes that folder for the package.
+# An editable install puts a path into the environment, because the link nvembed_fast/kernels is there. For a
+# mapped folder setuptools would write a finder. It comes too late for a script beside a clone that is called
+# nvembed_fast, because Python takes the clone for the package.
 EDITABLE = "editable_wheel" in sys.argv
 
 setup(
