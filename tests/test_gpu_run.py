@@ -93,7 +93,9 @@ def test_a_slice_cut_off_by_the_end_of_a_call_runs_again(tmp_path, capsys):
 
 def test_ctrl_c_loses_the_slice_that_runs_and_no_other(tmp_path):
     code = (
-        "from tools import gpu_run as g; import sys; "
+        "from tools import gpu_run as g; import signal, sys; "
+        # a shell's background job is started with SIGINT ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "mk = lambda n, c: g.Slice(n, ('{python}', '-c', c), 0.01); "
         "todo = [mk('a', 'pass'), mk('b', 'import time; print(\"begun\", flush=True); time.sleep(60)')]; "
         f"sys.exit(g.main([{str(tmp_path)!r}, '--commit', 'abc'], todo))"

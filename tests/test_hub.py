@@ -25,7 +25,8 @@ def test_a_file_is_no_directory(tiny):
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "~/no", "a/b/c", "", "a b/c", "../x"])
-def test_neither_directory_nor_hub_id(name):
+def test_neither_directory_nor_hub_id(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where nothing lies at ../x
     with pytest.raises(FileNotFoundError, match="no directory .*, and no hub id either"):
         resolve(name)
 
