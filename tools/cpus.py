@@ -90,9 +90,10 @@ def cpu_flags() -> set[str]:
 
 
 def kernel_tests() -> list[str]:
-    """The test file of every kernel."""
+    """The test files of every kernel."""
     stems = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-    return [f"tests/test_{stem}.py" for stem in stems if (ROOT / f"tests/test_{stem}.py").exists()]
+    names = [f"tests/test_{stem}{part}.py" for stem in stems for part in ("", "_backward")]
+    return [name for name in names if (ROOT / name).exists()]
 
 
 def _child(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:

@@ -77,6 +77,12 @@ class Slice:
     needs: str | None = None
 
 
+def _tests(stem: str) -> list[str]:
+    """The test file of a kernel, and that of its backward where it has one."""
+    names = (f"tests/test_{stem}.py", f"tests/test_{stem}_backward.py")
+    return [name for name in names if (ROOT / name).exists()]
+
+
 def slices() -> list[Slice]:
     """The list, most valuable first."""
     python, pytest = ("{python}",), ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -84,7 +90,7 @@ def slices() -> list[Slice]:
         (*python, "-m", "tools.gpu_checks"),
         (*python, "-m", "tools.tuning", "--commit", "{commit}"),
     )
-    rest = [f"--ignore=tests/test_{stem}.py" for stem in (*KERNELS, "gpu")]
+    rest = [f"--ignore={name}" for stem in (*KERNELS, "gpu") for name in _tests(stem)]
     bench = (
         *python,
         "-m",
@@ -103,7 +109,7 @@ def slices() -> list[Slice]:
 
     return [
         Slice("environment", (*check, "environment"), 0.5),
-        *(Slice(f"parity-{stem}", (*pytest, "-m", "gpu", f"tests/test_{stem}.py"), 3) for stem in KERNELS),
+        *(Slice(f"parity-{stem}", (*pytest, "-m", "gpu", *_tests(stem)), 3) for stem in KERNELS),
         Slice("parity-model", (*pytest, "-m", "gpu", "tests/test_gpu.py"), 2),
         Slice("parity-rest", (*pytest, "-m", "gpu", "tests", *rest), 4),
         *(Slice(f"repeats-{stem}", (*check, "repeats", stem), 2) for stem in KERNELS),
@@ -126,7 +132,7 @@ def slices() -> list[Slice]:
                     "--tool",
                     "memcheck",
                     *pytest,
-                    f"tests/test_{stem}.py",
+                    *_tests(stem),
                     "-k",
                     "not full_size",
                 ),
