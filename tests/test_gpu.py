@@ -10,32 +10,13 @@ from test_encoder import TEXTS
 from tokenizers import Tokenizer, models
 
 from nvembed_fast import NVEmbed, ops
-from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.graphs import SingleTextGraphs
-from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
+from tools.gpu_checks import small_model
 
 pytestmark = pytest.mark.gpu
 
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-
-
-def small_model(dtype: torch.dtype) -> NVEmbedModel:
-    """The real widths per head on few layers, weights drawn like a fresh model's."""
-    text = BackboneConfig(
-        hidden_size=1024,
-        intermediate_size=3584,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-    )
-    latent = LatentConfig(cross_dim_head=1024, hidden_dim=1024, latent_dim=1024)
-    torch.manual_seed(0)
-    model = NVEmbedModel(NVEmbedConfig(text, latent)).requires_grad_(False)
-    for weight in model.parameters():
-        if weight.ndim == 2:
-            weight.normal_(0, 0.02)
-    return model.to("cuda", dtype)
 
 
 @HALF

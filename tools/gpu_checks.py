@@ -20,8 +20,11 @@ import numpy as np
 import torch
 
 from nvembed_fast import ops
+from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
+from nvembed_fast.graphs import SingleTextGraphs
 from nvembed_fast.kernels import testing
 from nvembed_fast.kernels.testing import as_tuple, gradients, upstream_of
+from nvembed_fast.network.model import NVEmbedModel
 
 EPS = 1e-5
 STEMS = (
@@ -137,12 +140,8 @@ def wrong_vectors(
     return sum(wrong)
 
 
-def threads(streams: bool, count: int) -> int:
-    """Two threads ask for the vectors of two texts of one bucket. Returns the number of wrong ones."""
-    from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
-    from nvembed_fast.graphs import SingleTextGraphs
-    from nvembed_fast.network.model import NVEmbedModel
-
+def small_model(dtype: torch.dtype) -> NVEmbedModel:
+    """On the GPU: the real widths per head on few layers, weights drawn like a fresh model's."""
     text = BackboneConfig(
         hidden_size=1024,
         intermediate_size=3584,
@@ -156,7 +155,12 @@ def threads(streams: bool, count: int) -> int:
     for weight in model.parameters():
         if weight.ndim == 2:
             weight.normal_(0, 0.02)
-    graphs = SingleTextGraphs(model.to("cuda", torch.float16))
+    return model.to("cuda", dtype)
+
+
+def threads(streams: bool, count: int) -> int:
+    """Two threads ask for the vectors of two texts of one bucket. Returns the number of wrong ones."""
+    graphs = SingleTextGraphs(small_model(torch.float16))
     texts = [np.random.default_rng(seed).integers(3, 32000, 50) for seed in range(2)]
 
     def context():
