@@ -45,7 +45,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     Returns:
         [T, E] in the dtype of x.
     """
-    return F.linear(_enough_rows(x), weight, bias)[: len(x)]
+    enough = _enough_rows(x)
+    result = F.linear(enough, weight, bias)
+    return result if enough is x else result[: len(x)]
 
 
 def _enough_rows(x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
@@ -236,7 +238,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """
     check_rms_norm(x, weight, eps)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+    return F.rms_norm(wide, x.shape[1:], None, eps).to(x.dtype) * weight
 
 
 def add_rms_norm(
@@ -279,13 +281,15 @@ def rotary(
         [T, N + 2G, H] in the dtype of qkv, computed in the dtype of the tables.
     """
     check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
-    cos_T1h, sin_T1h = (table[positions.long()][:, None] for table in (cos, sin))
-    first, second = qkv[:, :num_rotated].to(cos.dtype).chunk(2, dim=-1)
-    turned = torch.cat([first * cos_T1h - second * sin_T1h, second * cos_T1h + first * sin_T1h], dim=-1)
+    cos_T1h, sin_T1h = (table.index_select(0, positions)[:, None] for table in (cos, sin))
+    heads = qkv[:, :num_rotated]
+    first, second = heads.to(cos.dtype).chunk(2, dim=-1)
+    turned = first * cos_T1h - second * sin_T1h, second * cos_T1h + first * sin_T1h
     if inplace:
-        qkv[:, :num_rotated] = turned.to(qkv.dtype)
+        for half, new in zip(heads.chunk(2, dim=-1), turned, strict=True):
+            half.copy_(new)
         return qkv
-    return torch.cat([turned.to(qkv.dtype), qkv[:, num_rotated:]], dim=1)
+    return torch.cat([torch.cat(turned, dim=-1).to(qkv.dtype), qkv[:, num_rotated:]], dim=1)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
