@@ -1,66 +1,256 @@
-"""Texts out of a file: one a line, or a field of JSON lines."""
+"""Texts out of a file: its lines, or one field of the records of JSON lines, JSON, CSV or TSV.
 
+1. gzip is known by its first bytes, whatever the file is called.
+2. The format is the caller's, or the suffix tells it. Without both, a field means JSON lines, and no field
+   means that every line is a text. Then lines of JSON are refused, because their braces and keys are no text.
+3. A byte order mark is no part of a text. Every line must be UTF-8 without NUL.
+
+The invariant: a record gives exactly one text, or an error that names the file, the line and the key.
+"""
+
+import codecs
+import csv
+import gzip
 import io
+import itertools
 import json
+import re
 import sys
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from pathlib import PurePath
+from typing import Any, Literal, get_args
 
-__all__ = ["read_texts"]
+__all__ = ["Format", "read_texts"]
+
+Format = Literal["text", "jsonl", "json", "csv", "tsv"]
+_SUFFIXES: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+}
+_DEFAULT_FIELD = "text"
+# the first bytes of files that people pass and that hold no plain text, and what to do about them
+_OTHER_KINDS = {
+    codecs.BOM_UTF16_LE: "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8",
+    codecs.BOM_UTF16_BE: "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8",
+    b"PK\x03\x04": "It is a zip archive, as .xlsx files are. Unpack it, or save it as CSV",
+    b"\x28\xb5\x2f\xfd": "It is compressed by zstd. Decompress it: zstd -dc",
+    b"\xfd7zXZ": "It is compressed by xz. Decompress it: xz -dc",
+    b"BZh": "It is compressed by bzip2. Decompress it: bzip2 -dc",
+    b"PAR1": "It is a Parquet file. Save it as JSON lines",
+}
+_NO_TEXT = "Convert it to UTF-8, such as by iconv -f WINDOWS-1252 -t UTF-8"
 
 
-def read_texts(file: str, field: str | None = None) -> list[str]:
-    """Read the texts of a file.
+def read_texts(file: str, field: str | None = None, format: Format | None = None) -> list[str]:
+    """Read the texts of a file, gzipped or not.
+
+    - text: every line is a text, an empty one too. Only a line feed ends it.
+    - jsonl: every line is an object with the field, or without `field` a string. Blank lines are skipped.
+    - json: an array of such objects or strings.
+    - csv, tsv: the first line names the columns, and every row has as many. Blank lines are skipped. Quotes
+      are those of RFC 4180. A CSV header without a comma is cut at its semicolons or tabs.
 
     Args:
         file: a path, or - for standard input.
-        field: read JSON lines and take the string under this key. None takes "text" if the file's name ends
-            in .jsonl, and else one text a line.
+        field: the key or column whose strings are the texts. None: "text".
+        format: None takes it from the suffix .jsonl, .ndjson, .json, .csv or .tsv, in any case and also
+            before .gz. Any other file holds JSON lines if there is a field, and else one text a line.
 
     Raises:
-        ValueError: no such file, no text in it, or a line that cannot be read. Names the file and the line.
+        ValueError: no such file, no text in it, or a record that cannot be read. Names the file, the line (of
+            JSON the item) and the key.
+        OSError: the file cannot be read. Names it.
     """
     name = "standard input" if file == "-" else file
-    try:
-        with _opened(file) as lines:
-            texts = [line.rstrip("\r\n") for line in lines]
-    except FileNotFoundError:
-        raise ValueError(f"no text file {name}; - reads standard input") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8: {error}") from error
-    if field is None and file.endswith(".jsonl"):
-        field = "text"
-    if field is not None:
-        texts = [
-            _field(name, number, line, field) for number, line in enumerate(texts, start=1) if line.strip()
-        ]
+    if format is not None and format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
+    if format == "text" and field is not None:
+        raise ValueError(f"lines of text have no field {field!r}: choose another format, or no field")
+    suffix = PurePath(file.lower().removesuffix(".gz")).suffix
+    kind = format or _SUFFIXES.get(suffix) or ("text" if field is None else "jsonl")
+    with _opened(file, name) as stream:
+        lines = _lines(stream, name)
+        if kind == "text":
+            texts = _plain(lines, name, guess=format is None)
+        elif kind == "jsonl":
+            texts = _json_lines(lines, name, field)
+        elif kind == "json":
+            texts = _json_items(lines, name, field)
+        else:
+            texts = _rows(lines, name, field or _DEFAULT_FIELD, kind)
     if not texts:
         raise ValueError(f"{name} holds no text")
     return texts
 
 
 @contextmanager
-def _opened(file: str) -> Iterator[TextIO]:
-    if file == "-":
-        assert isinstance(sys.stdin, io.TextIOWrapper)
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")
-        yield sys.stdin
-    else:
-        # only line feeds end a text, and a byte order mark is no part of it
-        with open(file, encoding="utf-8-sig", newline="\n") as lines:
-            yield lines
-
-
-def _field(name: str, number: int, line: str, field: str) -> str:
+def _opened(file: str, name: str) -> Iterator[Iterable[bytes]]:
+    """The bytes of a file or of standard input, decompressed."""
+    if file == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: pass a file")
     try:
-        record = json.loads(line)
+        # buffered anew, so that the first bytes can be looked at
+        buffer = io.BufferedReader(sys.stdin.buffer if file == "-" else io.FileIO(file))  # type: ignore[type-var]
+        try:
+            packed = buffer.peek(2)[:2] == b"\x1f\x8b"
+            yield gzip.GzipFile(fileobj=buffer) if packed else buffer
+        finally:
+            source = buffer.detach()
+            if file != "-":
+                source.close()
+    except FileNotFoundError:
+        raise ValueError(f"no text file {name}; - reads standard input") from None
+    except OSError as error:
+        raise OSError(f"cannot read {name}: {error.strerror or error}") from error
+
+
+def _lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
+    """The lines of a file with their ends. Only a line feed ends one."""
+    number, first = 0, b""
+    try:
+        for number, line in enumerate(stream, start=1):
+            if number == 1:
+                first, line = line, line.removeprefix(codecs.BOM_UTF8)
+            if b"\0" in line:
+                raise ValueError(f"{name} is no text: line {number} has a NUL. {_way_out(first)}")
+            yield line.decode()
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{name} is not UTF-8: byte {error.start + 1} of line {number} is 0x{byte:02x}. {_way_out(first)}"
+        ) from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(
+            f"{name}: its gzip stream is cut short or damaged behind line {number} ({error}): fetch or "
+            "compress it again"
+        ) from error
+
+
+def _way_out(first_line: bytes) -> str:
+    found = (hint for magic, hint in _OTHER_KINDS.items() if first_line.startswith(magic))
+    return next(found, _NO_TEXT)
+
+
+def _plain(lines: Iterable[str], name: str, *, guess: bool) -> list[str]:
+    texts = [line.rstrip("\r\n") for line in lines]
+    first = next((text.strip() for text in texts if text.strip()), "")
+    if guess and (kind := _json_kind(first)):
+        raise ValueError(
+            f"{name} looks like {'an array of JSON' if kind == 'json' else 'JSON lines'}: read its field by "
+            f"--format {kind}, or every line as it is by --format text"
+        )
+    return texts
+
+
+def _json_kind(first: str) -> Format | None:
+    """The format of a file whose first line is this one, if it is JSON."""
+    if re.fullmatch(r"\[\s*\{?", first):
+        return "json"
+    try:
+        value = json.loads(first) if first[:1] in ("{", "[") else None
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(value, dict):
+        return "jsonl"
+    return "json" if isinstance(value, list) and value and isinstance(value[0], dict | str) else None
+
+
+def _json_lines(lines: Iterable[str], name: str, field: str | None) -> list[str]:
+    texts = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            place = f"{name}, line {number}"
+            texts.append(_text(_json(line, place), place, "line", field))
+    return texts
+
+
+def _json_items(lines: Iterable[str], name: str, field: str | None) -> list[str]:
+    document = "".join(lines)
+    if not document.strip():
+        return []
+    items = _json(document, name)
+    if not isinstance(items, list):
+        raise ValueError(f"{name} must be an array of objects or strings, got {_kind(items)}")
+    return [_text(item, f"{name}, item {i}", "item", field) for i, item in enumerate(items, start=1)]
+
+
+def _json(document: str, place: str) -> Any:
+    try:
+        return json.loads(document)
+    except RecursionError as error:
+        raise ValueError(f"{place}: its JSON is nested too deeply to be read") from error
     except ValueError as error:
-        raise ValueError(f"{name}, line {number}: not JSON ({error})") from error
-    if not isinstance(record, dict) or field not in record:
-        found = f"has {', '.join(map(repr, record))}" if isinstance(record, dict) else "is no JSON object"
-        raise ValueError(f"{name}, line {number}: no {field!r}, the line {found}; choose with --field")
-    if not isinstance(record[field], str):
-        kind = type(record[field]).__name__
-        raise ValueError(f"{name}, line {number}: {field!r} must be a string, got {kind}")
-    return record[field]
+        is_lines = str(error).startswith("Extra data") and "\n" in document.strip()
+        hint = "; --format jsonl reads JSON lines" if is_lines else ""
+        raise ValueError(f"{place}: not JSON ({error}){hint}") from error
+
+
+def _text(record: Any, place: str, unit: str, field: str | None) -> str:
+    """The text of one parsed record."""
+    key = _DEFAULT_FIELD if field is None else field
+    if isinstance(record, str) and field is None:
+        text, what = record, "the string"
+    elif not isinstance(record, dict):
+        raise ValueError(f"{place}: no {key!r}, the {unit} is no JSON object but {_kind(record)}")
+    elif key not in record:
+        raise _absent(place, unit, key, list(record))
+    else:
+        text, what = record[key], repr(key)
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: {what} must be a string, got {_kind(text)}")
+    # a JSON escape can give what no file in UTF-8 holds
+    if not text.isascii() and (lone := re.search("[\ud800-\udfff]", text)):
+        raise ValueError(
+            f"{place}: {what} has a lone surrogate, \\u{ord(lone[0]):04x}, which is no character: remove it"
+        )
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {"NoneType": "null", "dict": "an object", "list": "an array", "str": "a string"}
+    return names.get(type(value).__name__, type(value).__name__)
+
+
+def _absent(place: str, unit: str, key: str, keys: list[str]) -> ValueError:
+    shown = ", ".join(map(repr, keys[:20])) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
+    or_lines = ", or read lines by --format text" if unit == "header" else ""
+    return ValueError(f"{place}: no {key!r}, the {unit} has {shown or 'none'}; choose with --field{or_lines}")
+
+
+def _rows(lines: Iterator[str], name: str, field: str, kind: Format) -> list[str]:
+    """The cells of one column."""
+    header = next(lines, "")
+    delimiter = "\t" if kind == "tsv" else next((d for d in ",;\t" if d in header), ",")
+    rows = csv.reader(itertools.chain([header] if header else [], lines), delimiter=delimiter, strict=True)
+    texts: list[str] = []
+    columns: list[str] | None = None
+    before = csv.field_size_limit(sys.maxsize)  # the limit is the process's
+    try:
+        first = 1
+        for row in rows:
+            place = f"{name}, line {first}"
+            first = rows.line_num + 1
+            if columns is None:
+                columns = row
+                if field not in columns:
+                    raise _absent(place, "header", field, columns)
+                if columns.count(field) > 1:
+                    raise ValueError(f"{place}: the header has {field!r} {columns.count(field)} times")
+                index = columns.index(field)
+            elif len(row) == len(columns):
+                texts.append(row[index])
+            elif row:
+                raise ValueError(
+                    f"{place}: must have {len(columns)} fields like the header, got {len(row)}: quote a "
+                    f"field that holds {delimiter!r}, a quote or a line feed"
+                )
+    except csv.Error as error:
+        raise ValueError(f"{name}, the row from line {first}: not {kind.upper()} ({error})") from error
+    finally:
+        csv.field_size_limit(before)
+    return texts

@@ -100,6 +100,24 @@ def test_search_prints_the_texts_nearest_to_the_question(tiny_directory, texts_f
     assert run(capsys, *arguments, "--embeddings", tmp_path / "e.npy")[1] == printed
 
 
+@pytest.mark.parametrize(
+    "option",
+    [["encode", "x", "-o", "x.npy", "--instruction"], ["encode", "x", "-o", "x.npy", "--task"]]
+    + [["search", "x", "q", "--task"]],
+)
+def test_a_new_line_pasted_as_help_prints_it_is_one(option):
+    for given, meant in {r"a\nb": "a\nb", "a\nb": "a\nb", r"a\\nb \t": r"a\nb \t"}.items():
+        arguments = vars(cli._parser().parse_args([*option, given]))
+        assert arguments[option[-1].removeprefix("--")] == meant
+
+
+def test_help_says_how_a_new_line_is_written(capsys):
+    for command in ("encode", "search"):
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert r"\n in it is a new line" in " ".join(capsys.readouterr().out.split())
+
+
 def test_texts_that_are_cut_are_told_in_one_line(tiny_directory, texts_file, tmp_path, capsys):
     arguments = ("encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
     assert "cut" not in run(capsys, *arguments)[2]

@@ -19,25 +19,33 @@ EXAMPLES = """\
 examples:
   nvembed-fast encode passages.txt -o passages.npy
   nvembed-fast encode questions.txt -o questions.npy --task "Given a question, retrieve passages"
-  nvembed-fast encode corpus.jsonl --field text -o corpus.npy --model ./my-model --dtype bfloat16
-  cat passages.txt | nvembed-fast encode - -o passages.npy"""
+  nvembed-fast encode corpus.jsonl --field body -o corpus.npy --model ./my-model --dtype bfloat16
+  nvembed-fast encode corpus.csv.gz --field body -o corpus.npy
+  cat corpus.jsonl | nvembed-fast encode - --format jsonl -o corpus.npy"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="one text a line, or JSON lines; - reads standard input")
+    parser.add_argument("file", help=options.FILE_HELP)
     parser.add_argument(
         "-o", "--output", required=True, type=Path, metavar="OUT.npy", help="fp32 [texts, width]"
     )
     prefix = parser.add_mutually_exclusive_group()
-    prefix.add_argument("--instruction", default="", help="put in front of every text and not pooled")
-    prefix.add_argument("--task", help='the same as --instruction "Instruct: TASK\\nQuery: "')
+    prefix.add_argument(
+        "--instruction",
+        default="",
+        type=options.with_new_lines,
+        help=r"put in front of every text and not pooled; \n in it is a new line, \\n a backslash and an n",
+    )
+    prefix.add_argument(
+        "--task", type=options.with_new_lines, help=r'the same as --instruction "Instruct: TASK\nQuery: "'
+    )
     options.add_text_options(parser)
     options.add_model_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     _check_output(arguments.output, arguments.file)
-    texts = read_texts(arguments.file, arguments.field)
+    texts = read_texts(arguments.file, arguments.field, arguments.format)
     # importing torch takes seconds: first what fails at once
     from nvembed_fast.encoder import query_instruction
 

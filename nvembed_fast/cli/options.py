@@ -1,23 +1,41 @@
 """The options that encode and search share, and their way into the encoder."""
 
 import argparse
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from nvembed_fast.texts import Format
 
 if TYPE_CHECKING:
     from nvembed_fast.encoder import NVEmbed
 
-__all__ = ["add_model_options", "add_text_options", "encode_options", "load", "note_cut", "note_empty"]
+__all__ = [
+    "FILE_HELP",
+    "add_model_options",
+    "add_text_options",
+    "encode_options",
+    "load",
+    "note_cut",
+    "note_empty",
+    "with_new_lines",
+]
 
 DEFAULT_MODEL = "nvidia/NV-Embed-v2"
+FILE_HELP = "one text a line, JSON lines, JSON, CSV or TSV, also gzipped; - reads standard input"
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
     """How texts are read and cut."""
-    parser.add_argument("--field", help="read JSON lines, this key of each (default in .jsonl files: text)")
+    parser.add_argument(
+        "--format",
+        choices=get_args(Format),
+        help="of FILE, gzipped or not (default: by its suffix; else jsonl if there is --field, else text)",
+    )
+    parser.add_argument("--field", help="key or column of the texts (default: text)")
     parser.add_argument("--max-length", type=int, default=4096, help="tokens a text (default: 4096)")
     parser.add_argument("--max-batch-tokens", type=int, help="tokens a batch (default: by the device)")
 
@@ -36,6 +54,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     hub.add_argument("--token", help="for gated models (default: the one of `hf auth login`)")
     hub.add_argument("--cache-dir", help="where downloads are kept")
     hub.add_argument("--local-files-only", action="store_true", help="download nothing")
+
+
+def with_new_lines(text: str) -> str:
+    """The text with a new line for every backslash and n, and these two for every double backslash and n."""
+    return re.sub(r"(\\?)\\n", lambda match: r"\n" if match[1] else "\n", text)
 
 
 def load(arguments: argparse.Namespace) -> "NVEmbed":

@@ -20,11 +20,16 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="one text a line, or JSON lines; - reads standard input")
+    parser.add_argument("file", help=options.FILE_HELP)
     parser.add_argument("question", nargs="+")
     parser.add_argument("--top", type=int, default=5, help="results a question (default: 5)")
     parser.add_argument("--embeddings", type=Path, metavar="OUT.npy", help="of the same file, made by encode")
-    parser.add_argument("--task", default=DEFAULT_TASK, help="the questions' task (default: %(default)s)")
+    parser.add_argument(
+        "--task",
+        default=DEFAULT_TASK,
+        type=options.with_new_lines,
+        help=r"the questions' task; \n in it is a new line (default: %(default)s)",
+    )
     options.add_text_options(parser)
     options.add_model_options(parser)
 
@@ -34,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
-    texts = read_texts(arguments.file, arguments.field)
+    texts = read_texts(arguments.file, arguments.field, arguments.format)
     documents: np.ndarray | None = None
     if arguments.embeddings:
         documents = _read(arguments.embeddings)
