@@ -7,6 +7,7 @@ weights are read. Texts are embedded by `stream`. Keywords of the original are t
 import contextlib
 import dataclasses
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -28,6 +29,9 @@ from nvembed_fast.stream import Progress, Result, TextStream
 from nvembed_fast.tokenization import TextTokenizer, text_list
 
 __all__ = ["NVEmbed", "query_instruction"]
+
+# transformers cannot be imported by two threads at once
+_TRANSFORMERS = threading.Lock()
 
 
 def query_instruction(task: str) -> str:
@@ -156,16 +160,17 @@ class NVEmbed(nn.Module):
     @property
     def tokenizer(self):
         """A `transformers.PreTrainedTokenizerFast` made from the checkpoint's tokenizer.json."""
-        if self._transformers_tokenizer is None:
-            from transformers import PreTrainedTokenizerFast
+        with _TRANSFORMERS:
+            if self._transformers_tokenizer is None:
+                from transformers import PreTrainedTokenizerFast
 
-            self._transformers_tokenizer = PreTrainedTokenizerFast(
-                tokenizer_object=self.text_tokenizer.backend,
-                eos_token=self.text_tokenizer.eos_token,
-                pad_token=self.text_tokenizer.eos_token,
-                padding_side="right",
-            )
-        return self._transformers_tokenizer
+                self._transformers_tokenizer = PreTrainedTokenizerFast(
+                    tokenizer_object=self.text_tokenizer.backend,
+                    eos_token=self.text_tokenizer.eos_token,
+                    pad_token=self.text_tokenizer.eos_token,
+                    padding_side="right",
+                )
+            return self._transformers_tokenizer
 
     def encode(
         self,

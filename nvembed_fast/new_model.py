@@ -87,13 +87,13 @@ def init_model(
 def _fresh_head(head: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:
     """The initial values of PyTorch's own modules, drawn in fp32 from one generator."""
     for name, parameter in head.named_parameters(recurse=False):  # the latents
-        yield name, torch.randn(parameter.shape, generator=generator)
+        yield name, torch.randn(parameter.shape, generator=generator, device="cpu")
     for name, module in head.named_children():
         for part, parameter in module.named_parameters():
             if isinstance(module, nn.LayerNorm):
-                yield f"{name}.{part}", torch.full(parameter.shape, float(part == "weight"))
+                yield f"{name}.{part}", torch.full(parameter.shape, float(part == "weight"), device="cpu")
             else:
                 assert isinstance(module, nn.Linear)
                 bound = module.in_features**-0.5
-                drawn = torch.rand(parameter.shape, generator=generator)
+                drawn = torch.rand(parameter.shape, generator=generator, device="cpu")
                 yield f"{name}.{part}", drawn.mul_(2 * bound).sub_(bound)

@@ -227,11 +227,11 @@ class Result:
         self._under_way: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
 
     def put(self, indices: list[int], vectors: torch.Tensor) -> None:
-        index, vectors = torch.tensor(indices), vectors.float()
+        index, vectors = torch.tensor(indices, device="cpu"), vectors.float()
         if not self.on_host or self.device.type != "cuda":
             self.rows.index_copy_(0, to_device(index, self.rows.device), vectors)
             return
-        staging = torch.empty(vectors.shape, dtype=torch.float32, pin_memory=True)
+        staging = torch.empty(vectors.shape, dtype=torch.float32, device="cpu", pin_memory=True)
         staging.copy_(vectors, non_blocking=True)
         arrived = torch.cuda.Event()
         # the stream of the vectors' device, which need not be the current one

@@ -1,8 +1,14 @@
+import contextlib
 import copy
 import json
 import shutil
+import sys
+import threading
+import time
 from collections import UserDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,3 +239,66 @@ def test_a_model_is_loaded_from_a_save_that_was_killed_after_its_commit(tiny_dir
     shutil.copytree(tiny_directory, tmp_path / ".saved")
     (tmp_path / "model.safetensors").write_text("half of a mix")
     assert torch.equal(NVEmbed.from_pretrained(tmp_path).encode(["a text"]), model.encode(["a text"]))
+
+
+def test_the_callers_default_device_changes_nothing(model, tiny_directory, tmp_path):
+    """The device "meta" stands in for a GPU."""
+    wanted, ids = model.encode(["a b", "c"]), torch.tensor([[1, 5, 6, 2]])
+    try:
+        torch.set_default_device("meta")
+        loaded = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+        loaded.save_pretrained(tmp_path / "saved")
+        again = NVEmbed.from_pretrained(tmp_path / "saved", device="cpu")
+        got = [loaded.encode(["a b", "c"]), torch.from_numpy(again.encode(["a b", "c"], output="numpy"))]
+        pooled = loaded(ids, ids != 0, ids != 0)["sentence_embeddings"]
+    finally:
+        torch.set_default_device(None)
+    assert all(torch.equal(g, wanted) for g in got)
+    assert torch.equal(pooled, model(ids, ids != 0, ids != 0)["sentence_embeddings"])
+
+
+def test_the_first_use_of_the_tokenizer_comes_from_many_threads(tiny_directory, monkeypatch):
+    """The import of transformers fails where two threads begin it, so one of them does it for all."""
+    inside, waiting = threading.Lock(), threading.Barrier(8)
+
+    class Transformers:
+        @property
+        def PreTrainedTokenizerFast(self):
+            with contextlib.ExitStack() as stack:
+                assert inside.acquire(blocking=False), "two threads import transformers"
+                stack.callback(inside.release)
+                time.sleep(0.02)
+                return SimpleNamespace
+
+    monkeypatch.setitem(sys.modules, "transformers", Transformers())
+    models = [NVEmbed.from_pretrained(tiny_directory, device="cpu") for _ in range(2)]
+
+    def first_use(number: int):
+        waiting.wait()
+        return models[number % 2].tokenizer
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(first_use, range(8)))
+    assert len({id(tokenizer) for tokenizer in found}) == 2
+
+
+@pytest.mark.parametrize("added", ["adapter", "rows", "offloaded", "quantised"])
+def test_a_model_with_other_weights_than_its_config_is_not_saved(tiny_directory, tmp_path, added):
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    layer = model.model.embedding_model.layers[1].mlp
+    if added == "adapter":
+        layer.down_proj = torch.nn.Sequential(layer.down_proj)
+        message = r"'embedding_model.layers.1.mlp.down_proj.0.weight' .* merge_and_unload"
+    elif added == "rows":
+        rows = torch.ones(32001, 64)
+        model.model.embedding_model.embed_tokens.weight = torch.nn.Parameter(rows, requires_grad=False)
+        message = r"'embedding_model.embed_tokens.weight' .* \[32001, 64\] on cpu, .*\[32000, 64\]"
+    elif added == "offloaded":
+        layer.to("meta")
+        message = r"'embedding_model.layers.1.mlp.gate_up_proj.weight' .* on meta"
+    else:
+        layer.down_proj.weight = torch.nn.Parameter(layer.down_proj.weight.to(torch.int8), False)
+        message = r"'embedding_model.layers.1.mlp.down_proj.weight' of the model is torch.int8"
+    with pytest.raises(ValueError, match=f"parameter {message}.* Nothing was saved"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()

@@ -60,6 +60,14 @@ def test_the_fresh_head(mistral, tmp_path):
         assert (head[f"{block}{norm}.weight"] == 1).all() and (head[f"{block}{norm}.bias"] == 0).all()
 
 
+def test_the_callers_default_device_changes_nothing(mistral, tmp_path):
+    for name, device in (("a", "cpu"), ("b", "meta")):
+        with torch.device(device):
+            init_model(mistral, tmp_path / name, num_latents=24, num_heads=2, head_width=32)
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(one[n], other[n]) for n in one)
+
+
 def test_wide_decoders_get_the_published_head_width(tmp_path):
     changes = {"hidden_size": 2048, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 99}
     transformers_model("Llama", **changes).half().save_pretrained(tmp_path / "d")

@@ -231,8 +231,13 @@ def _chunks(file: Path, name: str, shape: tuple[int, ...]) -> Iterator[tuple[sli
     step = max(1, _CHUNK_BYTES // row_bytes)
     for first in range(0, shape[0], step):
         rows = slice(first, min(first + step, shape[0]))
-        with safe_open(file, framework="pt") as stored:
-            yield rows, stored.get_slice(name)[rows]
+        yield rows, _read(file, name, rows)
+
+
+def _read(file: Path, name: str, rows: slice) -> torch.Tensor:
+    # safetensors would put it on the caller's default device
+    with torch.device("cpu"), safe_open(file, framework="pt") as stored:
+        return stored.get_slice(name)[rows]
 
 
 def _check_finite(file: Path, extremes: dict[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -243,8 +248,7 @@ def _check_finite(file: Path, extremes: dict[str, torch.Tensor], dtype: torch.dt
     for name, is_bad in zip(extremes, bad.tolist(), strict=True):
         if not is_bad:
             continue
-        with safe_open(file, framework="pt") as stored:
-            low, high = (v.item() for v in stored.get_tensor(name).double().aminmax())
+        low, high = (v.item() for v in _read(file, name, slice(None)).double().aminmax())
         max_abs = max(abs(low), abs(high))
         if max_abs < float("inf"):
             raise ValueError(

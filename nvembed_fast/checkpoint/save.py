@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from nvembed_fast import files
 from nvembed_fast.checkpoint import names
+from nvembed_fast.checkpoint.load import empty_parameters
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Slot, published_tensors
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_dtype, dtype_name
@@ -59,6 +60,7 @@ def save_model(
 
     Raises:
         FileExistsError: another model lies in the directory, see `check_no_other_model`. Nothing was written.
+        ValueError: the model holds an adapter or other weights than its config says. Nothing was written.
         ValueError: a weight does not fit the dtype, or is NaN or Inf.
         OSError: the files cannot be written, or the new ones cannot take their places. The message then names
             the folder that holds them.
@@ -69,6 +71,7 @@ def save_model(
         check_no_other_model(directory, except_for=copies)
     table = published_tensors(model.config)
     parameters = dict(model.named_parameters())
+    _check_parameters(parameters, table)
     dtype = check_dtype(dtype if dtype is not None else model.embedding_model.embed_tokens.weight.dtype)
     config = replace(model.config, torch_dtype=dtype_name(dtype))
     leaving = {*model_files(directory), *model_files(files.current(directory))} if move_aside else set()
@@ -130,6 +133,28 @@ def model_files(directory: Path) -> list[str]:
     """The names of the files in a directory that look like a model's: config, weights, index, tokenizer."""
     present = os.listdir(directory) if directory.is_dir() else []
     return sorted(name for name in present if _ANY_MODEL.fullmatch(name) and not (directory / name).is_dir())
+
+
+def _check_parameters(parameters: Mapping[str, torch.Tensor], table: dict[str, Slot]) -> None:
+    """ValueError unless the parameters are those that the table fills, with values in them."""
+    wanted = empty_parameters(table, device=torch.device("meta"), dtype=torch.float32)
+    for name in (*parameters, *wanted):
+        if name not in wanted or name not in parameters:
+            where = (
+                "the published layout has no place for it"
+                if name in parameters
+                else "it is missing, or shared"
+            )
+            raise ValueError(
+                f"parameter {name!r} of the model: {where}. Merge an adapter before saving (PEFT: "
+                "merge_and_unload()), and remove parametrizations and wrappers. Nothing was saved"
+            )
+        found, shape = parameters[name], wanted[name].shape
+        if found.shape != shape or found.is_meta or not found.is_floating_point():
+            raise ValueError(
+                f"parameter {name!r} of the model is {found.dtype} {list(found.shape)} on {found.device}, and "
+                f"its config asks for floating-point values {list(shape)} in memory. Nothing was saved"
+            )
 
 
 def _shards(table: dict[str, Slot], dtype: torch.dtype, max_bytes: int) -> dict[str, list[str]]:
