@@ -5,6 +5,8 @@
 2. Everything that depends on the text lies in one int32 buffer on the device: its ids, its end, its pool mask
    and the kernels' tile lists. The model is captured once per bucket, and reads from that buffer.
 3. A text is one copy into that buffer and one replay.
+4. Graphs share scratch memory, and a bucket has one buffer. So a lock lets one thread at a time copy, replay
+   and take its result, and the device does them in this order, whatever streams the threads are on.
 
 The invariant: a captured launch depends on the bucket alone. So a tile list has the same length for all texts
 of a bucket. If a text needs fewer tiles, one tile is computed twice, to the same values.
@@ -16,7 +18,9 @@ any runs without graphs.
 
 import dataclasses
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -100,8 +104,13 @@ class SingleTextGraphs:
     def __init__(self, model: NVEmbedModel):
         self.model = model
         self._modules = tuple(model.modules())
+        self._start()
+
+    def _start(self) -> None:
         self._graphs: dict[int, _Graph] = {}
         self._pool: tuple | None = None
+        self._lock = threading.Lock()
+        self._last: torch.cuda.Event | None = None  # behind the last result that was taken
 
     @torch.no_grad()
     def __call__(self, ids: np.ndarray, first_pooled: int) -> torch.Tensor:
@@ -111,21 +120,41 @@ class SingleTextGraphs:
             ids: [S] int, S at most MAX_TOKENS.
             first_pooled: the number of leading tokens that are not pooled.
         """
+        device = self._device()
         if not self._is_as_built():
-            device = self.model.embedding_model.embed_tokens.weight.device
             return self.model(PackedBatch.from_ids([ids], [first_pooled], device))
         bucket = max(MIN_BUCKET, 1 << (len(ids) - 1).bit_length())
-        state = self._state()
-        graph = self._graphs.get(bucket)
-        if graph is None or graph.state != state:
-            graph = self._graphs[bucket] = self._capture(bucket, state)
-        graph.layout.put(ids, first_pooled)
-        # the next replay overwrites its result
-        return graph.replay()[:1].clone()
+        with self._turn(device):
+            state = self._state()
+            graph = self._graphs.get(bucket)
+            if graph is None or graph.state != state:
+                graph = self._graphs[bucket] = self._capture(bucket, state)
+            graph.layout.put(ids, first_pooled)
+            # the next replay overwrites its result
+            return graph.replay()[:1].clone()
 
     def forget(self) -> None:
         """Drop all graphs: they read tensors that are out of date."""
-        self._graphs.clear()
+        with self._lock:
+            self._graphs.clear()
+
+    @contextmanager
+    def _turn(self, device: torch.device) -> Iterator[None]:
+        """One thread at a time, and on the device behind the last turn, even that of another stream."""
+        if device.type != "cuda":
+            with self._lock:
+                yield
+            return
+        with self._lock, torch.cuda.device(device):
+            if self._last is not None:
+                torch.cuda.current_stream().wait_event(self._last)
+            try:
+                yield
+            finally:
+                self._last = torch.cuda.current_stream().record_event()
+
+    def _device(self) -> torch.device:
+        return next((w.device for w in self.model.parameters()), torch.device("cpu"))
 
     def _is_as_built(self) -> bool:
         modules = tuple(self.model.modules())
@@ -140,7 +169,7 @@ class SingleTextGraphs:
         return weights, getattr(self.model.head, "mode", None)
 
     def _capture(self, bucket: int, state: tuple) -> _Graph:
-        device = self.model.embedding_model.embed_tokens.weight.device
+        device = self._device()
         ids = np.zeros(bucket, dtype=np.int32)
         # an ordinary run shows which tile lists the kernels ask for
         plain = PackedBatch.from_ids([ids, ids[:0]], [0, 0], device)
@@ -159,7 +188,11 @@ class SingleTextGraphs:
 
     def __getstate__(self) -> dict:
         # copies and pickles capture their own
-        return {"model": self.model, "_modules": self._modules, "_graphs": {}, "_pool": None}
+        return {"model": self.model, "_modules": self._modules}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._start()
 
 
 def captured(run: Callable[[], T], pool=None) -> Callable[[], T]:
@@ -171,7 +204,8 @@ def captured(run: Callable[[], T], pool=None) -> Callable[[], T]:
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    # other threads may allocate and copy meanwhile
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = run()
 
     def replay() -> T:

@@ -1,6 +1,7 @@
 """What only a GPU can show of a whole model. Each kernel at its real sizes is in its own test file."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,25 @@ def test_cuda_graphs_give_the_vectors_of_the_model(dtype):
         cosine = torch.nn.functional.cosine_similarity(graphs(ids, length // 3), wanted)
         assert cosine.min() > 0.99999, (length, cosine)
     assert sorted(graphs._graphs) == [16, 32, 64, 128, 256]
+
+
+def test_cuda_graphs_of_two_threads_with_streams_of_their_own():
+    model = small_model(torch.float16)
+    graphs = SingleTextGraphs(model)
+    texts = [np.random.default_rng(n).integers(3, 32000, n) for n in (9, 40, 10, 41)]
+    wanted = [model(PackedBatch.from_ids([ids], [0], "cuda")) for ids in texts]
+    torch.cuda.synchronize()
+
+    def lowest_cosine(first: int) -> float:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            cosines = [
+                torch.nn.functional.cosine_similarity(graphs(texts[i], 0), wanted[i])
+                for i in [first, first + 1] * 500
+            ]
+            return torch.cat(cosines).min().item()
+
+    with ThreadPoolExecutor(2) as pool:
+        assert min(pool.map(lowest_cosine, (0, 2))) > 0.99999
 
 
 @pytest.fixture

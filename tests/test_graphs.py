@@ -1,8 +1,12 @@
 """Single texts in buckets. Without a GPU a replay is played by running the captured function again."""
 
+import contextlib
 import copy
 import dataclasses
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -98,6 +102,75 @@ def test_a_result_outlives_the_next_text(tiny_directory, captures, monkeypatch):
         kept = first.clone()
         second = run(np.array([9, 8, 7]), 0)
     assert torch.equal(first, kept) and not torch.equal(first, second)
+
+
+class Sum(torch.nn.Module):
+    """As much of a model as a capture asks for. The vector is the sum of the pooled ids."""
+
+    embedding_model = SimpleNamespace(rotary_tables=lambda num_positions: None)
+    head = SimpleNamespace(cached=dict)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        keep = 1 if batch.pool_mask is None else batch.pool_mask
+        return (batch.input_ids * keep).sum().view(1, 1)
+
+
+def test_graphs_of_two_threads_do_not_mix(captures, monkeypatch):
+    """The second thread comes while the first one replays: behind its copy and before its result."""
+    replaying, second_is_done = threading.Event(), threading.Event()
+
+    def captured(run, pool):
+        def replay():
+            if not replaying.is_set():
+                replaying.set()
+                second_is_done.wait(0.2)
+            return run()
+
+        return replay
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    run = SingleTextGraphs(Sum())
+
+    def second() -> int:
+        assert replaying.wait(10)
+        got = run(np.array([9, 8, 7]), 0).item()
+        second_is_done.set()
+        return got
+
+    with ThreadPoolExecutor(2) as pool:
+        found = pool.submit(lambda: run(np.array([5, 6, 7]), 1).item()), pool.submit(second)
+    assert [f.result() for f in found] == [13, 24]
+    # a copy has a lock of its own
+    assert copy.deepcopy(run)._lock is not run._lock
+
+
+def test_graphs_of_another_threads_stream_wait_for_the_last(monkeypatch):
+    """All buckets share scratch memory, so the device waits for the last turn of any of them."""
+    seen: list[tuple[str, str]] = []
+
+    class Stream:
+        def record_event(self) -> str:
+            seen.append(("record", f"event {len(seen)}"))
+            return seen[-1][1]
+
+        def wait_event(self, event: str) -> None:
+            seen.append(("wait", event))
+
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    run = SingleTextGraphs(torch.nn.Module())
+    for _ in range(2):
+        with contextlib.suppress(ZeroDivisionError), run._turn(torch.device("cuda")):
+            seen.append(("replay", ""))
+            raise ZeroDivisionError
+    wanted = [
+        ("replay", ""),
+        ("record", "event 1"),
+        ("wait", "event 1"),
+        ("replay", ""),
+        ("record", "event 4"),
+    ]
+    assert seen == wanted
 
 
 def test_a_changed_weight_or_form_is_captured_anew(tiny_directory, captures):
