@@ -17,8 +17,8 @@ TASK = "Given a question, retrieve passages that answer the question"
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("file", type=Path)
-    parser.add_argument("question")
+    parser.add_argument("file", type=Path, help="a text file, one passage a line")
+    parser.add_argument("question", help="what the passages should answer")
     parser.add_argument("--model", default="nvidia/NV-Embed-v2", help="directory or hub id [%(default)s]")
     parser.add_argument("--top", type=int, default=3, help="passages to print [%(default)s]")
     arguments = parser.parse_args(argv)

@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.zero_grad()
         print(f"step {step}: loss {loss.item():.4f}")
     model.save_pretrained(arguments.output)
+    print(f"saved in {arguments.output}")
 
 
 if __name__ == "__main__":

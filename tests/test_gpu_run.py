@@ -138,6 +138,7 @@ def test_the_dry_run_lists_every_slice_with_its_minutes(capsys):
     lines = capsys.readouterr().out.splitlines()
     todo = gpu_run.slices()
     assert len(lines) == len(todo) + 1 and "these are estimates" in lines[-1]
+    assert "{" not in "".join(lines)
     for line, one in zip(lines, todo, strict=False):
         assert re.match(rf" *{one.minutes:.1f} min +{one.name} ", line)
     assert len({one.name for one in todo}) == len(todo)

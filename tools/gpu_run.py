@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -146,10 +147,12 @@ def slices() -> list[Slice]:
 
 def table(todo: Sequence[Slice], state: dict) -> str:
     """A line for each slice, and the sum of the expected minutes."""
-    lines = []
+    lines, width = [], max((len(one.name) for one in todo), default=0) + 2
+    shown = {"python": "python", "out": "OUT", "scratch": "SCRATCH", "commit": "COMMIT"}
     for one in todo:
         status = state.get(one.name, {}).get("status", "")
-        lines.append(f"{one.minutes:5.1f} min  {one.name:26}{status:10}{' '.join(one.command)}")
+        command = shlex.join(_fill(part, shown) for part in one.command)
+        lines.append(f"{one.minutes:5.1f} min  {one.name:{width}}{status:11}{command}")
     total = sum(one.minutes for one in todo)
     return "\n".join([*lines, f"{total:5.1f} min  expected for {len(todo)} slices; these are estimates"])
 
@@ -186,7 +189,7 @@ def run_slice(one: Slice, out: Path, commit: str, timeout: float) -> dict:
     with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("ab") as log:
         values = {"python": sys.executable, "out": str(out), "scratch": scratch, "commit": commit}
         command = [_fill(part, values) for part in one.command]
-        _tee(log, f"\n=== {one.name}: {' '.join(command)}\n".encode())
+        _tee(log, f"\n=== {one.name}: {shlex.join(command)}\n".encode())
         # a session of its own: nothing that a slice started outlives it
         child = subprocess.Popen(
             command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
