@@ -42,7 +42,9 @@ def test_search_ranks_and_keeps_the_vectors(tiny_directory, tmp_path, capsys, mo
 def test_train_head_lowers_the_loss_and_leaves_the_backbone(tiny_directory, tmp_path, capsys):
     torch.manual_seed(0)
     train_head.main(["--model", str(tiny_directory), "-o", str(tmp_path / "trained")])
-    losses = [float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()]
+    *steps, last = capsys.readouterr().out.splitlines()
+    assert last == f"saved in {tmp_path / 'trained'}"
+    losses = [float(step.split()[-1]) for step in steps]
     assert len(losses) == 5 and losses[-1] < 0.8 * losses[0], losses
     before = NVEmbed.from_pretrained(tiny_directory).model
     after = NVEmbed.from_pretrained(tmp_path / "trained").model
