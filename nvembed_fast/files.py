@@ -39,8 +39,9 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give an empty file beside `path` to write to. It takes the place of `path` when the block ends.
 
     An error or an interruption removes it and leaves `path` as it was. The next call for this path removes
-    the file of a killed process.
+    the file of a killed process. A link stays, and the file that it names is replaced.
     """
+    path = Path(os.path.realpath(path))
     for name in glob.glob(f".{glob.escape(path.name)}-*.part", root_dir=path.parent):
         with suppress(OSError), open(path.parent / name, "r+b") as left:
             if _lock(left, wait=False):

@@ -171,6 +171,16 @@ def test_help_has_examples(command, capsys):
         (["encode", "absent.txt", "-o", "{tmp}/o.npy"], "absent.txt"),
         (["encode", "{texts}", "-o", "{tmp}/o.bin"], "--output must end in .npy"),
         (["encode", "{texts}", "-o", "{tmp}/nowhere/o.npy"], "the directory of --output does not exist"),
+        (["encode", "{texts}", "-o", "~nosuchuser/o.npy"], "the directory of --output does not exist"),
+        (["encode", "{texts}", "-o", "{tmp}/" + 250 * "o" + ".npy"], "file name of --output is longer than"),
+        (["encode", "{texts}", "--text", "a", "-o", "{tmp}/o.npy"], "pass either a file"),
+        (["encode", "-o", "{tmp}/o.npy"], "pass either a file"),
+        (
+            ["encode", "a/my passages", "-o", "{tmp}/o.npy"],
+            "no text file a/my passages; - reads standard input",
+        ),
+        (["encode", "my passages.txt", "-o", "{tmp}/o.npy"], "--text embeds words themselves"),
+        (["encode", "passages", "-o", "{tmp}/o.npy"], "no text file passages"),
         (["encode", "{texts}", "-o", "{tmp}/o.npy", "--model", "{tmp}"], "has no config.json"),
         (["encode", "{texts}", "-o", "{tmp}/o.npy", "--impl", "cuda"], "impl must be one of"),
         (["encode", "{texts}", "-o", "{tmp}/o.npy", "--device", "cuda:77"], "is not there"),
@@ -248,7 +258,7 @@ def test_a_disk_too_small_is_told_before_the_work(tiny_directory, texts_file, tm
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     monkeypatch.setattr(NVEmbed, "encode", None)  # never called
     status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
-    assert status == 1 and "o.npy needs" in error and "are free there" in error
+    assert status == 1 and "o.npy needs 1.02 kB, 100 bytes are free there" in error
 
 
 def test_a_full_disk_leaves_no_file(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):

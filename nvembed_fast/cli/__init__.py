@@ -1,35 +1,52 @@
 """The command nvembed-fast: encode, search, init, info.
 
 A command is a module with SUMMARY, EXAMPLES, `add_arguments` and `run`. Its functions import torch and the
-rest of the package where they use it, so that --help and --version answer at once.
+rest of the package where they use it, so that --help and --version answer at once. This file imports little,
+because Ctrl-C before `main` is a traceback.
 """
 
-import argparse
-import os
 import sys
+from typing import TYPE_CHECKING
 
-from nvembed_fast import __version__
-from nvembed_fast.cli import encode, info, init, search
+from nvembed_fast.cli import process
+
+if TYPE_CHECKING:
+    import argparse
 
 __all__ = ["main"]
 
-COMMANDS = {"encode": encode, "search": search, "init": init, "info": info}
-
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status. An error that a user can mend is one line on stderr."""
-    arguments = _parser().parse_args(argv)
+    """Run one command and return its exit status. An error that a user can mend is one line on stderr.
+
+    Raises:
+        SystemExit: --help, --version, wrong arguments, or a standard output that cannot be written.
+    """
+    with process.interrupts():
+        process.open_closed_streams()
+        try:
+            return _run(argv)
+        finally:
+            if not process.write_out():
+                raise SystemExit(1)
+
+
+def _run(argv: list[str] | None) -> int:
+    from nvembed_fast.cli import encode, info, init, search
+
+    commands = {"encode": encode, "search": search, "init": init, "info": info}
+    arguments = _parse(argv, commands)
     try:
-        COMMANDS[arguments.command].run(arguments)
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # the reader has gone (`| head`): keep Python from complaining again while it closes the stream
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        commands[arguments.command].run(arguments)
+    except KeyboardInterrupt as stop:
+        process.say(f"interrupted; {stop}" if stop.args else "interrupted")
+        return process.INTERRUPTED
+    except BrokenPipeError:  # `| head`: see `process.write_out`
         return 0
     except _mendable_errors() as error:
-        print(f"nvembed-fast {arguments.command}: {error}", file=sys.stderr)
+        # an error of standard output is told there, once
+        if process.write_out():
+            process.say(f"nvembed-fast {arguments.command}: {_sentence(error)}")
         return 1
     return 0
 
@@ -37,20 +54,32 @@ def main(argv: list[str] | None = None) -> int:
 def _mendable_errors() -> tuple[type[Exception], ...]:
     # a command that has not imported torch cannot have run out of its memory
     torch = sys.modules.get("torch")
-    return (OSError, ValueError, TypeError, ImportError, *((torch.OutOfMemoryError,) if torch else ()))
+    errors = (OSError, ValueError, TypeError, ImportError, MemoryError, RecursionError)
+    return (*errors, torch.OutOfMemoryError) if torch else errors
 
 
-def _parser() -> argparse.ArgumentParser:
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:  # not one of ours, which are sentences
+        return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+def _parse(argv: list[str] | None, commands: dict) -> "argparse.Namespace":
+    import argparse
+    import difflib
+
+    from nvembed_fast import __version__
+
     parser = argparse.ArgumentParser(
         prog="nvembed-fast",
         description="NV-Embed text embeddings, fast.",
-        epilog="examples:\n" + "\n".join(c.EXAMPLES.splitlines()[1] for c in COMMANDS.values()),
+        epilog="examples:\n" + "\n".join(c.EXAMPLES.splitlines()[1] for c in commands.values()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"nvembed-fast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        sub = commands.add_parser(
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in commands.items():
+        sub = subparsers.add_parser(
             name,
             help=command.SUMMARY,
             description=command.SUMMARY,
@@ -58,4 +87,9 @@ def _parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(sub)
-    return parser
+    given = sys.argv[1:] if argv is None else argv
+    if given and not given[0].startswith("-") and given[0] not in commands:
+        close = difflib.get_close_matches(given[0], commands, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(commands)}"
+        parser.error(f"no command {given[0]!r}: {hint}")
+    return parser.parse_args(given)

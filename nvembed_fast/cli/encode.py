@@ -2,17 +2,19 @@
 
 import argparse
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from nvembed_fast import files
-from nvembed_fast.cli import options
+from nvembed_fast.cli import options, process
 from nvembed_fast.texts import read_texts
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    import numpy as np
 
 SUMMARY = "Embed the texts of a file into a .npy array, one row a text."
 EXAMPLES = """\
@@ -20,14 +22,34 @@ examples:
   nvembed-fast encode passages.txt -o passages.npy
   nvembed-fast encode questions.txt -o questions.npy --task "Given a question, retrieve passages"
   nvembed-fast encode corpus.jsonl --field body -o corpus.npy --model ./my-model --dtype bfloat16
-  nvembed-fast encode corpus.csv.gz --field body -o corpus.npy
-  cat corpus.jsonl | nvembed-fast encode - --format jsonl -o corpus.npy"""
+  nvembed-fast encode corpus.csv.gz --field body -o corpus.npy --output-dtype float16
+  cat corpus.jsonl | nvembed-fast encode - --format jsonl -o corpus.npy
+  nvembed-fast encode --text "one text" --text "another" -o - > two.npy"""
+
+_ASIDE_BYTES = 32  # what the name of a file written aside is longer
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help=options.FILE_HELP)
+    parser.add_argument("file", nargs="?", help=options.FILE_HELP)
     parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="OUT.npy", help="fp32 [texts, width]"
+        "--text",
+        action="append",
+        help="a text in the place of FILE, may come several times. Words in the place of FILE that are no "
+        "file's name are a text, too",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=options.path,
+        metavar="OUT.npy",
+        help="[texts, width]; - writes it to standard output",
+    )
+    parser.add_argument(
+        "--output-dtype",
+        default="float32",
+        choices=("float32", "float16"),
+        help="float16 takes half the room (default: %(default)s)",
     )
     prefix = parser.add_mutually_exclusive_group()
     prefix.add_argument(
@@ -44,34 +66,82 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    _check_output(arguments.output, arguments.file)
-    texts = read_texts(arguments.file, arguments.field, arguments.format)
+    output = arguments.output
+    to_stdout = str(output) == "-"
+    if to_stdout:
+        if sys.stdout.isatty():
+            raise ValueError("-o - writes the bytes of an array: send them on, such as by > OUT.npy")
+    else:
+        _check_output(output, arguments.file)
+    texts = _texts(arguments)
     # importing torch takes seconds: first what fails at once
     from nvembed_fast.encoder import query_instruction
 
     instruction = arguments.instruction if arguments.task is None else query_instruction(arguments.task)
     model = options.load(arguments)
     options.note_empty(texts)
-    _check_space(arguments.output, 4 * len(texts) * model.config.hidden_size)
-    with options.note_cut():
-        vectors = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
-    _save(arguments.output, vectors)
-    print(f"{arguments.output}: float32 [{vectors.shape[0]}, {vectors.shape[1]}]")
+    if not to_stdout:
+        itemsize = {"float32": 4, "float16": 2}[arguments.output_dtype]
+        _check_space(output, itemsize * len(texts) * model.config.hidden_size)
+    with process.telling_what_was_written(output, lambda: output):
+        with options.note_cut():
+            vectors = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
+        vectors = vectors.astype(arguments.output_dtype, copy=False)
+        shape = f"{arguments.output_dtype} [{vectors.shape[0]}, {vectors.shape[1]}]"
+        if to_stdout:
+            _save(sys.stdout.buffer, vectors)
+            process.say(f"standard output: {shape}")
+        else:
+            _replace(output, vectors)
+            print(f"{output}: {shape}")
 
 
-def _check_output(output: Path, texts_file: str) -> None:
+def _texts(arguments: argparse.Namespace) -> list[str]:
+    file, texts = arguments.file, arguments.text
+    if (file is None) == (texts is None):
+        raise ValueError("pass either a file (- reads standard input), or texts by --text")
+    if texts is not None:
+        return texts
+    if _is_text(file):
+        process.say(f"note: {file[:60]!r} is no file, and is embedded as a text")
+        return [file]
+    if file != "-" and not os.path.exists(file):
+        raise FileNotFoundError(
+            f"no text file {file}; - reads standard input, --text embeds words themselves"
+        )
+    return read_texts(file, arguments.field, arguments.format)
+
+
+def _is_text(argument: str) -> bool:
+    """Whether an argument is meant as a text. A mistyped name of a file must never be one.
+
+    It has several words, no separator of folders, and does not end as a file's name does.
+    """
+    several_words = len(argument.split()) > 1
+    like_a_path = os.sep in argument or re.search(r"\.\w{1,8}$", argument)
+    return several_words and not like_a_path and not os.path.exists(argument)
+
+
+def _check_output(output: Path, texts_file: str | None) -> None:
     """Fail before the hours of encoding, not after."""
     if _is_same_file(output, texts_file):
         raise ValueError(f"--output is the file of the texts, which it would replace: {output}")
     if output.suffix != ".npy":
-        raise ValueError(f"--output must end in .npy, got {output}")
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"the directory of --output does not exist: {output.parent}")
-    if not os.access(output.parent, os.W_OK):
-        raise PermissionError(f"the directory of --output cannot be written: {output.parent}")
+        raise ValueError(f"--output must end in .npy, or be - for standard output, got {output}")
+    folder = Path(os.path.realpath(output)).parent  # a link is followed
+    if output.is_dir():
+        raise IsADirectoryError(f"--output is a directory: {output}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the directory of --output does not exist: {folder}")
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"the directory of --output cannot be written: {folder}")
+    if len(os.fsencode(output.name)) > (longest := os.pathconf(folder, "PC_NAME_MAX") - _ASIDE_BYTES):
+        raise ValueError(f"the file name of --output is longer than {longest} bytes: {output.name[:40]}...")
 
 
-def _is_same_file(output: Path, texts_file: str) -> bool:
+def _is_same_file(output: Path, texts_file: str | None) -> bool:
+    if texts_file is None:
+        return False
     try:
         source = os.fstat(sys.stdin.fileno()) if texts_file == "-" else os.stat(texts_file)
         return os.path.samestat(source, output.stat())
@@ -80,16 +150,21 @@ def _is_same_file(output: Path, texts_file: str) -> bool:
 
 
 def _check_space(output: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(output.parent).free
+    free = shutil.disk_usage(os.path.realpath(output.parent)).free
     if num_bytes > free:
-        raise OSError(f"{output} needs {num_bytes / 2**20:.0f} MiB, {free / 2**20:.0f} MiB are free there")
+        raise OSError(f"{output} needs {options.size(num_bytes)}, {options.size(free)} are free there")
 
 
-def _save(output: Path, vectors: "ArrayLike") -> None:
+def _save(file, vectors: "np.ndarray") -> None:
     import numpy as np
 
+    # by its write alone, which raises the system's errors: numpy's own way into a file does not tell them
+    np.save(SimpleNamespace(write=file.write), vectors)
+
+
+def _replace(output: Path, vectors: "np.ndarray") -> None:
     try:
         with files.replacing(output) as aside, open(aside, "wb") as file:
-            np.save(file, vectors)
+            _save(file, vectors)
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror or error}") from error

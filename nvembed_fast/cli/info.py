@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import importlib.metadata
 import json
 import math
 import sys
@@ -10,6 +9,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from nvembed_fast import __version__
+from nvembed_fast.cli import options
 from nvembed_fast.config import NVEmbedConfig
 
 if TYPE_CHECKING:
@@ -19,21 +19,27 @@ SUMMARY = "Versions, devices, and which implementation each operation takes and 
 EXAMPLES = """\
 examples:
   nvembed-fast info
-  nvembed-fast info --model ./my-model"""
+  nvembed-fast info --model ./my-model
+  nvembed-fast info --model nvidia/NV-Embed-v2 --revision main"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", help="also describe this model directory or hub id")
+    parser.add_argument(
+        "--model", help="also describe this directory or hub id, of which only the config is fetched"
+    )
+    options.add_hub_options(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    import importlib.metadata
+
     from nvembed_fast import checkpoint
     from nvembed_fast.placement import Placement
 
     # first, so that an error stands alone
     config = None
     if arguments.model:
-        directory = checkpoint.resolve(arguments.model, config_only=True)
+        directory = checkpoint.resolve(arguments.model, config_only=True, **options.hub_options(arguments))
         config = NVEmbedConfig.from_file(directory / "config.json")
         placement = Placement.decide(config)
     print(f"nvembed-fast {__version__}, Python {sys.version.split()[0]}")

@@ -1,9 +1,10 @@
 """nvembed-fast init."""
 
 import argparse
-from pathlib import Path
 from typing import get_args
 
+from nvembed_fast import files
+from nvembed_fast.cli import options, process
 from nvembed_fast.config import PoolingHeadName
 
 SUMMARY = "Start a model from a Mistral or Llama decoder, with a fresh pooling head."
@@ -14,8 +15,10 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("decoder", type=Path, help="a Hugging Face directory, or a .gguf file")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIRECTORY")
+    parser.add_argument("decoder", help="a Hugging Face directory, a hub id, or a .gguf file")
+    parser.add_argument(
+        "-o", "--output", required=True, type=options.path, metavar="DIRECTORY", help="of the new model"
+    )
     parser.add_argument("--num-latents", type=int, default=512, help="latents of the head (default: 512)")
     parser.add_argument("--num-heads", type=int, default=8, help="heads of the latent attention (default: 8)")
     parser.add_argument(
@@ -36,17 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     from nvembed_fast.new_model import init_model
 
-    moved = init_model(
-        arguments.decoder,
-        arguments.output,
-        num_latents=arguments.num_latents,
-        num_heads=arguments.num_heads,
-        head_width=arguments.head_width,
-        seed=arguments.seed,
-        pooling_head=arguments.pooling_head,
-        force=arguments.force,
-    )
-    if moved:
-        print(f"{moved}: the files that were in {arguments.output}")
-    head = arguments.pooling_head
-    print(f"{arguments.output}: {arguments.decoder} with a fresh {head} head; train the model before use")
+    process.raise_interrupts()
+    output, head = arguments.output, arguments.pooling_head
+    with process.telling_what_was_written(output, lambda: files.current(output) / "config.json"):
+        moved = init_model(
+            arguments.decoder,
+            output,
+            num_latents=arguments.num_latents,
+            num_heads=arguments.num_heads,
+            head_width=arguments.head_width,
+            seed=arguments.seed,
+            pooling_head=head,
+            force=arguments.force,
+        )
+        if moved:
+            print(f"{moved}: the files that were in {output}")
+        print(f"{output}: {arguments.decoder} with a fresh {head} head; train the model before use")

@@ -1,13 +1,15 @@
 """The options that encode and search share, and their way into the encoder."""
 
 import argparse
+import os
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from nvembed_fast.cli import process
 from nvembed_fast.texts import Format
 
 if TYPE_CHECKING:
@@ -15,17 +17,35 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FILE_HELP",
+    "add_hub_options",
     "add_model_options",
     "add_text_options",
     "encode_options",
+    "hub_options",
     "load",
     "note_cut",
     "note_empty",
+    "path",
+    "size",
     "with_new_lines",
 ]
 
 DEFAULT_MODEL = "nvidia/NV-Embed-v2"
 FILE_HELP = "one text a line, JSON lines, JSON, CSV or TSV, also gzipped; - reads standard input"
+
+
+def path(text: str) -> Path:
+    """A path as the shell would read it. It leaves the ~ of --output=~/x as it is."""
+    return Path(os.path.expanduser(text))
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes to three digits."""
+    for unit in ("bytes", "kB", "MB"):
+        if num_bytes < 999.5:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} GB" if num_bytes < 999.5 else f"{num_bytes:.0f} GB"
 
 
 def add_text_options(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +69,11 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--impl", default="auto", help="auto, triton or torch (default: auto)")
     parser.add_argument("--latents", default="auto", help="auto, direct or absorbed (default: auto)")
+    add_hub_options(parser)
+
+
+def add_hub_options(parser: argparse.ArgumentParser) -> None:
+    """Which snapshot of a hub id is taken, and how."""
     hub = parser.add_argument_group("when MODEL is a hub id")
     hub.add_argument("--revision", help="branch, tag or commit")
     hub.add_argument("--token", help="for gated models (default: the one of `hf auth login`)")
@@ -65,17 +90,21 @@ def load(arguments: argparse.Namespace) -> "NVEmbed":
     """The encoder that the model options ask for."""
     from nvembed_fast.encoder import NVEmbed
 
+    process.raise_interrupts()
     return NVEmbed.from_pretrained(
         arguments.model,
         device=arguments.device,
         dtype=arguments.dtype,
         impl=arguments.impl,
         latents=arguments.latents,
-        revision=arguments.revision,
-        token=arguments.token,
-        cache_dir=arguments.cache_dir,
-        local_files_only=arguments.local_files_only,
+        **hub_options(arguments),
     )
+
+
+def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The keywords of `NVEmbed.from_pretrained` that the hub options ask for."""
+    names = ("revision", "token", "cache_dir", "local_files_only")
+    return {name: getattr(arguments, name) for name in names}
 
 
 def encode_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -86,7 +115,7 @@ def encode_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def note_empty(texts: list[str]) -> None:
     """Tell on standard error how many texts are empty."""
     if empty := sum(not text.strip() for text in texts):
-        print(f"note: {empty} of the {len(texts)} texts are empty and are embedded as such", file=sys.stderr)
+        process.say(f"note: {empty} of the {len(texts)} texts are empty and are embedded as such")
 
 
 @contextmanager
@@ -100,7 +129,7 @@ def note_cut() -> Iterator[None]:
 
         def note(message, category, *place):
             if issubclass(category, TextsCut):
-                print(f"note: {message}; --max-length raises it", file=sys.stderr)
+                process.say(f"note: {message}; --max-length raises it")
             else:
                 show(message, category, *place)
 

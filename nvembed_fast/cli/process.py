@@ -1,0 +1,122 @@
+"""What a command needs of its process: standard streams that are there, and a Ctrl-C that tells the truth.
+
+1. A closed standard stream is opened on the null device. Otherwise the next file would take its number, and
+   the messages of a library would be written into that file.
+2. Until `raise_interrupts`, Ctrl-C ends the process at once. An exception inside the import of torch's
+   extensions would end it by abort().
+3. From there on it raises KeyboardInterrupt, so that a command removes or keeps what it has begun.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+__all__ = [
+    "INTERRUPTED",
+    "interrupts",
+    "open_closed_streams",
+    "raise_interrupts",
+    "say",
+    "telling_what_was_written",
+    "write_out",
+]
+
+INTERRUPTED = 130  # the status by which shells know Ctrl-C
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Inside, Ctrl-C ends the process with one line. Where it is ignored or handled already, that stays."""
+    import threading
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    else:
+        yield
+
+
+def raise_interrupts() -> None:
+    """From here on, Ctrl-C raises KeyboardInterrupt. To be called before a command writes anything."""
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextmanager
+def telling_what_was_written(name: Path, file: Callable[[], Path]) -> Iterator[None]:
+    """Inside, a KeyboardInterrupt gets its message: whether `file()` is still the one that it was before."""
+    before = _identity(file())
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        # the disk tells, because an interruption may come right after a rename
+        is_new = _identity(file()) != before
+        raise KeyboardInterrupt(f"{name} was written" if is_new else "nothing was written") from stop
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _leave(*_) -> None:
+    # not by print: it may be at work
+    with suppress(OSError):
+        os.write(2, b"interrupted; nothing was written\n")
+    os._exit(INTERRUPTED)
+
+
+def open_closed_streams() -> None:
+    """Open the standard streams that are closed on the null device.
+
+    Writing to standard output is an error, as it was. What is written to standard error is lost.
+    """
+    for number, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_RDWR)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, flags)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+
+
+def say(message: str) -> None:
+    """Print a line on standard error. If nobody can read it there, it is lost."""
+    try:
+        print(message, file=sys.stderr, flush=True)
+    except OSError:
+        _discard(2)
+
+
+def write_out() -> bool:
+    """Write out what was printed. False, and one line on standard error, if that is impossible.
+
+    A reader that has gone (`| head`) has what it wanted, so it is no error.
+    """
+    try:
+        sys.stdout.flush()
+        return True
+    except BrokenPipeError:
+        _discard(1)
+        return True
+    except OSError as error:
+        _discard(1)
+        say(f"nvembed-fast: cannot write to standard output: {error.strerror}")
+        return False
+
+
+def _discard(number: int) -> None:
+    """Keep Python from complaining when it closes the stream."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, number)
+    os.close(null)

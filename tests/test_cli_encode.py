@@ -1,0 +1,118 @@
+"""The command encode: where texts come from and where vectors go, and what is left when that goes wrong."""
+
+import io
+import os
+import sys
+
+import numpy as np
+import pytest
+from tiny_decoders import write_mistral
+
+from nvembed_fast import NVEmbed, cli
+from nvembed_fast.cli import encode, options
+
+TEXTS = ["a judo throw", "", "parse a date", "tabs\tand caf\u00e9"]
+
+
+@pytest.fixture
+def texts_file(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_directory):
+    return NVEmbed.from_pretrained(tiny_directory)
+
+
+@pytest.fixture
+def model(loaded, monkeypatch):
+    """The model of every command, loaded once."""
+    monkeypatch.setattr(options, "load", lambda _: loaded)
+    return loaded
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = cli.main([str(a) for a in arguments])
+    return status, *capsys.readouterr()
+
+
+def test_an_output_that_is_a_directory_is_told_before_anything_is_read(model, tmp_path, capsys):
+    (tmp_path / "o.npy").mkdir()
+    status, _, error = run(capsys, "encode", "absent.txt", "-o", tmp_path / "o.npy")
+    assert status == 1 and "--output is a directory" in error
+
+
+def test_a_text_is_an_argument(model, tmp_path, capsys):
+    out = tmp_path / "o.npy"
+    text, other = "how do I parse a date?", "judo"
+    wanted = model.encode([text, other], output="numpy")
+    arguments = ("-o", out)
+    status, printed, error = run(capsys, "encode", text, *arguments)
+    assert status == 0 and f"note: {text!r} is no file, and is embedded as a text" in error
+    np.testing.assert_allclose(np.load(out), wanted[:1], atol=1e-6)
+    status, _, error = run(capsys, "encode", "--text", text, "--text", other, *arguments)
+    assert status == 0 and error == ""
+    np.testing.assert_allclose(np.load(out), wanted, atol=1e-6)
+
+
+def test_an_array_goes_to_standard_output_and_its_line_to_standard_error(
+    model, texts_file, capfdbinary, monkeypatch
+):
+    arguments = ["encode", str(texts_file), "-o", "-"]
+    assert cli.main([*arguments, "--output-dtype", "float16"]) == 0
+    printed, error = capfdbinary.readouterr()
+    vectors = np.load(io.BytesIO(printed))
+    assert vectors.dtype == np.float16 and b"standard output: float16 [4, 64]" in error
+    wanted = model.encode(TEXTS, output="numpy")
+    np.testing.assert_array_equal(vectors, wanted.astype(np.float16))
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda _: True, raising=False)
+    assert cli.main(arguments) == 1
+    assert b"-o - writes the bytes of an array: send them on" in capfdbinary.readouterr().err
+
+
+def test_an_array_that_cannot_be_written_gives_the_systems_reason():
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(OSError, match="No space left on device"),
+    ):
+        encode._save(full, np.zeros((1000, 64)))
+
+
+def test_a_link_as_output_stays_and_its_file_is_replaced(model, texts_file, tmp_path, capsys):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "o.npy").symlink_to("far/real.npy")
+    status, *_ = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy")
+    assert status == 0 and (tmp_path / "o.npy").is_symlink()
+    assert len(np.load(tmp_path / "far" / "real.npy")) == 4
+    assert [p.name for p in (tmp_path / "far").iterdir()] == ["real.npy"]
+
+
+def test_an_interrupt_right_after_the_rename_says_that_the_file_was_written(
+    model, texts_file, tmp_path, capsys, monkeypatch
+):
+    replace = os.replace
+
+    def interrupted(*places):
+        replace(*places)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy")
+    assert (status, error.splitlines()[-1]) == (130, f"interrupted; {tmp_path / 'o.npy'} was written")
+    assert len(np.load(tmp_path / "o.npy")) == 4
+
+
+def test_an_interrupt_of_init_tells_whether_the_model_is_there(tmp_path, capsys, monkeypatch):
+    arguments = ("init", write_mistral(tmp_path / "mistral"), "-o", tmp_path / "out", "--num-latents", 2)
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nvembed_fast.new_model.init_model", interrupted)
+        assert run(capsys, *arguments)[2].endswith("interrupted; nothing was written\n")
+    monkeypatch.setattr("builtins.print", lambda *_, **k: None if k else interrupted())
+    assert cli.main([str(a) for a in arguments]) == 130
+    assert NVEmbed.from_pretrained(tmp_path / "out")

@@ -1,0 +1,97 @@
+"""The command and its process: closed and full standard streams, readers that leave, Ctrl-C at any moment."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvembed_fast import cli
+from nvembed_fast.cli import process
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = f"{sys.executable} -m nvembed_fast"
+# a buffered standard output fails when it is written out, at the end
+BUFFERED = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
+def shell(line: str, **options) -> subprocess.CompletedProcess[str]:
+    line = line.replace("nvembed-fast", COMMAND)
+    options = {"cwd": ROOT, "env": BUFFERED} | options
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, **options)
+
+
+@pytest.mark.parametrize(
+    "line, status, error",
+    [
+        ("nvembed-fast --help | true; exit ${PIPESTATUS[0]}", 0, ""),
+        ("nvembed-fast --help > /dev/full", 1, "cannot write to standard output: No space left on device"),
+        ("nvembed-fast --help >&-", 1, "cannot write to standard output: Bad file descriptor"),
+        ("nvembed-fast --help <&-", 0, ""),
+        ("nvembed-fast --help 2>&-", 0, ""),
+        ("nvembed-fast encode - -o x.npy <&-", 1, "standard input is closed: pass a file"),
+        ("nvembed-fast encode absent.txt -o x.npy 2>&-", 1, ""),
+        ("nvembed-fast encode absent.txt -o x.npy 2>/dev/full", 1, ""),
+    ],
+)
+def test_standard_streams_that_are_closed_or_full_give_no_traceback(line, status, error):
+    done = shell(line)
+    assert done.returncode == status, done
+    assert error in done.stderr and len(done.stderr.splitlines()) == bool(error), done.stderr
+
+
+def test_no_file_takes_the_number_of_a_closed_stream():
+    code = "import os; from nvembed_fast.cli import process; process.open_closed_streams(); print(os.dup(1))"
+    done = shell(f"exec {sys.executable} -c '{code}' 2>&- <&-")
+    assert int(done.stdout) > 2
+
+
+@pytest.mark.parametrize(
+    "given, hint", [("encod", "did you mean 'encode'?"), ("x", "there are encode, search")]
+)
+def test_an_unknown_command_gets_a_suggestion(capsys, given, hint):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([given, "passages.txt"])
+    assert stop.value.code == 2 and f"no command {given!r}: {hint}" in capsys.readouterr().err
+
+
+def test_the_systems_errors_name_the_file(tmp_path, capsys):
+    assert cli.main(["encode", str(tmp_path), "-o", str(tmp_path / "x.npy")]) == 1
+    error = capsys.readouterr().err
+    assert f"{tmp_path}: Is a directory" in error and "Errno" not in error
+
+
+@pytest.mark.parametrize("module", ["nvembed_fast.cli.encode", "torch"])
+def test_ctrl_c_during_imports_raises_nothing_inside_them(module):
+    """An exception inside the import of torch's extensions would end the process by abort()."""
+    code = f"""
+import os, signal, sys
+class Interrupting:
+    @staticmethod
+    def find_spec(name, *_):
+        if name == {module!r}:
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                print("raised inside the import", file=sys.stderr)
+                raise
+sys.meta_path.insert(0, Interrupting)
+from nvembed_fast.cli import main
+sys.exit(main(["info"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")
+
+
+def test_ctrl_c_is_the_callers_again_after_a_command():
+    for handler in (signal.default_int_handler, signal.SIG_IGN):
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            with process.interrupts():
+                process.raise_interrupts()
+                assert signal.getsignal(signal.SIGINT) is handler
+            assert signal.getsignal(signal.SIGINT) is handler
+        finally:
+            signal.signal(signal.SIGINT, before)
