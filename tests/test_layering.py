@@ -81,6 +81,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "cli.info": {"torch"},
     "cli.init": set(),
     "cli.options": set(),
+    "cli.process": set(),
     "cli.search": {"numpy"},
     "network.__init__": set(),
     "network.latent_head": {"einops", "torch"},

@@ -6,7 +6,7 @@ because Ctrl-C before `main` is a traceback.
 """
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nvembed_fast.cli import process
 
@@ -32,12 +32,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(argv: list[str] | None) -> int:
-    from nvembed_fast.cli import encode, info, init, search
-
-    commands = {"encode": encode, "search": search, "init": init, "info": info}
-    arguments = _parse(argv, commands)
+    arguments = _arguments(sys.argv[1:] if argv is None else argv)
     try:
-        commands[arguments.command].run(arguments)
+        _commands()[arguments.command].run(arguments)
     except KeyboardInterrupt as stop:
         process.say(f"interrupted; {stop}" if stop.args else "interrupted")
         return process.INTERRUPTED
@@ -49,6 +46,12 @@ def _run(argv: list[str] | None) -> int:
             process.say(f"nvembed-fast {arguments.command}: {_sentence(error)}")
         return 1
     return 0
+
+
+def _commands() -> dict[str, Any]:
+    from nvembed_fast.cli import encode, info, init, search
+
+    return {"encode": encode, "search": search, "init": init, "info": info}
 
 
 def _mendable_errors() -> tuple[type[Exception], ...]:
@@ -64,12 +67,23 @@ def _sentence(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _parse(argv: list[str] | None, commands: dict) -> "argparse.Namespace":
-    import argparse
+def _arguments(given: list[str]) -> "argparse.Namespace":
     import difflib
+
+    parser, commands = _parser(), _commands()
+    if given and not given[0].startswith("-") and given[0] not in commands:
+        close = difflib.get_close_matches(given[0], commands, 1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(commands)}"
+        parser.error(f"no command {given[0]!r}: {hint}")
+    return parser.parse_args(given)
+
+
+def _parser() -> "argparse.ArgumentParser":
+    import argparse
 
     from nvembed_fast import __version__
 
+    commands = _commands()
     parser = argparse.ArgumentParser(
         prog="nvembed-fast",
         description="NV-Embed text embeddings, fast.",
@@ -87,9 +101,4 @@ def _parse(argv: list[str] | None, commands: dict) -> "argparse.Namespace":
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(sub)
-    given = sys.argv[1:] if argv is None else argv
-    if given and not given[0].startswith("-") and given[0] not in commands:
-        close = difflib.get_close_matches(given[0], commands, 1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(commands)}"
-        parser.error(f"no command {given[0]!r}: {hint}")
-    return parser.parse_args(given)
+    return parser

@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
         _check_output(output, arguments.file)
     texts = _texts(arguments)
     # importing torch takes seconds: first what fails at once
+    import numpy as np
+
     from nvembed_fast.encoder import query_instruction
 
     instruction = arguments.instruction if arguments.task is None else query_instruction(arguments.task)
@@ -85,14 +87,14 @@ def run(arguments: argparse.Namespace) -> None:
         _check_space(output, itemsize * len(texts) * model.config.hidden_size)
     with process.telling_what_was_written(output, lambda: output):
         with options.note_cut():
-            vectors = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
-        vectors = vectors.astype(arguments.output_dtype, copy=False)
+            found = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
+        vectors = np.asarray(found, arguments.output_dtype)
         shape = f"{arguments.output_dtype} [{vectors.shape[0]}, {vectors.shape[1]}]"
         if to_stdout:
             _save(sys.stdout.buffer, vectors)
             process.say(f"standard output: {shape}")
         else:
-            _replace(output, vectors)
+            _write(output, vectors)
             print(f"{output}: {shape}")
 
 
@@ -162,7 +164,7 @@ def _save(file, vectors: "np.ndarray") -> None:
     np.save(SimpleNamespace(write=file.write), vectors)
 
 
-def _replace(output: Path, vectors: "np.ndarray") -> None:
+def _write(output: Path, vectors: "np.ndarray") -> None:
     try:
         with files.replacing(output) as aside, open(aside, "wb") as file:
             _save(file, vectors)
