@@ -169,6 +169,7 @@ class NVEmbed(nn.Module):
                     eos_token=self.text_tokenizer.eos_token,
                     pad_token=self.text_tokenizer.eos_token,
                     padding_side="right",
+                    model_input_names=["input_ids", "attention_mask"],  # those of `forward`
                 )
             return self._transformers_tokenizer
 
@@ -286,14 +287,18 @@ class NVEmbed(nn.Module):
         """The original's call on a padded batch. The padding is taken out before anything is computed.
 
         Args:
-            input_ids: [B, S] int.
-            attention_mask: [B, S], nonzero at real tokens, padded at the left or the right.
-            pool_mask: [B, S], nonzero at tokens to pool. None: no pooling, every token's state is returned.
+            input_ids: [B, S] int8 to int64, on the model's device. Ids of pads are not looked at.
+            attention_mask: [B, S], 1 at real tokens, 0 at pads, at the left or the right. None: no pads.
+            pool_mask: [B, S], 1 at tokens to pool, else 0. None: no pooling, every token's state is returned.
             return_dict: False returns a tuple of one.
 
         Returns:
             {"sentence_embeddings": [B, D] fp32, of unit norm}, or without a pool_mask [B, S, D] token states
             in the model's dtype, zeros at pads.
+
+        Raises:
+            TypeError: an argument is no tensor.
+            ValueError: an argument has a wrong shape, dtype, device or value, or a row pools nothing.
         """
         self.refresh()
         with self._computing():

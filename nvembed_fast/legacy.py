@@ -180,18 +180,19 @@ def padded_forward(
     pool_mask: torch.Tensor | None,
 ) -> torch.Tensor:
     """The original's forward on a padded batch: see `NVEmbed.forward`."""
-    _check_ids(input_ids, model.config.text_config.vocab_size)
+    device = model.embedding_model.embed_tokens.weight.device
+    if isinstance(input_ids, torch.Tensor) and input_ids.device != device:
+        raise ValueError(f"input_ids must be on {device} like the model, got {input_ids.device}")
     batch, places = from_padded(input_ids, attention_mask, pool_mask)
+    _check_ids(batch.input_ids, model.config.text_config.vocab_size)
     if pool_mask is None:
         return pad_rows(model.token_states(batch), places, (input_ids.shape[0], input_ids.shape[1]))
-    _check_pooled(pool_mask != 0 if attention_mask is None else (pool_mask * attention_mask) != 0)
+    _check_pooled(pool_mask == 1 if attention_mask is None else (pool_mask == 1) & (attention_mask == 1))
     return model(batch)
 
 
 def _check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
     """Raise ValueError here, because on a GPU an id beyond the embedding would end the process."""
-    if input_ids.is_floating_point():
-        raise ValueError(f"input_ids must be integers, got {input_ids.dtype}")
     if input_ids.numel():
         low, high = (int(v) for v in input_ids.aminmax())
         if low < 0 or high >= vocab_size:

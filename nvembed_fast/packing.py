@@ -14,6 +14,9 @@ from nvembed_fast.kernels.layout import SeqLayout, to_device
 
 __all__ = ["PackedBatch", "from_padded", "pad_rows", "token_budget_batches"]
 
+# torch computes little with wider unsigned integers
+_ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -55,30 +58,59 @@ def from_padded(
     """Remove the padding of a padded batch.
 
     Args:
-        input_ids: [B, S] int.
-        attention_mask: [B, S], nonzero at real tokens: one unbroken block per row, at the left or the right.
-            None means that there is no padding.
-        pool_mask: [B, S], nonzero at tokens to pool. None pools all real tokens.
+        input_ids: [B, S] int8 to int64 or uint8.
+        attention_mask: [B, S] of any dtype, 1 at real tokens and 0 at pads: one unbroken block of ones per
+            row, at the left or the right. None means that there is no padding.
+        pool_mask: [B, S] of any dtype, 1 at tokens to pool and else 0. None pools all real tokens.
 
     Returns:
         The batch, and [T] int64: the flat position b * S + s of each of its tokens, for `pad_rows`.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: it has another shape, dtype or device, or a mask holds other values than 0 and 1.
     """
+    _check_tensor("input_ids", input_ids)
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, S], got {tuple(input_ids.shape)}")
-    for name, mask in (("attention_mask", attention_mask), ("pool_mask", pool_mask)):
-        if mask is not None and mask.shape != input_ids.shape:
-            raise ValueError(
-                f"{name} must be {tuple(input_ids.shape)} like input_ids, got {tuple(mask.shape)}"
-            )
-    real = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask != 0
+    real = torch.ones_like(input_ids, dtype=torch.bool)
+    if attention_mask is not None:
+        real = _is_one("attention_mask", attention_mask, input_ids)
+    keep_BS = None if pool_mask is None else _is_one("pool_mask", pool_mask, input_ids)
+    if input_ids.dtype not in _ID_DTYPES:
+        raise ValueError(f"input_ids must be signed integers, got {input_ids.dtype}: pass input_ids.long()")
     borders = real.diff(dim=1, prepend=real.new_zeros(len(real), 1))
     # one block of ones has one rising border, and a falling one unless it ends the row
     if bool(((borders & real).sum(1) > 1).any()):
         raise ValueError("attention_mask must hold one unbroken block of ones per row")
     places = real.flatten().nonzero().squeeze(1)
     layout = SeqLayout(real.sum(1).tolist(), input_ids.device)
-    keep = None if pool_mask is None else (pool_mask != 0).flatten()[places]
+    keep = None if keep_BS is None else keep_BS.flatten()[places]
     return PackedBatch(input_ids.flatten()[places].long(), layout, keep), places
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        hint = "unpack it, model(**batch)" if hasattr(value, "keys") else f"pass torch.tensor({name})"
+        raise TypeError(f"{name} must be a torch.Tensor [B, S], got {type(value).__name__}: {hint}")
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, got {value.layout}: pad it")
+
+
+def _is_one(name: str, mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """[B, S] bool of a mask of zeros and ones."""
+    _check_tensor(name, mask)
+    if mask.shape != input_ids.shape:
+        raise ValueError(f"{name} must be {tuple(input_ids.shape)} like input_ids, got {tuple(mask.shape)}")
+    if mask.device != input_ids.device:
+        raise ValueError(f"{name} must be on {input_ids.device} like input_ids, got {mask.device}")
+    one = mask == 1
+    if not bool((one | (mask == 0)).all()):
+        raise ValueError(
+            f"{name} must hold 0 and 1 alone, got {mask[~one & (mask != 0)][0].item()}: pass an additive "
+            "mask as (mask == 0). Tokens have no weights"
+        )
+    return one
 
 
 def pad_rows(rows: torch.Tensor, places: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:

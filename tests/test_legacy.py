@@ -158,11 +158,52 @@ def test_forward_names_the_row_that_pools_nothing(model):
         model(ids, mask, pool_mask=pool)
 
 
-def test_forward_names_an_id_that_is_none(model):
-    mask = torch.ones(1, 2)
-    for ids, message in (
-        (torch.tensor([[1, 32000]]), "0 to 31999, got 32000"),
-        (torch.ones(1, 2), "integers"),
-    ):
-        with pytest.raises(ValueError, match=f"input_ids must .*{message}"):
-            model(ids, mask, mask)
+IDS, MASK = torch.tensor([[1, 5, 6, 2], [1, 7, 2, 2]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "pool", "error", "message"),
+    [
+        (IDS.tolist(), MASK, MASK, TypeError, "input_ids must be a torch.Tensor .*, got list"),
+        (IDS.numpy(), MASK, MASK, TypeError, "input_ids must be a torch.Tensor .*, got ndarray"),
+        (None, MASK, MASK, TypeError, "input_ids must be a torch.Tensor .*, got NoneType"),
+        ({"input_ids": IDS}, None, None, TypeError, r"input_ids .*, got dict: unpack it, model\(\*\*batch\)"),
+        (IDS, MASK.numpy(), MASK, TypeError, "attention_mask must be a torch.Tensor .*, got ndarray"),
+        (IDS, MASK, MASK.tolist(), TypeError, "pool_mask must be a torch.Tensor .*, got list"),
+        (IDS.float(), MASK, MASK, ValueError, "input_ids must be signed integers, got torch.float32"),
+        (IDS.to(torch.uint16), MASK, MASK, ValueError, r"got torch.uint16: pass input_ids.long\(\)"),
+        (IDS.to(torch.uint64), MASK, MASK, ValueError, "input_ids must be signed integers, got torch.uint64"),
+        (IDS.to_sparse(), MASK, MASK, ValueError, "input_ids must be a dense tensor, got torch.sparse_coo"),
+        (IDS[0], None, None, ValueError, r"input_ids must be \[B, S\], got \(4,\)"),
+        (IDS.where(IDS != 5, 32000), MASK, MASK, ValueError, "input_ids must .* 0 to 31999, got 32000"),
+        (IDS.where(IDS != 5, -1), MASK, MASK, ValueError, "input_ids must .* 0 to 31999, got -1"),
+        (IDS.to("meta"), None, None, ValueError, "input_ids must be on cpu like the model, got meta"),
+        (IDS, MASK.to("meta"), MASK, ValueError, "attention_mask must be on cpu like input_ids, got meta"),
+        (IDS, MASK[:1], MASK, ValueError, r"attention_mask must be \(2, 4\) like input_ids, got \(1, 4\)"),
+        (IDS, MASK[:, None], MASK, ValueError, r"attention_mask must be \(2, 4\) .*, got \(2, 1, 4\)"),
+        (IDS, (MASK - 1) * 1e9, MASK, ValueError, r"attention_mask must hold 0 and 1 .*additive .*mask == 0"),
+        (IDS, MASK / 0, MASK, ValueError, "attention_mask must hold 0 and 1 alone, got inf"),
+        (IDS, MASK, MASK * float("nan"), ValueError, "pool_mask must hold 0 and 1 alone, got nan"),
+        (IDS, MASK, MASK / 2, ValueError, "pool_mask must hold 0 and 1 alone, got 0.5.* no weights"),
+        # their product is 256, which wraps to zero
+        (IDS, *2 * [16 * MASK.to(torch.uint8)], ValueError, "attention_mask must hold 0 and 1 alone, got 16"),
+    ],
+)
+def test_forward_names_an_argument_that_it_cannot_take(model, ids, mask, pool, error, message):
+    with pytest.raises(error, match=message):
+        model(ids, mask, pool)
+
+
+def test_forward_takes_zeros_and_ones_of_every_dtype_and_ids_of_most(model):
+    wanted = model(IDS, MASK, MASK)["sentence_embeddings"]
+    for dtype in (torch.bool, torch.uint8, torch.uint16, torch.int32, torch.float16, torch.float64):
+        assert torch.equal(model(IDS, MASK.to(dtype), MASK.to(dtype))["sentence_embeddings"], wanted)
+    for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32):
+        assert torch.equal(model(IDS.to(dtype), MASK, MASK)["sentence_embeddings"], wanted)
+    # no pad's id is looked at
+    assert torch.equal(model(IDS.where(MASK == 1, -100), MASK, MASK)["sentence_embeddings"], wanted)
+
+
+def test_forward_takes_what_the_tokenizer_gives(model):
+    batch = model.tokenizer(["a b", "c"], padding=True, return_tensors="pt")
+    assert model(**batch)["sentence_embeddings"].shape == (*batch["input_ids"].shape, 64)
