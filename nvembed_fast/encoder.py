@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nvembed_fast import checkpoint, legacy, ops
+from nvembed_fast import checkpoint, fingerprint, legacy, ops
 from nvembed_fast.config import Latents, NVEmbedConfig
 from nvembed_fast.graphs import MAX_TOKENS, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
@@ -73,6 +73,8 @@ class NVEmbed(nn.Module):
             model.head.mode = placement.latents
         self.graphs = SingleTextGraphs(model) if placement.cuda_graphs else None
         self._transformers_tokenizer = None
+        # fingerprints of the weights: as they were loaded, and of their files
+        self._weights_loaded: tuple[str, str] | None = None
 
     @classmethod
     def from_pretrained(
@@ -126,7 +128,10 @@ class NVEmbed(nn.Module):
         model = checkpoint.load_model(
             directory, config, device=placement.device, dtype=placement.dtype, progress=show_progress
         )
-        return cls(model, tokenizer, placement).eval().requires_grad_(False)
+        stored = fingerprint.of_weights(checkpoint.stored_samples(directory, config))
+        encoder = cls(model, tokenizer, placement).eval().requires_grad_(False)
+        encoder._weights_loaded = fingerprint.of_weights(checkpoint.model_samples(model)), stored
+        return encoder
 
     def save_pretrained(self, directory: str | PathLike, *, dtype: torch.dtype | None = None) -> None:
         """Write weights, config and tokenizer in the published layout, for `from_pretrained`.
@@ -156,6 +161,18 @@ class NVEmbed(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.model.embedding_model.embed_tokens.weight.dtype
+
+    @property
+    def fingerprint(self) -> str:
+        """The name of the vector space, 32 hexadecimal digits: see `fingerprint.of_model`.
+
+        A checkpoint has one, whatever device and dtype it is loaded in. Weights that were changed since count
+        as they are, in their dtype. It reads a few rows of each weight and waits for the device.
+        """
+        weights = fingerprint.of_weights(checkpoint.model_samples(self.model))
+        if self._weights_loaded is not None and weights == self._weights_loaded[0]:
+            weights = self._weights_loaded[1]
+        return fingerprint.of_model(weights, self.config, self.text_tokenizer)
 
     @property
     def tokenizer(self):

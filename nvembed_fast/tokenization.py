@@ -102,6 +102,13 @@ class TextTokenizer:
         config = config or NVEmbedConfig()
         return cls(tokenizer, eos_token, config.pooling_start, files, config.is_mask_instruction)
 
+    @property
+    def definition(self) -> str:
+        """What decides the ids of a text, as JSON: tokenizer.json in one form, and the end mark."""
+        raw = json.loads(self._files["tokenizer.json"] if self._files else self.backend.to_str())
+        used = {key: value for key, value in raw.items() if key not in ("truncation", "padding")}
+        return json.dumps([used, self.eos_token], sort_keys=True)
+
     def write(self, directory: Path) -> list[Path]:
         """Write the tokenizer's files to a directory, as they were read. Returns their paths."""
         files = self._files or {

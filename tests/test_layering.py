@@ -32,7 +32,8 @@ KERNEL_FILES = {
 
 # nvembed_fast/: a room is a file, or a folder with all below it. Per room: what it may import of the package
 # beside itself, and what it does import from elsewhere. A folder's files have a line each in FOLDER_FILES
-GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement", "texts", "tokenization", "topk"}
+GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement"}
+GROUND |= {"texts", "tokenization", "topk", "vectors"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
 INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream"}
 TRAINING = {"checkpoint", "files", "network", "ops", "packing", "placement", "config", "tokenization"}
@@ -44,13 +45,14 @@ EVERYTHING = BELOW_ENCODER | INFERENCE | {"curation", "evaluation", "integration
 WALLS = {
     "config": (GROUND, set()),
     "files": (GROUND, set()),
-    "fingerprint": (GROUND, None),
+    "fingerprint": (GROUND, {"numpy"}),
     "ops": (GROUND, {"torch"}),
     "packing": (GROUND, {"numpy", "torch"}),
     "placement": (GROUND, {"torch"}),
     "texts": (GROUND, set()),
     "tokenization": (GROUND, {"numpy", "tokenizers"}),
     "topk": (GROUND, None),
+    "vectors": (GROUND, {"numpy"}),
     "network": ({"config", "ops", "packing"}, None),
     "checkpoint": ({"config", "files", "network", "placement", "tokenization"}, None),
     "corpus": (BELOW_ENCODER | INFERENCE, None),
@@ -75,6 +77,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "checkpoint.hub": {"huggingface_hub"},
     "checkpoint.load": {"safetensors", "torch", "tqdm"},
     "checkpoint.names": set(),
+    "checkpoint.sampling": {"numpy", "safetensors", "torch"},
     "checkpoint.save": {"safetensors", "torch"},
     "cli.__init__": set(),
     "cli.encode": {"numpy"},

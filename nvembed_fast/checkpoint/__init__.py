@@ -3,6 +3,15 @@
 from nvembed_fast.checkpoint.hub import resolve
 from nvembed_fast.checkpoint.load import load_model
 from nvembed_fast.checkpoint.names import published_tensors, tokenizer_files
+from nvembed_fast.checkpoint.sampling import model_samples, stored_samples
 from nvembed_fast.checkpoint.save import save_model
 
-__all__ = ["load_model", "published_tensors", "resolve", "save_model", "tokenizer_files"]
+__all__ = [
+    "load_model",
+    "model_samples",
+    "published_tensors",
+    "resolve",
+    "save_model",
+    "stored_samples",
+    "tokenizer_files",
+]

@@ -1,0 +1,133 @@
+"""Vectors in a .npy file that says what they were made from.
+
+The file holds two arrays, one behind the other, as numpy's format allows. `np.load` of its path gives the
+first, the vectors. The second is a `Record`, as JSON in bytes. So the record goes where the vectors go, and
+one rename replaces both.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+__all__ = ["Record", "read_vectors", "write_vectors"]
+
+_AGAIN = "make it anew with nvembed-fast encode FILE -o OUT.npy"
+_OTHER_KINDS = {
+    b"PK\x03\x04": "is a zip archive, as .npz files are",
+    b"PK\x05\x06": "is an empty zip archive",
+    b"\x1f\x8b": "is compressed by gzip",
+    b"\x80": "is a pickle, which can run code",
+}
+# all that numpy's reader has been seen to raise for a damaged header
+_HEADER_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    SyntaxError,
+    tokenize.TokenError,
+    MemoryError,
+    RecursionError,
+)
+
+
+@dataclass(frozen=True)
+class Record:
+    """What vectors were made from.
+
+    Attributes:
+        model: the model's name, for messages.
+        fingerprint: of the model, by `fingerprint.of_model`.
+        texts: of the texts, by `fingerprint.of_texts`.
+        instruction: in front of every text.
+        max_length: tokens at which texts were cut.
+        dtype: in which the model computed.
+    """
+
+    model: str
+    fingerprint: str
+    texts: str
+    instruction: str
+    max_length: int
+    dtype: str
+
+
+def write_vectors(file: IO[bytes], vectors: np.ndarray, record: Record) -> None:
+    """Write vectors, [N, D] of any float dtype, and behind them their record."""
+    np.save(file, vectors)
+    np.save(file, np.frombuffer(json.dumps(dataclasses.asdict(record)).encode(), dtype=np.uint8))
+
+
+def read_vectors(path: Path) -> tuple[np.ndarray, Record | None]:
+    """Read vectors and their record.
+
+    Returns:
+        [N, D] finite vectors in the file's float dtype, and None for a file without a record.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is none, or not of that kind. Names it.
+        OSError: it cannot be read. Names it.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            _check_header(file, path, size)
+            vectors = np.load(file, allow_pickle=False)
+            record = _record(file, path) if file.tell() < size else None
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {path}: {_AGAIN.replace('it anew', 'it')}") from None
+    except OSError as error:
+        raise OSError(f"cannot read {path}: {error.strerror or error}") from error
+    # a sum is finite if and only if all of its row is, and needs no mask of the whole
+    bad = np.flatnonzero(~np.isfinite(vectors.sum(axis=1, dtype=np.promote_types(vectors.dtype, np.float32))))
+    if len(bad):
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise ValueError(f"{path}: vector {bad[0]}{more} is NaN or Inf: {_AGAIN}")
+    return vectors, record
+
+
+def _check_header(file: IO[bytes], path: Path, size: int) -> None:
+    """Check what follows by numbers alone: np.load would believe them. Leaves the file at its start."""
+    first = file.read(8)
+    if not first:
+        raise ValueError(f"{path} is empty: {_AGAIN}")
+    if not first.startswith(b"\x93NUMPY"):
+        found = (what for magic, what in _OTHER_KINDS.items() if first.startswith(magic))
+        raise ValueError(f"{path} {next(found, 'is no .npy array made by nvembed-fast encode')}: {_AGAIN}")
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    file.seek(0)
+    try:
+        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+    except _HEADER_ERRORS as error:
+        raise ValueError(f"{path} has a broken header: {_AGAIN}") from error
+    if dtype.kind != "f" or dtype.itemsize > 8:
+        kind = "Python objects, which can run code" if dtype.hasobject else f"{dtype}"
+        raise ValueError(f"{path} holds {kind}, and vectors are float16, float32 or float64: {_AGAIN}")
+    if len(shape) != 2 or min(shape) < 1:
+        raise ValueError(f"{path} has shape {shape}, and vectors have [texts, width]: {_AGAIN}")
+    wanted = file.tell() + math.prod(shape) * dtype.itemsize
+    if size < wanted:
+        raise ValueError(
+            f"{path} is cut short: {wanted} bytes by its header, {size} are there. Fetch it again"
+        )
+    file.seek(0)
+
+
+def _record(file: IO[bytes], path: Path) -> Record:
+    try:
+        if file.read(6) != b"\x93NUMPY":
+            raise ValueError("no array")
+        file.seek(-6, os.SEEK_CUR)
+        content: Any = json.loads(np.load(file, allow_pickle=False).tobytes())
+        return Record(**{field.name: content[field.name] for field in dataclasses.fields(Record)})
+    except (*_HEADER_ERRORS, EOFError) as error:
+        raise ValueError(
+            f"{path} holds more than vectors, and that is no record of them: fetch it again, or {_AGAIN}"
+        ) from error
