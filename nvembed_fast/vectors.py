@@ -12,7 +12,8 @@ import os
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import SimpleNamespace
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -59,7 +60,9 @@ class Record:
 
 
 def write_vectors(file: IO[bytes], vectors: np.ndarray, record: Record) -> None:
-    """Write vectors, [N, D] of any float dtype, and behind them their record."""
+    """Write vectors, [N, D] of any float dtype, and behind them their record. `file` may be a pipe."""
+    # by its write alone, which raises the system's errors: numpy's own way into a file does not tell them
+    file = cast(IO[bytes], SimpleNamespace(write=file.write))
     np.save(file, vectors)
     np.save(file, np.frombuffer(json.dumps(dataclasses.asdict(record)).encode(), dtype=np.uint8))
 

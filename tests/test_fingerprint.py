@@ -54,7 +54,7 @@ def test_other_weights_have_another_name(tmp_path):
     changed, last = query * 1.001, query.clone()
     last[-1, -1] += 0.01
     cases = [{QUERY: changed}, {QUERY: last}, {QUERY: query.flip(1)}, {key: query}]
-    names = {WEIGHTS}
+    names = {stored(TINY)}
     for number, changes in enumerate(cases, start=1):
         directory = copy_tiny(tmp_path / f"{number}")
         edit_weights(directory, **changes)

@@ -77,7 +77,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "checkpoint.hub": {"huggingface_hub"},
     "checkpoint.load": {"safetensors", "torch", "tqdm"},
     "checkpoint.names": set(),
-    "checkpoint.sampling": {"numpy", "safetensors", "torch"},
+    "checkpoint.sampling": {"numpy", "torch"},
     "checkpoint.save": {"safetensors", "torch"},
     "cli.__init__": set(),
     "cli.encode": {"numpy"},

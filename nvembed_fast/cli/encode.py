@@ -6,7 +6,6 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from nvembed_fast import files
@@ -15,6 +14,8 @@ from nvembed_fast.texts import read_texts
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from nvembed_fast.vectors import Record
 
 SUMMARY = "Embed the texts of a file into a .npy array, one row a text."
 EXAMPLES = """\
@@ -78,6 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
     import numpy as np
 
     from nvembed_fast.encoder import query_instruction
+    from nvembed_fast.vectors import write_vectors
 
     instruction = arguments.instruction if arguments.task is None else query_instruction(arguments.task)
     model = options.load(arguments)
@@ -85,16 +87,17 @@ def run(arguments: argparse.Namespace) -> None:
     if not to_stdout:
         itemsize = {"float32": 4, "float16": 2}[arguments.output_dtype]
         _check_space(output, itemsize * len(texts) * model.config.hidden_size)
+    record = options.record(arguments, model, texts, instruction)
     with process.telling_what_was_written(output, lambda: output):
         with options.note_cut():
             found = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
         vectors = np.asarray(found, arguments.output_dtype)
         shape = f"{arguments.output_dtype} [{vectors.shape[0]}, {vectors.shape[1]}]"
         if to_stdout:
-            _save(sys.stdout.buffer, vectors)
+            write_vectors(sys.stdout.buffer, vectors, record)
             process.say(f"standard output: {shape}")
         else:
-            _write(output, vectors)
+            _write(output, vectors, record)
             print(f"{output}: {shape}")
 
 
@@ -157,16 +160,11 @@ def _check_space(output: Path, num_bytes: int) -> None:
         raise OSError(f"{output} needs {options.size(num_bytes)}, {options.size(free)} are free there")
 
 
-def _save(file, vectors: "np.ndarray") -> None:
-    import numpy as np
+def _write(output: Path, vectors: "np.ndarray", record: "Record") -> None:
+    from nvembed_fast.vectors import write_vectors
 
-    # by its write alone, which raises the system's errors: numpy's own way into a file does not tell them
-    np.save(SimpleNamespace(write=file.write), vectors)
-
-
-def _write(output: Path, vectors: "np.ndarray") -> None:
     try:
         with files.replacing(output) as aside, open(aside, "wb") as file:
-            _save(file, vectors)
+            write_vectors(file, vectors, record)
     except OSError as error:
         raise OSError(f"cannot write {output}: {error.strerror or error}") from error

@@ -1,14 +1,16 @@
 """nvembed-fast search."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nvembed_fast.cli import options
+from nvembed_fast.cli import options, process
 from nvembed_fast.texts import read_texts
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from nvembed_fast.encoder import NVEmbed
+    from nvembed_fast.vectors import Record
 
 DEFAULT_TASK = "Given a question, retrieve passages that answer the question"
 SUMMARY = "Rank the texts of a file by their likeness to each question."
@@ -23,7 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help=options.FILE_HELP)
     parser.add_argument("question", nargs="+")
     parser.add_argument("--top", type=int, default=5, help="results a question (default: 5)")
-    parser.add_argument("--embeddings", type=Path, metavar="OUT.npy", help="of the same file, made by encode")
+    parser.add_argument(
+        "--embeddings",
+        type=options.path,
+        metavar="OUT.npy",
+        help="of the same file, made by encode with the same model",
+    )
     parser.add_argument(
         "--task",
         default=DEFAULT_TASK,
@@ -40,14 +47,12 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
     texts = read_texts(arguments.file, arguments.field, arguments.format)
-    documents: np.ndarray | None = None
+    documents = record = None
     if arguments.embeddings:
-        documents = _read(arguments.embeddings)
-        if documents.ndim != 2 or len(documents) != len(texts):
-            raise ValueError(
-                f"{arguments.embeddings} has shape {documents.shape}, but {arguments.file} has {len(texts)} "
-                "texts: make it from this file with nvembed-fast encode"
-            )
+        from nvembed_fast.vectors import read_vectors
+
+        documents, record = read_vectors(arguments.embeddings)
+        _check_texts(arguments, texts, documents, record)
     # importing torch takes seconds: first what fails at once
     from nvembed_fast.encoder import query_instruction
 
@@ -56,13 +61,14 @@ def run(arguments: argparse.Namespace) -> None:
     keywords = options.encode_options(arguments)
     if documents is None:
         options.note_empty(texts)
+        process.say(
+            f"note: the {len(texts)} texts are embedded anew at every call. To keep their vectors, run "
+            "nvembed-fast encode FILE -o OUT.npy once, and search with --embeddings OUT.npy"
+        )
         with options.note_cut():
             documents = np.asarray(model.encode_document(texts, output="numpy", **keywords))
-    elif documents.shape[1] != model.config.hidden_size:
-        raise ValueError(
-            f"{arguments.embeddings} has vectors of {documents.shape[1]}, the model of "
-            f"{model.config.hidden_size}: they are not of the same model"
-        )
+    else:
+        _check_model(arguments, model, documents, record)
     with options.note_cut():
         queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
     for question, scores in zip(arguments.question, queries @ documents.T, strict=True):
@@ -71,10 +77,55 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{rank:3}. {scores[index]:.4f}  {' '.join(texts[index].split())[:160]}")
 
 
-def _read(path: Path) -> "np.ndarray":
-    import numpy as np
+def _check_texts(
+    arguments: argparse.Namespace, texts: list[str], vectors: "np.ndarray", record: "Record | None"
+) -> None:
+    """ValueError unless the vectors are those of these texts, as far as their file tells."""
+    from nvembed_fast import fingerprint
 
-    try:
-        return np.load(path, allow_pickle=False)
-    except ValueError as error:
-        raise ValueError(f"{path} is no .npy array made by nvembed-fast encode") from error
+    file = arguments.embeddings
+    if len(vectors) != len(texts):
+        raise ValueError(
+            f"{file} has shape {vectors.shape}, but {arguments.file} has {len(texts)} texts: make it from "
+            "this file with nvembed-fast encode"
+        )
+    if record is None:
+        process.say(
+            f"note: {file} does not say what it was made from, so its texts and its model cannot be checked. "
+            "nvembed-fast encode writes that into its output"
+        )
+    elif record.texts != fingerprint.of_texts(texts):
+        raise ValueError(
+            f"{file} was made from other texts than those of {arguments.file}: make it from this file with "
+            "nvembed-fast encode"
+        )
+    elif record.instruction:
+        raise ValueError(
+            f"{file} was made with the instruction {record.instruction!r}, and the texts of a search carry "
+            "none: make it with nvembed-fast encode without --instruction and --task"
+        )
+
+
+def _check_model(
+    arguments: argparse.Namespace, model: "NVEmbed", vectors: "np.ndarray", record: "Record | None"
+) -> None:
+    """ValueError unless the vectors are of this model, as far as their file tells."""
+    from nvembed_fast.placement import dtype_name
+
+    file = arguments.embeddings
+    if vectors.shape[1] != model.config.hidden_size:
+        raise ValueError(
+            f"{file} has vectors of {vectors.shape[1]}, the model of {model.config.hidden_size}: they are "
+            "not of the same model"
+        )
+    if record is None:
+        return
+    if record.fingerprint != (own := model.fingerprint):
+        raise ValueError(
+            f"{file} was made by another model: {record.model} with the fingerprint {record.fingerprint}, "
+            f"and {arguments.model} has {own}. Pass that model by --model, or make the file with this one"
+        )
+    made = f"max_length={record.max_length} in {record.dtype}"
+    asked = f"max_length={arguments.max_length} in {dtype_name(model.dtype)}"
+    if made != asked:
+        process.say(f"note: {file} was made with {made}, and the questions are embedded with {asked}")
