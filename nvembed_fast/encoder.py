@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from types import EllipsisType
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from nvembed_fast import checkpoint, fingerprint, legacy, ops
 from nvembed_fast.config import Latents, NVEmbedConfig
 from nvembed_fast.graphs import MAX_TOKENS, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
+from nvembed_fast.network.mistral import MistralBackbone
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.network.pooling_heads import PoolingHead
 from nvembed_fast.packing import PackedBatch
@@ -30,6 +32,8 @@ from nvembed_fast.tokenization import TextTokenizer, text_list
 
 __all__ = ["NVEmbed", "query_instruction"]
 
+# names of the original for modules of `NVEmbedModel`
+_VIEWS = {"embedding_model": "embedding_model", "latent_attention_model": "head"}
 # transformers cannot be imported by two threads at once
 _TRANSFORMERS = threading.Lock()
 
@@ -52,6 +56,7 @@ class NVEmbed(nn.Module):
         model: the model on packed tokens.
         text_tokenizer: texts to ids.
         graphs: runs a short text that comes alone. None runs it like all others.
+        max_seq_length: tokens per text where a call names no max_length. May be set.
     """
 
     def __init__(
@@ -72,14 +77,44 @@ class NVEmbed(nn.Module):
         if placement.latents is not None and isinstance(model.head, LatentHead):
             model.head.mode = placement.latents
         self.graphs = SingleTextGraphs(model) if placement.cuda_graphs else None
+        self.max_seq_length = 4096
         self._transformers_tokenizer = None
         # fingerprints of the weights: as they were loaded, and of their files
         self._weights_loaded: tuple[str, str] | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        found = super().__getattr__(name)
+        if isinstance(found, nn.DataParallel):
+            found = legacy.on_one_device(found)
+            super().__setattr__(name, found)
+        return found
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        legacy.check_attribute(name)
+        if name in _VIEWS:
+            setattr(self.model, _VIEWS[name], legacy.on_one_device(value))
+        elif name == "padding_side":
+            self.tokenizer.padding_side = value
+        else:
+            super().__setattr__(name, value)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise ValueError("DataParallel cannot cut a packed batch: start one process per GPU")
+
+    @property
+    def embedding_model(self) -> MistralBackbone:
+        """The backbone, under the original's name."""
+        return self.model.embedding_model
+
+    @property
+    def latent_attention_model(self) -> PoolingHead:
+        """The pooling head, under the original's name."""
+        return self.model.head
+
     @classmethod
     def from_pretrained(
         cls,
-        path_or_id: str | PathLike,
+        path_or_id: str | PathLike | None = None,
         *,
         device: str | int | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
@@ -106,15 +141,17 @@ class NVEmbed(nn.Module):
                 each power of two of tokens: less latency, some more memory. For Triton kernels on a GPU.
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
             show_progress: a progress bar. None shows it in a terminal only.
-            old_keywords: torch_dtype and device_map are the old names of dtype and device. trust_remote_code
+            old_keywords: pretrained_model_name_or_path, torch_dtype and device_map are the old names of
+                path_or_id, dtype and device. trust_remote_code
                 is accepted and not needed: code from a checkpoint never runs. The same holds for
                 low_cpu_mem_usage, use_safetensors and attn_implementation.
 
         Raises:
-            TypeError: a keyword is unknown.
+            TypeError: a keyword is unknown, or asks for quantised or offloaded weights.
             FileNotFoundError, ValueError: something is missing or wrong. The message names it.
         """
         device, dtype = legacy.loading_place(cls.from_pretrained, device, dtype, old_keywords)
+        path_or_id = legacy.loading_source(path_or_id, old_keywords)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         directory = checkpoint.resolve(path_or_id, revision=revision, config_only=True, **hub)
         config = NVEmbedConfig.from_file(directory / "config.json")
@@ -194,7 +231,7 @@ class NVEmbed(nn.Module):
         self,
         prompts: str | Iterable[str],
         instruction: str = "",
-        max_length: int = 4096,
+        max_length: int | EllipsisType = ...,
         *,
         max_batch_tokens: int | None = None,
         show_progress: bool | None = None,
@@ -207,8 +244,8 @@ class NVEmbed(nn.Module):
             prompts: texts in any number, or one text.
             instruction: put in front of every text and not pooled. "" for passages. For queries see
                 `query_instruction` and `encode_query`.
-            max_length: tokens per text, instruction included. A longer text is cut at the right. One warning
-                (`stream.TextsCut`) says how many were.
+            max_length: tokens per text, instruction included. Left out, it is `max_seq_length`. A longer
+                text is cut at the right. One warning (`stream.TextsCut`) says how many were.
             max_batch_tokens: tokens per batch. None: 16384 on a GPU, 2048 on a CPU.
             show_progress: a progress bar. None shows it in a terminal only.
             output: "torch" for a tensor on the model's device, "numpy" for an array on the host.
@@ -227,7 +264,7 @@ class NVEmbed(nn.Module):
                 max_length. The message names its index.
         """
         call = legacy.Encoding(instruction, output, show_progress)
-        normalized = self.config.latent_attention_config.output_normalize
+        normalized = self.model.head.output_normalize
         instruction, kind, show_progress = legacy.encoding_call(
             self.encode, call, old_keywords, device=self.device, normalized=normalized
         )
@@ -235,6 +272,8 @@ class NVEmbed(nn.Module):
             raise ValueError(f"output must be 'torch' or 'numpy', got {kind!r}")
         single = isinstance(prompts, str)
         texts = [prompts] if isinstance(prompts, str) else text_list(prompts)
+        legacy.warn_of_end_marks(texts, self.text_tokenizer.eos_token)
+        max_length = self.max_seq_length if isinstance(max_length, EllipsisType) else max_length
         batches = self.stream(texts, instruction, max_length, max_batch_tokens)
         result = Result(len(texts), self.config.hidden_size, self.device, on_host=kind == "numpy")
         with Progress(texts, max_length, show_progress) as progress:
@@ -255,6 +294,10 @@ class NVEmbed(nn.Module):
         It sees writes through `.data` and `.numpy()`: see `LatentHead.refresh`. A call of `embed` or of
         `model` itself does not look for them.
         """
+        if self.device.type == "meta":
+            raise ValueError(
+                "the weights are offloaded (device 'meta'), which is not supported: load them to one device"
+            )
         heads = (m for m in self.model.head.modules() if isinstance(m, PoolingHead))
         if any([head.refresh() for head in heads]) and self.graphs is not None:
             self.graphs.forget()
@@ -287,7 +330,7 @@ class NVEmbed(nn.Module):
         prompts: Iterable[str],
         batch_size: int = 1,
         instruction: str = "",
-        max_length: int = 4096,
+        max_length: int | EllipsisType = ...,
         num_workers: int = 32,
         return_numpy: bool = False,
     ) -> torch.Tensor | np.ndarray:

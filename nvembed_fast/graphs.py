@@ -166,7 +166,8 @@ class SingleTextGraphs:
             (w.data_ptr(), 0 if w.is_inference() else w._version)
             for w in self.model.parameters()
         )
-        return weights, getattr(self.model.head, "mode", None)
+        head = self.model.head
+        return weights, getattr(head, "mode", None), head.output_normalize
 
     def _capture(self, bucket: int, state: tuple) -> _Graph:
         device = self._device()

@@ -5,19 +5,32 @@ No other file knows their keywords.
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import from_padded, pad_rows
 
-__all__ = ["Encoding", "encoding_call", "loading_place", "padded_forward"]
+__all__ = [
+    "Encoding",
+    "check_attribute",
+    "encoding_call",
+    "loading_place",
+    "loading_source",
+    "on_one_device",
+    "padded_forward",
+    "warn_of_end_marks",
+]
 
 # keywords that each function accepts beside ours
 OLD_KEYWORDS = {
     "from_pretrained": (
+        "pretrained_model_name_or_path",
         "torch_dtype",
         "device_map",
         # these cannot change a vector
@@ -35,6 +48,7 @@ OLD_KEYWORDS = {
         "convert_to_numpy",
         "convert_to_tensor",
         "normalize_embeddings",
+        "norm",
         "show_progress_bar",
         "device",
         "output_value",
@@ -56,6 +70,30 @@ _RIGHT_KEYWORDS = {
     "use_auth_token": "token",
     "model_name_or_path": "path_or_id",
 }
+_ONE_DEVICE = "all weights lie on one device: pass device, and dtype='float16' for 2 bytes a weight"
+_NO_QUANTISATION = "quantised weights are not supported: dtype='float16' takes 2 bytes a weight"
+# keywords that ask for what is not here, and the way out. False and None ask for nothing
+_NOT_HERE = {
+    "quantization_config": _NO_QUANTISATION,
+    "load_in_8bit": _NO_QUANTISATION,
+    "load_in_4bit": _NO_QUANTISATION,
+    "max_memory": _ONE_DEVICE,
+    "offload_folder": _ONE_DEVICE,
+    "offload_state_dict": _ONE_DEVICE,
+    "offload_buffers": _ONE_DEVICE,
+    "tp_plan": _ONE_DEVICE,
+    "tp_size": _ONE_DEVICE,
+    "device_mesh": _ONE_DEVICE,
+}
+# attributes that change vectors in the original or in other libraries, and what changes them here
+_NOT_SET = {
+    "prompts": "pass instruction to encode",
+    "default_prompt_name": "pass instruction to encode",
+    "truncate_dim": "cut vectors[:, :n], then normalise them again",
+    "is_mask_instruction": "change is_mask_instruction in config.json",
+    "max_length": "set max_seq_length",
+    "tokenizer": "load a model with that tokenizer in its directory",
+}
 # values of device_map that name no device
 _ANY_DEVICE = ("auto", "balanced", "balanced_low_0", "sequential")
 # names of prompts under which other libraries embed documents, which carry no instruction
@@ -68,6 +106,17 @@ class Encoding(NamedTuple):
     instruction: str
     output: str
     show_progress: bool | None
+
+
+def loading_source(path_or_id: str | PathLike | None, keywords: dict[str, Any]) -> str | PathLike:
+    """The path or id that a call of `from_pretrained` names, once and by whichever keyword."""
+    named = [name for name in (path_or_id, keywords.get("pretrained_model_name_or_path")) if name is not None]
+    if len(named) != 1:
+        raise TypeError(
+            "from_pretrained() needs path_or_id once: a directory, or a model's id on the hub, got "
+            f"{' and '.join(map(repr, named)) or 'none'}"
+        )
+    return named[0]
 
 
 def loading_place(
@@ -144,13 +193,13 @@ def _refuse_other_results(given: dict[str, Any], device: torch.device, normalize
                 f"encode() has no named prompts, got {name}={value!r}: pass "
                 "instruction=query_instruction(task), or nothing for documents"
             )
-    wanted = given.get("normalize_embeddings", normalized)
-    if bool(wanted) != normalized:
-        have = "have unit norm" if normalized else "are not normalised"
-        raise TypeError(
-            f"encode() got normalize_embeddings={wanted!r}, but the vectors of this model {have}: "
-            "drop the keyword, or change output_normalize in config.json"
-        )
+    for name in ("normalize_embeddings", "norm"):
+        if bool(given.get(name, normalized)) != normalized:
+            have = "have unit norm" if normalized else "are not normalised"
+            raise TypeError(
+                f"encode() got {name}={given[name]!r}, but the vectors of this model {have}: "
+                "drop the keyword, or change output_normalize in config.json"
+            )
     if given.get("precision", "float32") not in ("float32", "fp32"):
         raise TypeError(
             f"encode() returns float32, got precision={given['precision']!r}: convert the vectors it returns"
@@ -171,6 +220,40 @@ def _refuse_other_results(given: dict[str, Any], device: torch.device, normalize
                 f"encode() runs on the model's device {device}, got device={given['device']!r}: "
                 "pass device to from_pretrained, or call model.to(device)"
             )
+
+
+def warn_of_end_marks(texts: list[str], end_mark: str) -> None:
+    """Warn of callers that add the end mark themselves, as that of sentence-transformers needs."""
+    for index, text in enumerate(texts):
+        if isinstance(text, str) and text.endswith(end_mark):
+            warnings.warn(
+                f"prompts[{index}] ends with {end_mark!r}, and encode adds it to every text: leave it out, "
+                "or the vector is that of a text with two",
+                stacklevel=3,
+            )
+            return
+
+
+def check_attribute(name: str) -> None:
+    """AttributeError for an attribute that would be set in vain. It says what changes the vectors instead."""
+    if name in _NOT_SET:
+        raise AttributeError(f"setting {name!r} would change nothing here: {_NOT_SET[name]}")
+
+
+def on_one_device(module: nn.Module) -> nn.Module:
+    """The module in a DataParallel, which the model card wraps around all of a model's. Others as they are.
+
+    Packed batches cannot be cut by rows, so it would be wrong on several devices, and one needs none.
+    """
+    if not isinstance(module, nn.DataParallel):
+        return module
+    if len(module.device_ids) > 1:
+        warnings.warn(
+            "DataParallel is taken off, and the model runs on one device: for several GPUs start one process "
+            "per GPU",
+            stacklevel=4,
+        )
+    return module.module
 
 
 def padded_forward(
@@ -211,12 +294,13 @@ def _check_pooled(pooled: torch.Tensor) -> None:
 def _refuse_unknown(function: Callable, keywords: dict[str, Any]) -> None:
     """TypeError for a keyword that nobody reads. It names the right one."""
     name, old = function.__name__, OLD_KEYWORDS[function.__name__]
-    for keyword in keywords:
-        if keyword in old:
+    for keyword, value in keywords.items():
+        if keyword in old or (keyword in _NOT_HERE and not value):
             continue
         parameters = inspect.signature(function).parameters.values()
         known = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD and p.name != "self"]
         near = difflib.get_close_matches(keyword, [*known, *old], n=1, cutoff=0.8)
         right = _RIGHT_KEYWORDS.get(keyword) or (near[0] if near else None)
         hint = f"use {right}" if right else f"it knows {', '.join([*known, *old])}"
+        hint = _NOT_HERE.get(keyword, hint)
         raise TypeError(f"{name}() does not know the keyword {keyword!r}: {hint}")

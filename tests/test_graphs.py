@@ -108,7 +108,7 @@ class Sum(torch.nn.Module):
     """As much of a model as a capture asks for. The vector is the sum of the pooled ids."""
 
     embedding_model = SimpleNamespace(rotary_tables=lambda num_positions: None)
-    head = SimpleNamespace(cached=dict)
+    head = SimpleNamespace(cached=dict, output_normalize=True)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         keep = 1 if batch.pool_mask is None else batch.pool_mask
@@ -140,6 +140,9 @@ def test_graphs_of_two_threads_do_not_mix(captures, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         found = pool.submit(lambda: run(np.array([5, 6, 7]), 1).item()), pool.submit(second)
     assert [f.result() for f in found] == [13, 24]
+    before = run._state()
+    monkeypatch.setattr(Sum.head, "output_normalize", False)
+    assert run._state() != before
     # a copy has a lock of its own
     assert copy.deepcopy(run)._lock is not run._lock
 

@@ -1,5 +1,6 @@
 """Calls written for the original or for other libraries."""
 
+import copy
 import warnings
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from test_encoder import relative
 
 from nvembed_fast import NVEmbed, legacy, query_instruction
+from nvembed_fast.stream import TextsCut
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +84,112 @@ def test_old_names_give_way_to_ours(device, dtype, old, wanted):
 def test_a_keyword_that_asks_for_another_result_is_refused(model, keywords, message):
     with pytest.raises(TypeError, match=message):
         model.encode(["a"], **keywords)
+
+
+def test_the_old_name_of_the_path(tiny_directory):
+    """HippoRAG's call."""
+    params = {"pretrained_model_name_or_path": str(tiny_directory), "trust_remote_code": True}
+    assert NVEmbed.from_pretrained(**params, device_map="cpu").config.hidden_size == 64
+    for positional, keywords, message in (
+        ((), {}, "needs path_or_id once: .*, got none"),
+        (("a",), {"pretrained_model_name_or_path": "b"}, "needs path_or_id once: .*, got 'a' and 'b'"),
+        ((), {"model_name_or_path": "a"}, "'model_name_or_path': use path_or_id"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            NVEmbed.from_pretrained(*positional, **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ("load_in_8bit", "quantised weights are not supported: dtype='float16'"),
+        ("load_in_4bit", "quantised weights"),
+        ("quantization_config", "quantised weights"),
+        ("max_memory", "all weights lie on one device: pass device"),
+        ("offload_folder", "one device"),
+    ],
+)
+def test_quantised_and_offloaded_weights_are_refused_with_the_way_out(keyword, message):
+    with pytest.raises(TypeError, match=rf"does not know the keyword '{keyword}': .*{message}"):
+        NVEmbed.from_pretrained("nowhere", **{keyword: {"": 1}})
+    for nothing in (False, None):
+        with pytest.raises(FileNotFoundError, match="no directory 'nowhere'"):
+            NVEmbed.from_pretrained("nowhere", **{keyword: nothing})
+
+
+def test_offloaded_weights_are_told(tiny_directory):
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    model.model.to("meta")  # as accelerate's cpu_offload does
+    for call in (lambda: model.encode(["a"]), lambda: model(torch.ones(1, 2, dtype=torch.long).to("meta"))):
+        with pytest.raises(ValueError, match="weights are offloaded .*: load them to one device"):
+            call()
+
+
+@pytest.mark.parametrize("device_ids", [[], [0], [0, 1]])
+def test_data_parallel_of_the_model_card_runs_on_one_device(tiny_directory, device_ids):
+    """Without a GPU DataParallel has no device ids, so they are set by hand."""
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    wanted = model.encode(["a b", "c"])
+    for key, module in model._modules.items():
+        model._modules[key] = torch.nn.DataParallel(module)
+        model._modules[key].device_ids = device_ids
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        got = model._do_encode(["a b", "c"], batch_size=1)
+    assert torch.equal(got, wanted)
+    messages = [str(warning.message) for warning in told]
+    assert len(messages) == (len(device_ids) > 1)
+    assert all("one process per GPU" in message for message in messages)
+    assert not any("module." in name for name in model.state_dict())
+    # a call of DataParallel(model) on several GPUs begins with it
+    with pytest.raises(ValueError, match="start one process per GPU"):
+        model._replicate_for_data_parallel()
+
+
+def test_the_originals_modules_are_views(tiny_directory):
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    before = model.encode(["a b"])
+    assert model.embedding_model is model.model.embedding_model
+    assert model.latent_attention_model is model.model.head
+    other = torch.nn.DataParallel(copy.deepcopy(model.embedding_model))
+    other.module.norm.weight[0] = 9
+    model.embedding_model = other
+    model.latent_attention_model = copy.deepcopy(model.latent_attention_model)
+    assert list(model._modules) == ["model"] and model.model.embedding_model is other.module
+    assert (model.encode(["a b"]) - before).abs().max() > 1e-3
+
+
+def test_attributes_that_other_libraries_know_count_or_are_refused(model):
+    text = "one two three four five six"
+    try:
+        model.max_seq_length = 4
+        with pytest.warns(TextsCut, match="cut at max_length=4"):
+            cut = [model.encode(text), model._do_encode([text])[0], model.encode_document(text)]
+    finally:
+        model.max_seq_length = 4096
+    with pytest.warns(TextsCut):
+        wanted = model.encode(text, max_length=4)
+    assert all(torch.equal(vector, wanted) for vector in cut)
+    for side in ("left", "right"):
+        model.padding_side = side
+        assert model.tokenizer.padding_side == side
+    for name in ("prompts", "default_prompt_name", "truncate_dim", "is_mask_instruction", "tokenizer"):
+        with pytest.raises(AttributeError, match=f"setting '{name}' would change nothing here: "):
+            setattr(model, name, None)
+
+
+def test_a_head_told_not_to_normalise_does_not(tiny_directory):
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    model.latent_attention_model.output_normalize = False
+    assert abs(model.encode("a b").norm() - 1) > 1e-3
+    with pytest.raises(TypeError, match="norm=True, but the vectors of this model are not normalised"):
+        model.encode("a b", norm=True)
+
+
+def test_a_caller_that_adds_the_end_mark_is_told(model):
+    """sentence-transformers adds none, so the model card's code for it does."""
+    with pytest.warns(UserWarning, match=r"prompts\[1\] ends with '</s>', and encode adds it"):
+        model.encode(["a b", "c</s>"])
 
 
 @pytest.mark.parametrize("keyword", ["load_in_8bit", "quantization_config", "subfolder"])
