@@ -2,6 +2,7 @@
 
 import io
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from tiny_decoders import write_mistral
 
 from nvembed_fast import NVEmbed, cli
-from nvembed_fast.cli import encode, options
+from nvembed_fast.cli import options
 
 TEXTS = ["a judo throw", "", "parse a date", "tabs\tand caf\u00e9"]
 
@@ -73,10 +74,21 @@ def test_an_array_goes_to_standard_output_and_its_line_to_standard_error(
 
 
 def test_a_pipe_whose_reader_has_gone_is_known_as_such():
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "wb", buffering=0) as gone, pytest.raises(BrokenPipeError):
-        encode._save(gone, np.zeros((1000, 64)))
+    code = """
+import sys
+import numpy as np
+from nvembed_fast.cli import encode
+try:
+    encode._save(sys.stdout.buffer, np.zeros((100_000, 64)))
+except BrokenPipeError:
+    sys.exit("gone")
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as writer:
+        assert writer.stdout.read(10).startswith(b"\x93NUMPY")
+        writer.stdout.close()
+        assert writer.stderr.read() == b"gone\n"
 
 
 def test_a_link_as_output_stays_and_its_file_is_replaced(model, texts_file, tmp_path, capsys):
