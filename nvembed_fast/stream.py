@@ -33,6 +33,7 @@ __all__ = [
     "TextStream",
     "TextsCut",
     "Window",
+    "check_counts",
 ]
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
@@ -118,10 +119,9 @@ class TextStream:
             ValueError: the instruction leaves nothing of a text to pool, or a vector is not finite. The
                 iterator raises it, the latter behind the last batch.
         """
+        check_counts(max_length, max_batch_tokens)
         if max_batch_tokens is None:
             max_batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
-        _check_count("max_length", max_length, MIN_MAX_LENGTH)
-        _check_count("max_batch_tokens", max_batch_tokens, 1)
         texts = check_texts(texts)
         if not isinstance(instruction, str):
             raise TypeError(f'instruction must be a string ("" for none), got {type(instruction).__name__}')
@@ -276,6 +276,13 @@ class Progress:
         self.done += len(indices)
         self.bar.set_postfix_str(f"{self.done}/{len(self.work)} texts", refresh=False)
         self.bar.update(sum(self.work[index] for index in indices))
+
+
+def check_counts(max_length: int, max_batch_tokens: int | None) -> None:
+    """TypeError or ValueError for what a stream does not take. max_batch_tokens may be None."""
+    _check_count("max_length", max_length, MIN_MAX_LENGTH)
+    if max_batch_tokens is not None:
+        _check_count("max_batch_tokens", max_batch_tokens, 1)
 
 
 def _check_count(name: str, value: int, minimum: int) -> None:

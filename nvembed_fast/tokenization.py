@@ -128,8 +128,13 @@ class TextTokenizer:
             max_length: tokens per text, instruction and marks included. A longer text is cut at the right.
         """
         limit = self.max_characters(max_length)
-        full = [(instruction + text[:limit] + self.eos_token)[:limit] for text in texts]
         skips = bool(instruction) and self.is_mask_instruction
+        start = self.instruction_length(instruction[:limit]) if skips else 0
+        if start >= 2 * max_length:
+            # nothing is left of any text, and tokenizing the instruction with each would take minutes
+            filled = np.asarray(self.backend.encode(instruction[:limit]).ids[:max_length], dtype=np.int32)
+            return TokenizedTexts([filled] * len(texts), [max_length] * len(texts), len(texts))
+        full = [(instruction + text[:limit] + self.eos_token)[:limit] for text in texts]
         by_offset = skips and self.pooling_start == "text_offset"
         # the fast form gives no offsets
         encodings = (self.backend.encode_batch if by_offset else self.backend.encode_batch_fast)(full)
@@ -140,7 +145,6 @@ class TextTokenizer:
             border = len(instruction.rstrip())
             starts = [_first_from(e.offsets[:max_length], border) for e in encodings]
             return TokenizedTexts(ids, starts, num_cut)
-        start = self.instruction_length(instruction) if skips else 0
         return TokenizedTexts(ids, [start] * len(ids), num_cut)
 
     def instruction_length(self, instruction: str) -> int:

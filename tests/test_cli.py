@@ -13,6 +13,7 @@ import pytest
 from tiny_decoders import write_mistral
 
 from nvembed_fast import NVEmbed, cli, query_instruction
+from nvembed_fast.cli import options
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = ["a judo throw", "", "parse a date \u2028 in Python", "tabs\tand caf\u00e9"]
@@ -116,6 +117,24 @@ def test_help_says_how_a_new_line_is_written(capsys):
         with pytest.raises(SystemExit):
             cli.main([command, "--help"])
         assert r"\n in it is a new line" in " ".join(capsys.readouterr().out.split())
+
+
+def test_lengths_are_checked_before_the_model_is_loaded(texts_file, tmp_path, capsys):
+    arguments = ("search", texts_file, "q", "--model", tmp_path)
+    assert "max_length must be at least 3, got 0" in run(capsys, *arguments, "--max-length", 0)[2]
+    assert "max_batch_tokens must be at least 1" in run(capsys, *arguments, "--max-batch-tokens", 0)[2]
+
+
+def test_a_variable_names_the_default_model(texts_file, tmp_path, capsys, monkeypatch):
+    for name, wanted in {"nowhere": "no directory 'nowhere'", "": "nvidia/NV-Embed-v2"}.items():
+        monkeypatch.setenv("NVEMBED_FAST_MODEL", name)
+        assert wanted in run(capsys, "search", texts_file, "q", "--cache-dir", tmp_path)[2]
+
+
+def test_the_size_of_a_download_is_told(capsys, monkeypatch):
+    monkeypatch.setattr("nvembed_fast.checkpoint.download_size", lambda name, **_: 15_700_000_000)
+    options.note_download("a/b")
+    assert capsys.readouterr().err == "note: 15.7 GB of a/b are fetched into the hub's cache\n"
 
 
 def test_texts_that_are_cut_are_told_in_one_line(tiny_directory, texts_file, tmp_path, capsys):

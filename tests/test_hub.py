@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tiny_checkpoint import copy_tiny
 
-from nvembed_fast.checkpoint import resolve
+from nvembed_fast.checkpoint import download_size, resolve
 from nvembed_fast.checkpoint.names import TOKENIZER_FILES
 
 
@@ -24,7 +25,9 @@ def test_a_file_is_no_directory(tiny):
         resolve(tiny / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["nowhere", "./no/where", "/no/where", "~/no", "a/b/c", "", "a b/c", "../x"])
+@pytest.mark.parametrize(
+    "name", ["nowhere", "./no/where", "/no/where", "~/no", "a/b/c", "", "a b/c", "../x", "~nosuchuser/x"]
+)
 def test_neither_directory_nor_hub_id(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where nothing lies at ../x
     with pytest.raises(FileNotFoundError, match="no directory .*, and no hub id either"):
@@ -61,8 +64,27 @@ def test_a_hub_out_of_reach(tmp_path):
     for options in ({}, {"local_files_only": True}):
         with pytest.raises(
             FileNotFoundError, match=r"'nobody/nothing' is neither cached .*hf download nobody"
-        ):
+        ) as found:
             resolve("nobody/nothing", cache_dir=tmp_path, **options)
+        assert "(downloads are switched off)" in str(found.value) and len(str(found.value)) < 250
+
+
+def test_the_size_of_a_download_counts_what_is_not_cached(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    files = [(5, True), (7_000, True), (None, True), (20, False)]  # (size, will be fetched)
+    rows = [SimpleNamespace(file_size=size, will_download=fetched) for size, fetched in files]
+    asked = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k) or rows)
+    assert download_size("a/b", revision="r", cache_dir=tmp_path) == 7_005
+    assert asked["dry_run"] and asked["revision"] == "r" and asked["cache_dir"] == tmp_path
+    asked.clear()
+    assert not any([download_size(tmp_path), download_size(""), download_size("a/b", local_files_only=True)])
+    assert not asked
+
+
+def test_a_download_that_is_impossible_has_no_size(tmp_path):
+    assert download_size("nobody/nothing", cache_dir=tmp_path) == 0
 
 
 def test_a_config_alone_is_no_model(monkeypatch, tmp_path):
@@ -101,3 +123,15 @@ def test_errors_of_the_hub(monkeypatch, kind, message):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(FileNotFoundError, match=message):
         resolve("a/b", revision="r")
+
+
+def test_errors_of_the_hub_are_short(monkeypatch):
+    import huggingface_hub
+
+    def fail(*_, **__):
+        raise ConnectionError("a long story " * 40 + "\nand more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="ConnectionError: a long story") as found:
+        resolve("a/b")
+    assert len(str(found.value)) < 250

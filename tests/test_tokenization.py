@@ -44,6 +44,18 @@ def test_megabytes_without_a_space_are_clipped_without_a_trace(published, unit):
     assert got.ids[0].tolist() == whole
 
 
+@pytest.mark.parametrize("pooling_start", ["token_count", "text_offset"])
+def test_megabytes_of_instruction_are_read_once_and_to_the_clip(mistral_tokenizer, pooling_start):
+    tokenizer = TextTokenizer(mistral_tokenizer, "</s>", pooling_start)
+    instruction, max_length = "find " * 1_000_000, 2048
+    start = time.process_time()
+    got = tokenizer(["word"] * 100, instruction, max_length)
+    assert time.process_time() - start < 2
+    assert got.first_pooled == [max_length] * 100 == got.lengths() and got.num_cut == 100
+    shorter = tokenizer(["word"], "find " * 3000, max_length)  # on the way of every text
+    assert got.ids[0].tolist() == shorter.ids[0].tolist()
+
+
 def test_text_offset_pools_the_first_word_that_a_count_would_drop(mistral_tokenizer):
     """ "Query:" without the space behind it: the offset rule starts at the text, whatever merges."""
     instruction = "Instruct: find it\nQuery: "

@@ -10,8 +10,8 @@ file of the llama architecture. Both become the same three things:
 """
 
 import json
+import os
 import re
-from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
@@ -52,9 +52,9 @@ class Decoder(Protocol):
         ...
 
 
-def open_decoder(source: str | PathLike) -> Decoder:
+def open_decoder(source: str | os.PathLike) -> Decoder:
     """Open a Hugging Face directory, a hub id or a GGUF file, and check all but the weights' values."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     if path.suffix == ".gguf" and not path.is_file():
         raise FileNotFoundError(f"no file {path}")
     decoder = GGUFFile(path) if path.is_file() else _HuggingFaceDirectory(resolve(source))

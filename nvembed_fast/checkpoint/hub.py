@@ -8,13 +8,10 @@ from nvembed_fast import files
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE
 from nvembed_fast.tokenization import TOKENIZER_FILES
 
-__all__ = ["resolve"]
+__all__ = ["download_size", "resolve"]
 
 _FETCHED = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
-_DOWNLOAD = (
-    "Where there is a network, run: hf download {} --local-dir DIRECTORY, and pass that directory "
-    "(NVIDIA's need their terms accepted on the hub, and hf auth login)"
-)
+_DOWNLOAD = "Where there is a network, run: hf download {} --local-dir DIRECTORY, and pass DIRECTORY"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -37,7 +34,8 @@ def resolve(
         FileNotFoundError: no such directory and no such hub id, or the hub is out of reach.
         ValueError: the path is a file.
     """
-    name, path = str(path_or_id), Path(path_or_id).expanduser()
+    # not Path.expanduser, which raises RuntimeError for a user that is not there
+    name, path = str(path_or_id), Path(os.path.expanduser(path_or_id))
     if name and path.is_dir():  # an empty name as a path would be the working directory
         return files.current(path)
     if path.is_file():
@@ -71,6 +69,35 @@ def resolve(
     return directory
 
 
+def download_size(
+    path_or_id: str | os.PathLike,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    local_files_only: bool = False,
+) -> int:
+    """The bytes that `resolve` would fetch with these arguments. 0 also where it would raise an error."""
+    is_local = not str(path_or_id) or os.path.exists(os.path.expanduser(path_or_id))
+    if is_local or local_files_only or not _HUB_ID.fullmatch(str(path_or_id)):
+        return 0
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        files = snapshot_download(
+            str(path_or_id),
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            allow_patterns=_FETCHED,
+            dry_run=True,
+        )
+    except (HFValidationError, OSError):
+        return 0
+    return sum(file.file_size or 0 for file in files if file.will_download)
+
+
 def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:
     from huggingface_hub import errors
 
@@ -81,8 +108,14 @@ def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:
         )
     if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
         return f"no directory {name}, and the hub has no {model}, or not without a token (token=...)"
+    cause = error.__cause__ or error
+    if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        reason = "downloads are switched off"
+    else:
+        reason = (
+            f"{type(cause).__name__}: {str(cause).splitlines()[0][:60] if str(cause) else 'no reason given'}"
+        )
     return (
-        f"no directory {name}, and hub id {model} is neither cached nor within reach "
-        f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}). "
+        f"no directory {name}, and hub id {model} is neither cached nor within reach ({reason}). "
         f"{_DOWNLOAD.format(name)}"
     )

@@ -40,6 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nvembed_fast.new_model import init_model
 
     process.raise_interrupts()
+    options.note_download(arguments.decoder)
     output, head = arguments.output, arguments.pooling_head
     with process.telling_what_was_written(output, lambda: files.current(output) / "config.json"):
         moved = init_model(

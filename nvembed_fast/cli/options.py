@@ -25,6 +25,7 @@ __all__ = [
     "hub_options",
     "load",
     "note_cut",
+    "note_download",
     "note_empty",
     "path",
     "record",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 DEFAULT_MODEL = "nvidia/NV-Embed-v2"
+MODEL_VARIABLE = "NVEMBED_FAST_MODEL"
 FILE_HELP = "one text a line, JSON lines, JSON, CSV or TSV, also gzipped; - reads standard input"
 
 
@@ -64,7 +66,12 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Which model is loaded, where and how."""
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="directory or hub id (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL,
+        help=f"directory or hub id (default: ${MODEL_VARIABLE}, else {DEFAULT_MODEL}, which is gated and has "
+        "15.7 GB)",
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument(
         "--dtype", help="float16, bfloat16, float32, float64 (default: the checkpoint's; float32 on a CPU)"
@@ -79,7 +86,7 @@ def add_hub_options(parser: argparse.ArgumentParser) -> None:
     hub = parser.add_argument_group("when MODEL is a hub id")
     hub.add_argument("--revision", help="branch, tag or commit")
     hub.add_argument("--token", help="for gated models (default: the one of `hf auth login`)")
-    hub.add_argument("--cache-dir", help="where downloads are kept")
+    hub.add_argument("--cache-dir", type=path, help="where downloads are kept")
     hub.add_argument("--local-files-only", action="store_true", help="download nothing")
 
 
@@ -91,8 +98,11 @@ def with_new_lines(text: str) -> str:
 def load(arguments: argparse.Namespace) -> "NVEmbed":
     """The encoder that the model options ask for."""
     from nvembed_fast.encoder import NVEmbed
+    from nvembed_fast.stream import check_counts
 
+    check_counts(arguments.max_length, arguments.max_batch_tokens)
     process.raise_interrupts()
+    note_download(arguments.model, **hub_options(arguments))
     return NVEmbed.from_pretrained(
         arguments.model,
         device=arguments.device,
@@ -107,6 +117,14 @@ def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `NVEmbed.from_pretrained` that the hub options ask for."""
     names = ("revision", "token", "cache_dir", "local_files_only")
     return {name: getattr(arguments, name) for name in names}
+
+
+def note_download(model: str, **hub: Any) -> None:
+    """Tell on standard error how much of a model will be fetched."""
+    from nvembed_fast.checkpoint import download_size
+
+    if num_bytes := download_size(model, **hub):
+        process.say(f"note: {size(num_bytes)} of {model} are fetched into the hub's cache")
 
 
 def encode_options(arguments: argparse.Namespace) -> dict[str, Any]:
