@@ -101,6 +101,18 @@ def test_search_prints_the_texts_nearest_to_the_question(tiny_directory, texts_f
     assert run(capsys, *arguments, "--embeddings", tmp_path / "e.npy")[1] == printed
 
 
+def test_search_prints_json_with_whole_texts(tiny_directory, tmp_path, capsys):
+    text = "\x1b[31m\u202ered\x07 caf\u00e9 " + 50 * "word "
+    (tmp_path / "x.txt").write_text(text + "\njudo\n", encoding="utf-8")
+    arguments = ("search", tmp_path / "x.txt", "q \x1b[0m?", "judo", "--top", 1, "--model", tiny_directory)
+    first, second = map(json.loads, run(capsys, *arguments, "--json")[1].splitlines())
+    assert (first["question"], second["question"]) == ("q \x1b[0m?", "judo")
+    (result,) = second["results"]
+    assert result["index"] == 1 and result["text"] == "judo" and 0 < result["score"] <= 1
+    printed = run(capsys, *arguments, "--top", 2)[1]
+    assert not set(printed) & {"\x1b", "\x07", "\u202e"} and printed.count("[31mred caf\u00e9 word") == 2
+
+
 @pytest.mark.parametrize(
     "option",
     [["encode", "x", "-o", "x.npy", "--instruction"], ["encode", "x", "-o", "x.npy", "--task"]]

@@ -1,7 +1,9 @@
 """nvembed-fast search."""
 
 import argparse
-from typing import TYPE_CHECKING
+import json
+import re
+from typing import TYPE_CHECKING, Any
 
 from nvembed_fast.cli import options, process
 from nvembed_fast.texts import read_texts
@@ -18,12 +20,20 @@ EXAMPLES = """\
 examples:
   nvembed-fast search passages.txt "how do I parse a date?"
   nvembed-fast search passages.txt "first question" "second question" --top 3
-  nvembed-fast search passages.txt "how do I parse a date?" --embeddings passages.npy"""
+  nvembed-fast search passages.txt "how do I parse a date?" --embeddings passages.npy
+  nvembed-fast search passages.txt "how do I parse a date?" --json"""
+
+_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", help=options.FILE_HELP)
-    parser.add_argument("question", nargs="+")
+    parser.add_argument("question", nargs="+", help="one or several, each in quotation marks")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help='a line of JSON for each question: {"question", "results": [{"index", "score", "text"}]}',
+    )
     parser.add_argument("--top", type=int, default=5, help="results a question (default: 5)")
     parser.add_argument(
         "--embeddings",
@@ -71,10 +81,26 @@ def run(arguments: argparse.Namespace) -> None:
         _check_model(arguments, model, documents, record)
     with options.note_cut():
         queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
+    show = _print_json if arguments.json else _print
     for question, scores in zip(arguments.question, queries @ documents.T, strict=True):
-        print(f"\n{question}")
-        for rank, index in enumerate(np.argsort(-scores, kind="stable")[: arguments.top], start=1):
-            print(f"{rank:3}. {scores[index]:.4f}  {' '.join(texts[index].split())[:160]}")
+        best = np.argsort(-scores, kind="stable")[: arguments.top].tolist()
+        show(question, [{"index": row, "score": float(scores[row]), "text": texts[row]} for row in best])
+
+
+def _print_json(question: str, results: list[dict[str, Any]]) -> None:
+    # in ASCII: a text cannot send escape sequences to the terminal
+    print(json.dumps({"question": question, "results": results}))
+
+
+def _print(question: str, results: list[dict[str, Any]]) -> None:
+    print(f"\n{_shown(question)}")
+    for rank, result in enumerate(results, start=1):
+        print(f"{rank:3}. {result['score']:.4f}  {_shown(result['text'])[:160]}")
+
+
+def _shown(text: str) -> str:
+    """A text in one line without control characters and marks of direction, which a terminal would obey."""
+    return _OBEYED.sub("", " ".join(text.split()))
 
 
 def _check_texts(
