@@ -77,9 +77,9 @@ def test_a_pipe_whose_reader_has_gone_is_known_as_such():
     code = """
 import sys
 import numpy as np
-from nvembed_fast.cli import encode
+from nvembed_fast.vectors import Record, write_vectors
 try:
-    encode._save(sys.stdout.buffer, np.zeros((100_000, 64)))
+    write_vectors(sys.stdout.buffer, np.zeros((100_000, 64)), Record("", "", "", "", 8, ""))
 except BrokenPipeError:
     sys.exit("gone")
 """
