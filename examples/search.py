@@ -2,7 +2,8 @@
 
     python examples/search.py passages.txt "how do I parse a date?" --model DIRECTORY
 
-The vectors are kept in passages.npy, so the second search of the same file embeds the question alone.
+The vectors are kept beside the file, under a name made from its passages and the model. So the second search
+of the same file embeds the question alone, and another model or a changed file never gets these vectors.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed_fast import NVEmbed
+from nvembed_fast import NVEmbed, fingerprint
 
 TASK = "Given a question, retrieve passages that answer the question"
 
@@ -25,13 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     passages = arguments.file.read_text(encoding="utf-8").splitlines()
     model = NVEmbed.from_pretrained(arguments.model)
 
-    kept = arguments.file.with_suffix(".npy")
+    name = fingerprint.of_texts([model.fingerprint, *passages])
+    kept = arguments.file.with_suffix(f".{name}.npy")
     if not kept.exists():
         np.save(kept, model.encode_document(passages, output="numpy"))
     vectors = np.load(kept)  # [N, D] fp32, unit norm
-    if vectors.shape != (len(passages), model.config.hidden_size):
-        parser.error(f"{kept} does not belong to {arguments.file} and this model: delete it")
-
     scores = vectors @ model.encode_query(arguments.question, TASK, output="numpy")
     for index in np.argsort(-scores)[: arguments.top]:
         print(f"{scores[index]:.4f}  {passages[index]}")

@@ -43,7 +43,8 @@ _OTHER_KINDS = {
     b"BZh": "It is compressed by bzip2. Decompress it: bzip2 -dc",
     b"PAR1": "It is a Parquet file. Save it as JSON lines",
 }
-_NO_TEXT = "Convert it to UTF-8, such as by iconv -f WINDOWS-1252 -t UTF-8"
+_NOT_UTF8 = "Convert it to UTF-8, such as by iconv -f WINDOWS-1252 -t UTF-8"
+_NUL = "If it is UTF-16, convert it: iconv -f UTF-16LE -t UTF-8"
 
 
 def read_texts(file: str, field: str | None = None, format: Format | None = None) -> list[str]:
@@ -117,12 +118,13 @@ def _lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
             if number == 1:
                 first, line = line, line.removeprefix(codecs.BOM_UTF8)
             if b"\0" in line:
-                raise ValueError(f"{name} is no text: line {number} has a NUL. {_way_out(first)}")
+                raise ValueError(f"{name} is no text: line {number} has a NUL. {_way_out(first, _NUL)}")
             yield line.decode()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(
-            f"{name} is not UTF-8: byte {error.start + 1} of line {number} is 0x{byte:02x}. {_way_out(first)}"
+            f"{name} is not UTF-8: byte {error.start + 1} of line {number} is 0x{byte:02x}. "
+            f"{_way_out(first, _NOT_UTF8)}"
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
@@ -131,9 +133,9 @@ def _lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
         ) from error
 
 
-def _way_out(first_line: bytes) -> str:
+def _way_out(first_line: bytes, default: str) -> str:
     found = (hint for magic, hint in _OTHER_KINDS.items() if first_line.startswith(magic))
-    return next(found, _NO_TEXT)
+    return next(found, default)
 
 
 def _plain(lines: Iterable[str], name: str, *, guess: bool) -> list[str]:

@@ -103,7 +103,7 @@ def test_lines_of_json_are_not_embedded_as_they_are_unasked(tmp_path, first):
         ("x.txt", b"a\n\xff", None, r"x\.txt is not UTF-8: byte 1 of line 2 is 0xff.*iconv -f WINDOWS-1252"),
         ("x.csv", b"text\ncaf\xe9", None, r"x\.csv is not UTF-8: byte 4 of line 2 is 0xe9"),
         ("x.txt", "a".encode("utf-16"), None, r"has a NUL\. It is UTF-16\. Convert it: iconv -f UTF-16"),
-        ("x.txt", "a".encode("utf-16-le"), None, r"is no text: line 1 has a NUL\. Convert it to UTF-8"),
+        ("x.txt", "a".encode("utf-16-le"), None, r"no text: line 1 has a NUL\. If it is UTF-16, convert it"),
         ("x.txt", b"PK\x03\x04\x14\x00", None, r"has a NUL\. It is a zip archive, as \.xlsx files are"),
         ("x.zst", b"\x28\xb5\x2f\xfd\x04\x00", None, r"It is compressed by zstd\. Decompress it: zstd -dc"),
         ("x.gz", gzip.compress(b"a\n" * 9)[:-9], None, r"x\.gz: its gzip stream is cut short or damaged"),
