@@ -219,7 +219,9 @@ def _kind(value: Any) -> str:
 
 
 def _absent(place: str, unit: str, key: str, keys: list[str]) -> ValueError:
-    shown = ", ".join(map(repr, keys[:20])) + (f" and {len(keys) - 20} more" if len(keys) > 20 else "")
+    shown = ", ".join(f"{k!r:.40}" for k in keys[:9]) + (
+        f" and {len(keys) - 9} more" if len(keys) > 9 else ""
+    )
     or_lines = ", or read lines by --format text" if unit == "header" else ""
     return ValueError(f"{place}: no {key!r}, the {unit} has {shown or 'none'}; choose with --field{or_lines}")
 

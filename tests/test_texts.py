@@ -138,6 +138,13 @@ def test_files_that_cannot_be_read(tmp_path, name, content, field, message):
         read_texts(str(tmp_path / name), field)
 
 
+def test_a_large_record_makes_no_large_message(tmp_path):
+    (tmp_path / "x.csv").write_text(",".join(["a" * 100_000] * 100))
+    with pytest.raises(ValueError, match="no 'text', the header has 'aaa.* and 91 more; choose") as error:
+        read_texts(str(tmp_path / "x.csv"))
+    assert len(str(error.value)) < 1000
+
+
 def test_a_file_that_is_not_there_or_no_file(tmp_path):
     with pytest.raises(ValueError, match=r"no text file absent\.txt; - reads standard input"):
         read_texts("absent.txt")
