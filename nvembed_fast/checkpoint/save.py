@@ -152,8 +152,8 @@ def _check_parameters(parameters: Mapping[str, torch.Tensor], table: dict[str, S
         found, shape = parameters[name], wanted[name].shape
         if found.shape != shape or found.is_meta or not found.is_floating_point():
             raise ValueError(
-                f"parameter {name!r} of the model is {found.dtype} {list(found.shape)} on {found.device}: "
-                f"its config asks for floats {list(shape)} in memory. Nothing was saved"
+                f"parameter {name!r} of the model is {found.dtype} {list(found.shape)} on {found.device}, "
+                f"and its config asks for floats {list(shape)} in memory. Nothing was saved"
             )
 
 
