@@ -15,6 +15,7 @@ import resource
 import sys
 import sysconfig
 import time
+import warnings
 from collections import Counter
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from torch import nn
 
 from examples import fetch_decoder, wheel_file
 from nvembed_fast import NVEmbed
+from nvembed_fast.encoder import UntrainedModel
 from nvembed_fast.new_model import init_model
 
 TASK = "Given a question about programming, retrieve the documentation that answers it"
@@ -45,6 +47,7 @@ def main() -> None:
         print(f"making an NV-Embed model on {gguf.name} in {model_directory}")
         init_model(gguf, model_directory)
     model = NVEmbed.from_pretrained(model_directory, dtype=_dtype())
+    warnings.simplefilter("ignore", UntrainedModel)  # the last line of the ranking says so
     texts = standard_library_docstrings()[: arguments.texts]
     if model.dtype == torch.bfloat16:
         print("bf16, because this CPU multiplies it in hardware. The package's own default on a CPU is fp32.")

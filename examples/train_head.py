@@ -6,6 +6,7 @@ It shows the loop and is no recipe: five pairs teach a model nothing. docs/gradi
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         optimizer.step()
         optimizer.zero_grad()
         print(f"step {step}: loss {loss.item():.4f}")
+    network.config = dataclasses.replace(network.config, is_untrained=False)
     model.save_pretrained(arguments.output)
     print(f"saved in {arguments.output}")
 

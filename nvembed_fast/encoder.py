@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import tempfile
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
@@ -30,12 +31,19 @@ from nvembed_fast.placement import Placement
 from nvembed_fast.stream import Progress, Result, TextStream
 from nvembed_fast.tokenization import TextTokenizer, text_list
 
-__all__ = ["NVEmbed", "query_instruction"]
+__all__ = ["NVEmbed", "UntrainedModel", "query_instruction"]
 
 # names of the original for modules of `NVEmbedModel`
 _VIEWS = {"embedding_model": "embedding_model", "latent_attention_model": "head"}
+_UNTRAINED = (
+    "this model is untrained (is_untrained in config.json), so its vectors rank poorly: train it first"
+)
 # transformers cannot be imported by two threads at once
 _TRANSFORMERS = threading.Lock()
+
+
+class UntrainedModel(UserWarning):
+    """A model that `init_model` made embeds texts before its training. Told once per loaded model."""
 
 
 def query_instruction(task: str) -> str:
@@ -67,9 +75,13 @@ class NVEmbed(nn.Module):
             model: with its weights.
             text_tokenizer: the tokenizer of these weights.
             placement: how the model computes. None decides by the model as it is.
+
+        Raises:
+            ValueError: the tokenizer gives an id that the embedding has not.
         """
         super().__init__()
         self.model = model
+        text_tokenizer.check_ids(model.config.text_config.vocab_size)
         self.text_tokenizer = text_tokenizer
         if placement is None:
             placement = Placement.decide(model.config, device=self.device, dtype=self.dtype)
@@ -79,6 +91,7 @@ class NVEmbed(nn.Module):
         self.graphs = SingleTextGraphs(model) if placement.cuda_graphs else None
         self.max_seq_length = 4096
         self._transformers_tokenizer = None
+        self._tells_untrained = model.config.is_untrained
         # fingerprints of the weights: as they were loaded, and of their files
         self._weights_loaded: tuple[str, str] | None = None
 
@@ -270,6 +283,9 @@ class NVEmbed(nn.Module):
         )
         if kind not in ("torch", "numpy"):
             raise ValueError(f"output must be 'torch' or 'numpy', got {kind!r}")
+        if self._tells_untrained:
+            self._tells_untrained = False
+            warnings.warn(_UNTRAINED, UntrainedModel, stacklevel=2)
         single = isinstance(prompts, str)
         texts = [prompts] if isinstance(prompts, str) else text_list(prompts)
         legacy.warn_of_end_marks(texts, self.text_tokenizer.eos_token)

@@ -19,18 +19,41 @@ import errno
 import fcntl
 import glob
 import json
+import math
 import os
 import re
+import reprlib
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-__all__ = ["current", "link_aside", "replacing", "replacing_together", "unfinished"]
+__all__ = [
+    "brief",
+    "current",
+    "is_file",
+    "link_aside",
+    "read",
+    "read_json",
+    "replacing",
+    "replacing_together",
+    "unfinished",
+]
 
+MAX_JSON_BYTES = 16 * 2**20
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
 _SAVED, _SAVING, _PLAN = ".saved", ".saving-", ".plan"
 
 
@@ -98,6 +121,78 @@ def replacing_together(directory: Path, *, key: str, outdated: re.Pattern[str]) 
                         f"files cannot take their places ({error!r}, then {again!r}). The next save does so"
                     ) from again
                 raise
+
+
+def brief(value: object) -> str:
+    """`repr`, but short, also of something large or deep."""
+    return _SHORT.repr(value)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there. It can be read then, and opening it does not wait.
+
+    Raises:
+        FileNotFoundError: a link to nothing is there.
+        OSError: it may not be read, or it is a folder, a FIFO or a device. The message names it.
+    """
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        if path.is_symlink():
+            raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which is not there") from None
+        return False
+    if kind != stat.S_IFREG:
+        raise OSError(f"{path} is {_KINDS.get(kind, 'no ordinary file')}, and a file is wanted")
+    with open(path, "rb"):  # PermissionError
+        return True
+
+
+def read(path: Path, max_bytes: int) -> bytes:
+    """The content of a file.
+
+    Raises:
+        OSError: see `is_file`.
+        ValueError: it is larger than `max_bytes`.
+    """
+    if not is_file(path):
+        raise FileNotFoundError(f"{path} is missing")
+    with open(path, "rb") as file:
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise ValueError(
+            f"{path} is larger than {max_bytes / 2**20:.0f} MiB: it cannot be what its name says"
+        )
+    return content
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of at most 16 MiB.
+
+    Raises:
+        OSError: see `is_file`.
+        ValueError: it is too large or no JSON object, a key stands in an object twice, or a key's value is
+            NaN or infinite. The message names the file, and the key where there is one.
+    """
+    content = read(path, MAX_JSON_BYTES)
+    try:
+        found = json.loads(content, object_pairs_hook=_object)
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path}: {reason}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: it must hold an object, found {brief(found)}")
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{brief(name)} is listed twice")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{brief(name)} must be a finite number, got {value}")
+        found[name] = value
+    return found
 
 
 def current(directory: Path) -> Path:

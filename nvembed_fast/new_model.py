@@ -34,6 +34,8 @@ def init_model(
 ) -> Path | None:
     """Write an untrained NV-Embed model on a decoder, in the published layout.
 
+    Its config.json says so (`NVEmbedConfig.is_untrained`), and `encode` warns, until training removes it.
+
     Args:
         source: a Hugging Face directory or hub id, or a GGUF file.
         output_directory: created. It must not hold a model yet, nor weights, an index or a tokenizer of one.
@@ -72,7 +74,9 @@ def init_model(
     head = LatentConfig(num_latents, num_heads, head_width, hidden_dim=width, latent_dim=width)
     # the published rule drops as many tokens as the instruction has alone. A tokenizer that merges across the
     # border between instruction and text would lose the text's first word by it
-    config = NVEmbedConfig(decoder.config, head, pooling_start="text_offset", pooling_head=pooling_head)
+    config = NVEmbedConfig(
+        decoder.config, head, pooling_start="text_offset", pooling_head=pooling_head, is_untrained=True
+    )
     with torch.device("meta"):
         model = NVEmbedModel(config)
     fresh = _fresh_head(model.head, torch.Generator().manual_seed(seed))

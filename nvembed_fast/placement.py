@@ -1,18 +1,17 @@
 """Where a model runs and how it computes: decided once, checked once, before any weight is read."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
 from nvembed_fast import ops
-from nvembed_fast.config import LatentForm, Latents, NVEmbedConfig, check_latents
+from nvembed_fast.config import LatentForm, Latents, NVEmbedConfig, check_dtype_name, check_latents
 
 __all__ = ["DTYPES", "Placement", "check_device", "check_dtype", "dtype_name"]
 
 # by their names in safetensors files
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
-_SHORT_NAMES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 
 
 @dataclass(frozen=True)
@@ -119,14 +118,7 @@ def check_device(device: str | int | torch.device) -> torch.device:
 
 def check_dtype(dtype: str | torch.dtype) -> torch.dtype:
     """A dtype that weights can have, from itself or its name, or a ValueError."""
-    found: Any = dtype
-    if isinstance(dtype, str):
-        name = dtype.removeprefix("torch.")
-        found = getattr(torch, _SHORT_NAMES.get(name, name), None)
-    if found not in DTYPES.values():
-        names = ", ".join(dtype_name(d) for d in DTYPES.values())
-        raise ValueError(f"dtype must be one of {names}, got {dtype!r}")
-    return found
+    return getattr(torch, check_dtype_name(dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype))
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -12,17 +12,21 @@ the LlamaTokenizer of transformers 5 gives other ids for leading or repeated spa
 import functools
 import json
 from collections.abc import Iterable, KeysView, Mapping, Set
+from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from nvembed_fast.config import NVEmbedConfig, PoolingStart
+from nvembed_fast import files
+from nvembed_fast.config import NVEmbedConfig, PoolingStart, check_integer
+from nvembed_fast.files import brief
 
 __all__ = ["TOKENIZER_FILES", "TextTokenizer", "TokenizedTexts", "check_texts", "text_list"]
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+_MAX_BYTES = 128 * 2**20
 
 
 class TokenizedTexts(NamedTuple):
@@ -61,7 +65,9 @@ class TextTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         if tokenizer.token_to_id(eos_token) is None:
-            raise ValueError(f"the end mark {eos_token!r} is not in the tokenizer's vocabulary")
+            raise ValueError(
+                f"eos_token: the end mark {brief(eos_token)} is not in the tokenizer's vocabulary"
+            )
         self.backend = tokenizer
         self.eos_token = eos_token
         self.pooling_start = pooling_start
@@ -80,27 +86,55 @@ class TextTokenizer:
             FileNotFoundError: a file is missing.
             ValueError: a file is damaged, or gives an id that the embedding of config has not.
         """
+        present = [name for name in TOKENIZER_FILES if files.is_file(directory / name)]
         for name in ("tokenizer.json", "tokenizer_config.json"):
-            if not (directory / name).is_file():
+            if name not in present:
                 raise FileNotFoundError(
                     f"{directory / name} is missing: a model directory needs its tokenizer"
                 )
         # kept, because the directory may be gone when the model is saved
-        files = {n: (directory / n).read_bytes() for n in TOKENIZER_FILES if (directory / n).is_file()}
-        raw = json.loads(files["tokenizer_config.json"])
-        eos_token = raw.get("eos_token") or "</s>"
-        if isinstance(eos_token, dict):  # an AddedToken
-            eos_token = eos_token["content"]
+        content = {name: files.read(directory / name, _MAX_BYTES) for name in present}
+        settings = directory / "tokenizer_config.json"
+        raw = files.read_json(settings)
         try:
-            tokenizer = Tokenizer.from_buffer(files["tokenizer.json"])
+            tokenizer = Tokenizer.from_buffer(content["tokenizer.json"])
+            # its template may name tokens that are not there, and its model an unknown token that is not
+            tokenizer.encode_batch(["", "\U0010ffff"])
         except Exception as error:  # tokenizers raises plain Exception
             raise ValueError(
                 f"{directory / 'tokenizer.json'} is not a readable tokenizer: {error}"
             ) from error
+        rules = config or NVEmbedConfig()
+        try:
+            eos_token = _eos_token(raw)
+            found = cls(tokenizer, eos_token, rules.pooling_start, content, rules.is_mask_instruction)
+        except ValueError as error:
+            raise ValueError(f"{settings}: {error}") from error
         if config is not None:
-            _check_ids(tokenizer, config.text_config.vocab_size, directory / "tokenizer.json")
-        config = config or NVEmbedConfig()
-        return cls(tokenizer, eos_token, config.pooling_start, files, config.is_mask_instruction)
+            found.check_ids(config.text_config.vocab_size, directory / "tokenizer.json")
+        return found
+
+    def check_ids(self, vocab_size: int, source: str | PathLike = "the tokenizer") -> None:
+        """Refuse a tokenizer with an id beyond the embedding. On a GPU such an id would end the process.
+
+        Args:
+            vocab_size: rows of the embedding.
+            source: named in the error.
+
+        Raises:
+            ValueError: an id is too large. The message names its token.
+        """
+        ids = {id: token for token, id in self.backend.get_vocab(with_added_tokens=True).items()}
+        # a template may add marks of its own
+        ids |= {id: f"the mark {id}" for id in self.backend.encode("").ids if id not in ids}
+        beyond = [id for id in ids if id >= vocab_size]
+        if beyond:
+            first = min(beyond)
+            more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+            raise ValueError(
+                f"{source}: token {brief(ids[first])} has id {first}{more}, but the embedding has "
+                f"{vocab_size} rows (vocab_size in config.json): remove the token, or enlarge the embedding"
+            )
 
     @property
     def definition(self) -> str:
@@ -111,13 +145,13 @@ class TextTokenizer:
 
     def write(self, directory: Path) -> list[Path]:
         """Write the tokenizer's files to a directory, as they were read. Returns their paths."""
-        files = self._files or {
+        content = self._files or {
             "tokenizer.json": self.backend.to_str(pretty=True).encode(),
             "tokenizer_config.json": json.dumps({"eos_token": self.eos_token}).encode(),
         }
-        for name, content in files.items():
-            (directory / name).write_bytes(content)
-        return [directory / name for name in files]
+        for name, data in content.items():
+            (directory / name).write_bytes(data)
+        return [directory / name for name in content]
 
     def __call__(self, texts: list[str], instruction: str, max_length: int) -> TokenizedTexts:
         """Tokenize checked texts (`check_texts`).
@@ -164,19 +198,18 @@ class TextTokenizer:
         return max(map(len, self.backend.get_vocab()))
 
 
-def _check_ids(tokenizer: Tokenizer, vocab_size: int, file: Path) -> None:
-    """ValueError for a token beyond the embedding. Texts that hold it would fail, on a GPU the process."""
-    ids = {id: token for token, id in tokenizer.get_vocab(with_added_tokens=True).items()}
-    # a template may add marks of its own
-    ids |= {id: f"the mark {id}" for id in tokenizer.encode("").ids if id not in ids}
-    beyond = [id for id in ids if id >= vocab_size]
-    if beyond:
-        first = min(beyond)
-        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
-        raise ValueError(
-            f"{file}: token {ids[first]!r} has id {first}{more}, but the embedding has {vocab_size} rows "
-            "(vocab_size in config.json): remove the token, or enlarge the embedding"
-        )
+def _eos_token(raw: dict[str, Any]) -> str:
+    """The end mark that the content of a tokenizer_config.json states."""
+    if raw.get("eos_token_id") is not None:
+        check_integer("eos_token_id", raw["eos_token_id"], 0)
+    token = raw.get("eos_token")
+    if isinstance(token, dict):  # an AddedToken
+        token = token.get("content", token)
+    if token is None:
+        return "</s>"
+    if not isinstance(token, str) or not token or any("\ud800" <= c <= "\udfff" for c in token):
+        raise ValueError(f"eos_token must be a token, got {brief(token)}")
+    return token
 
 
 def _first_from(offsets: list[tuple[int, int]], border: int) -> int:

@@ -158,6 +158,18 @@ def test_texts_that_are_cut_are_told_in_one_line(tiny_directory, texts_file, tmp
     assert lines == ["note: 3 of 4 texts were cut at max_length=4 tokens; --max-length raises it"]
 
 
+def test_an_untrained_model_is_told_in_one_line(tiny_directory, texts_file, tmp_path, capsys):
+    for file in tiny_directory.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    config = json.loads((tiny_directory / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").write_text(json.dumps(config | {"is_untrained": True}))
+    for command in (["encode", texts_file, "-o", tmp_path / "o.npy"], ["search", texts_file, "which?"]):
+        status, _, error = run(capsys, *command, "--model", tmp_path)
+        told = [line for line in error.splitlines() if "untrained" in line]
+        assert status == 0 and len(told) == 1 and told[0].startswith("note: this model is untrained")
+
+
 def test_info_says_which_implementation_and_why(tiny_directory, capsys):
     status, printed, _ = run(capsys, "info", "--model", tiny_directory)
     assert status == 0

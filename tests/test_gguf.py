@@ -1,6 +1,7 @@
 """GGUF files: the real small decoder and random tiny ones equal transformers, and one test per error."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_checkpoint import SAVED
 from tiny_decoders import (
     HEADS,
     WIDTH,
@@ -99,8 +101,7 @@ def test_real_hidden_states_equal_transformers(real, theirs):
 @pytest.mark.slow
 def test_the_real_decoder_becomes_a_model(real_file, real, tmp_path):
     init_model(real_file, tmp_path / "model")
-    files = sorted(p.name for p in (tmp_path / "model").iterdir())
-    assert files == sorted(["config.json", "model.safetensors", *TOKENIZER_FILES])
+    assert {p.name for p in (tmp_path / "model").iterdir()} == {*SAVED, *TOKENIZER_FILES}
     model = load_model(tmp_path / "model")
     config = model.config
     assert (config.pooling_start, config.torch_dtype) == ("text_offset", "float16")
@@ -193,8 +194,27 @@ def test_absent_facts_take_their_defaults(tmp_path):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"facts": {"general.architecture": "qwen2"}}, "the architecture must be 'llama'.*, got 'qwen2'"),
+        ({"facts": {"general.architecture": "qwen2"}}, "general.architecture must be 'llama'.*, got 'qwen2'"),
         ({"facts": {"llama.block_count": None}}, "llama.block_count is missing"),
+        ({"facts": {"llama.block_count": 10**6}}, "llama.block_count must be an integer from 0 to 1024, got"),
+        ({"facts": {"llama.rope.freq_base": math.nan}}, "llama.rope.freq_base must be a number from 1 to"),
+        ({"facts": {"llama.rope.freq_base": 0.0}}, "llama.rope.freq_base must be a number from 1 to"),
+        (
+            {"facts": {"llama.attention.layer_norm_rms_epsilon": -1.0}},
+            "llama.attention.layer_norm_rms_epsilon must be a number from 1e-12 to 0.1, got -1.0",
+        ),
+        (
+            {"facts": {"llama.attention.head_count": 0}},
+            "llama.attention.head_count must be an integer from 1",
+        ),
+        (
+            {"facts": {"llama.attention.head_count_kv": 3}},
+            "llama.attention.head_count 4 must be a multiple of llama.attention.head_count_kv 3",
+        ),
+        (
+            {"facts": {"llama.embedding_length": "48"}},
+            "llama.embedding_length must be an integer .* got '48'",
+        ),
         ({"facts": {"llama.rope.scaling.type": "yarn"}}, "llama.rope.scaling.type='yarn' is not supported"),
         ({"facts": {"llama.rope.dimension_count": 8}}, "llama.rope.dimension_count=8 is not supported"),
         ({"facts": {"llama.attention.value_length": 8}}, "llama.attention.value_length=8 is not supported"),
@@ -215,6 +235,16 @@ def test_absent_facts_take_their_defaults(tmp_path):
         ({"tokenizer": {"pre": None}}, "tokenizer.ggml.pre must be one of .*got 'default'"),
         ({"tokenizer": {"eos_token_id": None}}, "tokenizer.ggml.eos_token_id is missing"),
         ({"tokenizer": {"tokens": None}}, "tokenizer.ggml.tokens is missing"),
+        ({"tokenizer": {"tokens": 3}}, "tokenizer.ggml.tokens must be a list of str, got 3"),
+        ({"tokenizer": {"eos_token_id": 98}}, "tokenizer.ggml.eos_token_id must be an integer from 0 to 97"),
+        ({"tokenizer": {"add_bos_token": "false"}}, "tokenizer.ggml.add_bos_token must be true or false"),
+        (
+            {"tokenizer": {"add_bos_token": True, "bos_token_id": None}},
+            "tokenizer.ggml.bos_token_id is missing, and tokenizer.ggml.add_bos_token is true",
+        ),
+        ({"tokenizer": {"merges": ["a b", "a  b"]}}, "tokenizer.ggml.merges has 'a  b', which joins no two"),
+        ({"tokenizer": {"token_type": [1]}}, "tokenizer.ggml.token_type must have 98 elements"),
+        ({"tokenizer": {"pre": [1]}}, r"tokenizer.ggml.pre must be one of gpt-2.* got \[1\]"),
     ],
 )
 def test_gguf_files_that_cannot_be_used(tmp_path, changes, message):

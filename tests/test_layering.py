@@ -74,6 +74,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "checkpoint.__init__": set(),
     "checkpoint.decoders": {"torch"},
     "checkpoint.gguf": {"gguf", "numpy", "tokenizers", "torch"},
+    "checkpoint.gguf_reader": {"gguf", "numpy"},
     "checkpoint.hub": {"huggingface_hub"},
     "checkpoint.load": {"safetensors", "torch", "tqdm"},
     "checkpoint.names": set(),

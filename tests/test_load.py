@@ -154,6 +154,43 @@ def test_no_weights(tiny):
         load_model(tiny)
 
 
+def test_a_link_to_nothing_is_named(tiny):
+    (tiny / "model.safetensors").unlink()
+    (tiny / "model.safetensors").symlink_to("blob")
+    with pytest.raises(FileNotFoundError, match=r"model\.safetensors is a link to blob, which is not there"):
+        load_model(tiny)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read_is_not_missing(tiny, monkeypatch, name):
+    monkeypatch.chdir(tiny)  # its parents may not be searched by others
+    tiny.chmod(0o755)
+    (tiny / name).chmod(0)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)  # the superuser may read everything
+        with pytest.raises(PermissionError, match=rf"Permission denied: '{name}'"):
+            load_model(".")
+    finally:
+        os.seteuid(user)
+
+
+def test_a_header_longer_than_any(tiny):
+    file = tiny / "model.safetensors"
+    file.write_bytes((2**40).to_bytes(8, "little") + file.read_bytes()[8:])
+    with pytest.raises(ValueError, match=r"model\.safetensors .*its header would have 1099511627776 bytes"):
+        load_model(tiny)
+
+
+def test_sizes_that_the_weights_have_not_take_no_memory(tiny):
+    """Told by the headers: such a model could not be built, not even without memory."""
+    edit_json(
+        tiny / "config.json", lambda c: c["text_config"].update(intermediate_size=2**31 - 1, head_dim=2**30)
+    )
+    with pytest.raises(ValueError, match=r"must be \[4294967296, 64\] by config\.json, found \[64, 64\]"):
+        load_model(tiny)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.pth"])
 def test_a_pickle_is_not_read(tiny, name):
     (tiny / "model.safetensors").unlink()

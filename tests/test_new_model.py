@@ -1,14 +1,20 @@
 """A new model: the fresh head, the stored dtype, and a directory that holds a model already."""
 
+import json
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_checkpoint import everything
+from tiny_checkpoint import SAVED, everything
 from tiny_decoders import WIDTH, transformers_model, write_mistral, write_tokenizer
+from tokenizers import Tokenizer
 
+from nvembed_fast import NVEmbed
 from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.encoder import UntrainedModel
 from nvembed_fast.new_model import init_model
 
 
@@ -68,6 +74,45 @@ def test_the_callers_default_device_changes_nothing(mistral, tmp_path):
     assert all(torch.equal(one[n], other[n]) for n in one)
 
 
+@pytest.mark.parametrize("pooling_head", ["latent", "mean"])
+def test_an_untrained_model_says_so_once(mistral, tmp_path, pooling_head):
+    init_model(mistral, tmp_path / "out", num_latents=2, pooling_head=pooling_head)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["is_untrained"] is True
+    model = NVEmbed.from_pretrained(tmp_path / "out", device="cpu")
+    with pytest.warns(UntrainedModel, match=r"is untrained \(is_untrained in config\.json\)") as told:
+        model.encode("w1")
+        model.encode_query(["w1"], "find")
+    assert len(told) == 1
+    model.save_pretrained(tmp_path / "again")
+    assert NVEmbedConfig.from_file(tmp_path / "again" / "config.json").is_untrained
+    # what a trainer does
+    model.model.config = replace(model.config, is_untrained=False)
+    model.save_pretrained(tmp_path / "again")
+    assert "is_untrained" not in json.loads((tmp_path / "again" / "config.json").read_text())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NVEmbed.from_pretrained(tmp_path / "again", device="cpu").encode("w1")
+
+
+def test_a_mark_beyond_the_embedding_is_refused(mistral, tmp_path):
+    """Not in the vocabulary, but in the template, so every text would hold it."""
+    file = mistral / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    mark = {"[CLS]": {"id": "[CLS]", "ids": [120], "tokens": ["[CLS]"]}}
+    post = {"type": "TemplateProcessing", "special_tokens": mark}
+    single = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    content = json.loads(tokenizer.to_str())
+    content["post_processor"] = post | {
+        "single": single,
+        "pair": [*single, {"Sequence": {"id": "B", "type_id": 0}}],
+    }
+    file.write_text(json.dumps(content))
+    with pytest.raises(
+        ValueError, match="mistral: token 'the mark 120' has id 120, but the embedding has 99 "
+    ):
+        init_model(mistral, tmp_path / "out")
+
+
 def test_wide_decoders_get_the_published_head_width(tmp_path):
     changes = {"hidden_size": 2048, "num_hidden_layers": 1, "head_dim": 16, "vocab_size": 99}
     transformers_model("Llama", **changes).half().save_pretrained(tmp_path / "d")
@@ -110,6 +155,8 @@ def test_force_moves_the_files_of_a_model_aside(mistral, tmp_path):
         "pytorch_model.bin": b"3",
         "tokenizer.json": b"4",
         "tokenizer.model": b"5",
+        "modules.json": b"6",
+        "sentence_bert_config.json": b"7",
     }
     out.mkdir()
     for name, content in old.items():
@@ -121,13 +168,7 @@ def test_force_moves_the_files_of_a_model_aside(mistral, tmp_path):
     assert init_model(mistral, out, num_latents=2, force=True) == out / "replaced-1"
     assert everything(out / "replaced-1") == old
     files = {p.name for p in out.iterdir() if p.is_file()}
-    assert files == {
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "notes.txt",
-    }
+    assert files == {*SAVED, "tokenizer.json", "tokenizer_config.json", "notes.txt"}
     first = everything(out)
     assert init_model(mistral, out, num_latents=3, force=True) == out / "replaced-2"
     assert everything(out / "replaced-2") == {n: first[n] for n in files - {"notes.txt"}}

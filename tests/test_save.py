@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_checkpoint import (
     QUERY,
+    SAVED,
     TINY,
     copy_tiny,
     everything,
@@ -47,11 +48,11 @@ def test_round_trip_is_bit_exact(tmp_path, max_shard_bytes):
     files = sorted(p.name for p in (tmp_path / "a" / "b").iterdir())
     weights = [f for f in files if f.endswith(".safetensors")]
     if max_shard_bytes == 5_000_000_000:
-        assert files == ["config.json", "model.safetensors"]
+        assert {*files} == SAVED
         modes = {(tmp_path / "a" / "b" / file).stat().st_mode for file in files}
         assert len(modes) == 1, "a user who may read the config may not read the weights"
     else:
-        assert set(files) - set(weights) == {"config.json", "model.safetensors.index.json"}
+        assert {*files} - {*weights} == SAVED - {"model.safetensors"} | {"model.safetensors.index.json"}
         assert len(weights) == (43 if max_shard_bytes == 1 else 3)
         assert weights[0] == f"model-00001-of-{len(weights):05}.safetensors"
     saved = {}
@@ -85,8 +86,17 @@ def test_saving_again_replaces_the_earlier_layout(sharded):
     model = load_model(sharded, dtype="float16")
     (sharded / "notes.txt").write_text("not ours")
     save_model(model, sharded)
-    assert sorted(p.name for p in sharded.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+    assert {p.name for p in sharded.iterdir()} == {*SAVED, "notes.txt"}
     load_model(sharded)
+
+
+def test_sentence_transformers_is_told_whose_vectors_these_are(tmp_path):
+    """Without modules.json that library pools by the mean."""
+    save_model(load_model(TINY), tmp_path)
+    (module,) = json.loads((tmp_path / "modules.json").read_text())
+    assert module["type"].startswith("nvembed_fast.") and module["path"] == ""
+    settings = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
+    assert settings["model_type"] == "SentenceTransformer" and settings["prompts"] == {}
 
 
 def test_saving_states_the_dtype_it_stored(tmp_path):
@@ -228,7 +238,7 @@ def test_an_interruption_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize(
-    ("name", "first"), [("unlink", 1), ("unlink", 5), ("replace", 2), ("fsync", 5), ("fsync", 6)]
+    ("name", "first"), [("unlink", 1), ("unlink", 5), ("replace", 2), ("fsync", 7), ("fsync", 8)]
 )
 def test_a_new_model_that_cannot_take_its_place_is_named_and_loads(sharded, monkeypatch, name, first):
     model = load_model(sharded, dtype="float16")
@@ -252,7 +262,7 @@ def test_a_new_model_that_cannot_take_its_place_is_named_and_loads(sharded, monk
     for got, wanted in zip(loaded.parameters(), model.parameters(), strict=True):
         assert torch.equal(got, wanted)
     save_model(loaded, sharded, max_shard_bytes=400_000)
-    assert len(everything(sharded)) == 5, "the next save leaves one model and nothing else"
+    assert len(everything(sharded)) == 7, "the next save leaves one model and nothing else"
     load_model(sharded)
 
 
@@ -263,7 +273,7 @@ def test_a_save_without_hard_links(sharded, monkeypatch):
     model = load_model(sharded, dtype="float16")
     monkeypatch.setattr(os, "link", no_links)
     save_model(model, sharded)
-    assert everything(sharded).keys() == {"config.json", "model.safetensors"}
+    assert everything(sharded).keys() == SAVED
     assert load_file(sharded / "model.safetensors").keys() == load_file(TINY / "model.safetensors").keys()
 
 
@@ -287,7 +297,7 @@ def test_links_of_a_hub_snapshot_are_put_back(sharded, monkeypatch):
             save_model(model, sharded)
     assert everything(sharded) == before and all(p.is_symlink() for p in sharded.iterdir())
     save_model(model, sharded)
-    assert everything(sharded).keys() == {"config.json", "model.safetensors"}
+    assert everything(sharded).keys() == SAVED
     assert everything(sharded.parent / "blobs") == blobs
 
 
@@ -364,7 +374,7 @@ def test_a_tokenizer_beside_an_earlier_save_stays_a_part_of_it(tiny, monkeypatch
     assert files.current(tiny).name == ".saved"
     assert [p.read_text() for p in tokenizer_files(files.current(tiny))] == ["{}"]
     save_model(load_model(tiny), tiny)
-    assert everything(tiny).keys() == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert everything(tiny).keys() == {*SAVED, "tokenizer.json"}
 
 
 def test_a_first_save_that_was_killed_is_named(tmp_path):
@@ -409,7 +419,7 @@ for number in range(kills):
     seen[found.index(True)] += 1
 for model, how in zip(models, options):
     save_model(model, directory, **how)
-assert sorted(os.listdir(directory)) == ["config.json", "model.safetensors"]
+assert len(os.listdir(directory)) == 4 and "model.safetensors" in os.listdir(directory)
 print(*seen, committed)
 """
     command = [sys.executable, "-c", script, TINY, tmp_path / "out", str(kills)]

@@ -4,9 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from tiny_checkpoint import TINY
+from tiny_decoders import write_tokenizer
 from tokenizers import Tokenizer
 
 from nvembed_fast import NVEmbed, NVEmbedConfig
+from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.tokenization import TextTokenizer, check_texts
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenization.json").read_text())
@@ -92,6 +96,43 @@ def test_a_token_beyond_the_embedding_is_refused_at_load(tiny_directory, tmp_pat
     message = r"tokenizer.json: token '\[PAD\]' has id 32000 and 1 more, .* has 32000 rows"
     with pytest.raises(ValueError, match=message):
         NVEmbed.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eos_token": ["</s>"]}, r"eos_token must be a token, got \['</s>'\]"),
+        ({"eos_token": ""}, "eos_token must be a token, got ''"),
+        ({"eos_token": {"lstrip": False}}, r"eos_token must be a token, got \{'lstrip': False\}"),
+        ({"eos_token": "<nope>"}, "eos_token: the end mark '<nope>' is not in"),
+        ({"eos_token_id": -1}, "eos_token_id must be an integer from 0 to"),
+    ],
+)
+def test_an_end_mark_that_is_none_is_refused_by_its_key(tmp_path, settings, message):
+    write_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"tokenizer_config\.json: {message}"):
+        TextTokenizer.from_directory(tmp_path)
+
+
+def test_a_tokenizer_without_its_unknown_token_is_refused_at_load(tmp_path):
+    """It would fail at the first text with an unknown word."""
+    write_tokenizer(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(file.read_text().replace('"unk_token": "<unk>"', '"unk_token": "<nope>"'))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a readable tokenizer: .*UNK"):
+        TextTokenizer.from_directory(tmp_path)
+
+
+def test_a_model_built_by_hand_is_checked(mistral_tokenizer):
+    config = NVEmbedConfig.from_file(TINY / "config.json")
+    smaller = replace(config, text_config=replace(config.text_config, vocab_size=31999))
+    with torch.device("meta"):
+        model = NVEmbedModel(smaller)
+    with pytest.raises(
+        ValueError, match=r"the tokenizer: token '.*' has id 31999, but the embedding has 31999"
+    ):
+        NVEmbed(model, TextTokenizer(mistral_tokenizer, "</s>"))
 
 
 def test_rejects_an_unknown_end_mark(mistral_tokenizer):

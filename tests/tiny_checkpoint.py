@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from nvembed_fast.checkpoint import load_model, save_model
 
 TINY = Path(__file__).parent / "golden" / "tiny_a"
+# what a save of one file writes
+SAVED = {"config.json", "config_sentence_transformers.json", "model.safetensors", "modules.json"}
 EMBEDDING = "embedding_model.embed_tokens.weight"
 QUERY = "embedding_model.layers.1.self_attn.q_proj.weight"
 

@@ -9,7 +9,6 @@ file of the llama architecture. Both become the same three things:
 3. The tokenizer and its files.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -17,11 +16,13 @@ from typing import Protocol
 
 import torch
 
+from nvembed_fast import files
 from nvembed_fast.checkpoint.gguf import GGUFFile
 from nvembed_fast.checkpoint.hub import resolve
-from nvembed_fast.checkpoint.load import load_weights, stored_tensors
+from nvembed_fast.checkpoint.load import check_tensors, load_weights, stored_tensors
 from nvembed_fast.checkpoint.names import CONFIG_FILE, HARMLESS, backbone_tensors
-from nvembed_fast.config import BackboneConfig
+from nvembed_fast.config import BackboneConfig, stored_dtype
+from nvembed_fast.files import brief
 from nvembed_fast.placement import check_dtype
 from nvembed_fast.tokenization import TextTokenizer
 
@@ -55,14 +56,11 @@ class Decoder(Protocol):
 def open_decoder(source: str | os.PathLike) -> Decoder:
     """Open a Hugging Face directory, a hub id or a GGUF file, and check all but the weights' values."""
     path = Path(os.path.expanduser(source))
-    if path.suffix == ".gguf" and not path.is_file():
+    is_file = not path.is_dir() and files.is_file(path)
+    if path.suffix == ".gguf" and not is_file:
         raise FileNotFoundError(f"no file {path}")
-    decoder = GGUFFile(path) if path.is_file() else _HuggingFaceDirectory(resolve(source))
-    max_id = max(decoder.tokenizer.backend.get_vocab(with_added_tokens=True).values())
-    if max_id >= decoder.config.vocab_size:
-        raise ValueError(
-            f"{source}: the tokenizer has an id {max_id}, the embedding {decoder.config.vocab_size} rows"
-        )
+    decoder = GGUFFile(path) if is_file else _HuggingFaceDirectory(resolve(source))
+    decoder.tokenizer.check_ids(decoder.config.vocab_size, source)
     return decoder
 
 
@@ -71,23 +69,25 @@ class _HuggingFaceDirectory:
 
     def __init__(self, directory: Path):
         file = directory / CONFIG_FILE
-        if not file.is_file():
+        if not files.is_file(file):
             raise FileNotFoundError(f"{directory} has no {CONFIG_FILE}: it is no Hugging Face model")
+        raw = files.read_json(file)
         try:
-            raw = json.loads(file.read_text(encoding="utf-8"))
-            if raw.get("model_type") not in ("mistral", "llama"):
-                raise ValueError(f"model_type must be 'mistral' or 'llama', got {raw.get('model_type')!r}")
+            if (kind := raw.get("model_type")) not in ("mistral", "llama"):
+                raise ValueError(f"model_type must be 'mistral' or 'llama', got {brief(kind)}")
             # an encoder sees both ways, even if the decoder did not
             self.config = BackboneConfig.from_dict(raw | {"is_causal": False})
-            self.dtype = check_dtype(raw.get("dtype") or raw.get("torch_dtype") or "float32")
-        except (ValueError, TypeError, AttributeError) as error:
+            self.dtype = check_dtype(stored_dtype(raw))
+        except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         self.tokenizer = TextTokenizer.from_directory(directory)
         self._directory = directory
         # a model without its language-model head is saved without this first segment
-        headers = stored_tensors(directory).values()
-        prefix = "model." if any(name.startswith("model.") for header in headers for name in header) else ""
+        headers = stored_tensors(directory)
+        names = (name for header in headers.values() for name in header)
+        prefix = "model." if any(name.startswith("model.") for name in names) else ""
         self._slots = {prefix + name: slot for name, slot in backbone_tensors(self.config).items()}
+        check_tensors(directory, headers, self._slots, _IGNORED)
 
     def load(self, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         return load_weights(

@@ -1,15 +1,14 @@
 """Read a published checkpoint directory into our modules, tensor by tensor.
 
 1. Files, names, shapes and dtypes are checked from the headers before any weight is read.
-2. The model is built on the meta device. Each tensor is copied straight into its rows on its device, in its
-   dtype, in chunks of at most 64 MiB. Each chunk maps the file anew, because touched pages of a mapping count
-   as memory in use.
+2. Each tensor is copied straight into its rows on its device, in its dtype, in chunks of at most 64 MiB. Each
+   chunk maps the file anew, because touched pages of a mapping count as memory in use.
 3. The copied tensors are checked for NaN and Inf on their device.
+4. The model is built on the meta device and takes them.
 
 Only safetensors files are read: a pickle can run code.
 """
 
-import json
 import os
 import re
 from collections import defaultdict
@@ -20,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from nvembed_fast import files
 from nvembed_fast.checkpoint.names import (
     CONFIG_FILE,
     HARMLESS,
@@ -29,13 +29,14 @@ from nvembed_fast.checkpoint.names import (
     published_tensors,
 )
 from nvembed_fast.config import NVEmbedConfig
-from nvembed_fast.files import current
+from nvembed_fast.files import brief, current
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import DTYPES, Placement, dtype_name
 
-__all__ = ["empty_parameters", "load_model", "load_weights", "stored_tensors"]
+__all__ = ["check_tensors", "empty_parameters", "load_model", "load_weights", "stored_tensors"]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_SHARD = re.compile(r"[ -.0-~]{1,200}\.safetensors")  # no "/": a file beside the index
 _CHUNK_BYTES = 64 * 2**20
 _BAR_AFTER_S = 2.0
 
@@ -66,10 +67,10 @@ def load_model(
     directory = current(Path(directory))
     config = config or NVEmbedConfig.from_file(directory / CONFIG_FILE)
     place = Placement.decide(config, device=device, dtype=dtype)
-    with torch.device("meta"):
-        model = NVEmbedModel(config)
     table = published_tensors(config)
     values = load_weights(directory, table, device=place.device, dtype=place.dtype, progress=progress)
+    with torch.device("meta"):  # behind the weights: sizes that they have not may be too large even there
+        model = NVEmbedModel(config)
     # strict: a parameter that the table does not name is an error here, never a tensor left on meta
     model.load_state_dict(values, assign=True)
     return model
@@ -99,12 +100,12 @@ def load_weights(
 
     `ignored` matches the names of tensors that may lie beside them. Errors are those of `load_model`.
     """
-    files = stored_tensors(directory)
-    _check_tensors(directory, files, table, ignored)
+    found = stored_tensors(directory)
+    check_tensors(directory, found, table, ignored)
     values = empty_parameters(table, device=device, dtype=dtype)
     total = sum(torch.Size(slot.shape).numel() for slot in table.values()) * dtype.itemsize
     with _bar(total, progress) as bar:
-        for file, header in files.items():
+        for file, header in found.items():
             extremes: dict[str, torch.Tensor] = {}
             for name in filter(table.__contains__, header):
                 slot = table[name]
@@ -125,13 +126,14 @@ def stored_tensors(directory: Path) -> dict[Path, dict[str, tuple[str, tuple[int
         FileNotFoundError, ValueError: a file is missing or damaged, or the index and the files disagree.
     """
     single, index = directory / SINGLE_FILE, directory / INDEX_FILE
-    if single.exists() and index.exists():
+    has_single, has_index = files.is_file(single), files.is_file(index)
+    if has_single and has_index:
         raise ValueError(
             f"{directory} holds {SINGLE_FILE} and {INDEX_FILE}: remove the one that is out of date"
         )
-    if single.exists():
+    if has_single:
         return {single: _header(single)}
-    if not index.exists():
+    if not has_index:
         pickles = sorted(p.name for pattern in _PICKLES for p in directory.glob(pattern))
         if pickles:
             raise ValueError(
@@ -144,48 +146,45 @@ def stored_tensors(directory: Path) -> dict[Path, dict[str, tuple[str, tuple[int
     promised: dict[str, set[str]] = defaultdict(set)
     for tensor, file in _read_index(index).items():
         promised[file].add(tensor)
-    files: dict[Path, dict] = {}
+    headers: dict[Path, dict] = {}
     owner: dict[str, str] = {}
     for file, tensors in sorted(promised.items()):
-        if not (directory / file).is_file():
+        if not files.is_file(directory / file):
             raise FileNotFoundError(
                 f"{directory / file} is missing: {INDEX_FILE} places {len(tensors)} tensors in it, "
-                f"{min(tensors)!r} among them. Download it again"
+                f"{brief(min(tensors))} among them. Download it again"
             )
         header = _header(directory / file)
         if absent := sorted(tensors - header.keys()):
-            raise ValueError(f"{INDEX_FILE} places {_some(absent)} in {file}, which does not hold it")
+            raise ValueError(f"{index}: it places {_some(absent)} in {file}, which does not hold it")
         for tensor in header:
             if tensor in owner:
-                raise ValueError(f"tensor {tensor!r} is in {owner[tensor]} and in {file}: remove one")
+                raise ValueError(
+                    f"{directory}: tensor {brief(tensor)} is in {owner[tensor]} and in {file}: remove one"
+                )
             owner[tensor] = file
-        files[directory / file] = header
-    return files
+        headers[directory / file] = header
+    return headers
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    def once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        names: set[str] = set()
-        for name, _ in pairs:
-            if name in names:
-                raise ValueError(f"{name!r} is listed twice")
-            names.add(name)
-        return dict(pairs)
-
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=once)["weight_map"]
-        if not isinstance(weight_map, dict):
-            raise ValueError("weight_map is not an object")
-        for tensor, file in weight_map.items():
-            if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-                raise ValueError(f"{tensor!r} is placed in {file!r}, which is no safetensors file beside it")
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"no {error.args[0]!r}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{index}: {reason}") from error
+    raw = files.read_json(index)
+    if not isinstance(weight_map := raw.get("weight_map"), dict):
+        reason = "weight_map is not an object" if "weight_map" in raw else "no 'weight_map'"
+        raise ValueError(f"{index}: {reason}")
+    for tensor, file in weight_map.items():
+        if not isinstance(file, str) or not _SHARD.fullmatch(file):
+            raise ValueError(
+                f"{index}: {brief(tensor)} is placed in {brief(file)}, which is no safetensors file beside it"
+            )
     return weight_map
 
 
 def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    with open(file, "rb") as stored:
+        length = int.from_bytes(stored.read(8), "little")
+    if length > files.MAX_JSON_BYTES:
+        raise ValueError(f"{file} is no safetensors file: its header would have {length} bytes")
     try:
         with safe_open(file, framework="pt") as stored:
             # only the header is read until a slice is indexed
@@ -198,15 +197,26 @@ def _header(file: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         ) from error
 
 
-def _check_tensors(
-    directory: Path, files: dict[Path, dict], table: dict[str, Slot], ignored: re.Pattern
+def check_tensors(
+    directory: Path, headers: dict[Path, dict], table: dict[str, Slot], ignored: re.Pattern = HARMLESS
 ) -> None:
-    found = {name: (file, *facts) for file, header in files.items() for name, facts in header.items()}
+    """Compare the headers of a directory's files with the tensors wanted.
+
+    Args:
+        directory: named in errors.
+        headers: see `stored_tensors`.
+        table: the tensors wanted.
+        ignored: matches the names of tensors that may lie beside them.
+
+    Raises:
+        ValueError: a tensor is missing, not wanted, of another shape, or of a dtype that cannot be read.
+    """
+    found = {name: (file, *facts) for file, header in headers.items() for name, facts in header.items()}
     missing = [name for name in table if name not in found]
     extra = [name for name in found if name not in table and not ignored.fullmatch(name)]
     if missing:
         renamed = next((e for e in extra if e.endswith("." + missing[0])), None)
-        hint = f". It holds {renamed!r}: rename its tensors" if renamed else ""
+        hint = f". It holds {brief(renamed)}: rename its tensors" if renamed else ""
         raise ValueError(f"{directory}: the weights lack {_some(missing)}{hint}")
     if extra:
         raise ValueError(
@@ -273,4 +283,4 @@ def _bar(total: int, progress: bool | None) -> tqdm:
 
 def _some(names: list[str]) -> str:
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-    return f"tensor {names[0]!r}{more}"
+    return f"tensor {brief(names[0])}{more}"

@@ -26,9 +26,28 @@ __all__ = ["check_no_other_model", "model_files", "save_model"]
 
 _OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _ANY_MODEL = re.compile(
-    r"config\.json|.*\.(safetensors|bin|pt|pth|ckpt)(\.index\.json)?"
+    r"config\.json|modules\.json|(config_)?sentence_(transformers|bert_config)\.json|.*\.(safetensors|bin|pt|pth|ckpt)(\.index\.json)?"
     r"|tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
 )
+# without modules.json that library pools by the plain mean, in silence. The class named here does not exist
+# yet, so that the library refuses the directory
+# TODO: write its prompts when nvembed_fast.integrations.sentence_transformers exists
+_SENTENCE_TRANSFORMERS: dict[str, dict | list] = {
+    "modules.json": [
+        {
+            "idx": 0,
+            "name": "0",
+            "path": "",
+            "type": "nvembed_fast.integrations.sentence_transformers.NVEmbedModule",
+        }
+    ],
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "prompts": {},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+}
 
 
 def save_model(
@@ -91,6 +110,8 @@ def save_model(
             kept = [] if move_aside else names.tokenizer_files(directory)
             for path in (*kept, *copies):  # what stays is a part of the whole too
                 shutil.copyfile(path, aside / path.name)
+            for name, content in _SENTENCE_TRANSFORMERS.items():
+                _write_json(aside / name, content)
             _write_json(aside / CONFIG_FILE, config.to_dict())
             if leaving:
                 moved = files.link_aside(directory, leaving)
@@ -114,13 +135,13 @@ def check_no_other_model(directory: Path, *, except_for: Iterable[Path] = ()) ->
     found = model_files(place)
     if CONFIG_FILE in found:
         try:
-            model_type = json.loads((place / CONFIG_FILE).read_text(encoding="utf-8")).get("model_type")
-        except (OSError, ValueError, AttributeError):
+            model_type = files.read_json(place / CONFIG_FILE).get("model_type")
+        except (OSError, ValueError):
             model_type = None
         if model_type != "nvembed":
             raise FileExistsError(
-                f"{place / CONFIG_FILE} has model_type {model_type!r}, so {directory} holds another model: "
-                "choose another directory, or move it away"
+                f"{place / CONFIG_FILE} has model_type {files.brief(model_type)}, so {directory} holds "
+                "another model: choose another directory, or move it away"
             )
     elif others := [name for name in found if place / name not in except_for]:
         raise FileExistsError(
@@ -183,5 +204,5 @@ def _published_value(
     return value.cpu().contiguous()
 
 
-def _write_json(file: Path, content: dict) -> None:
+def _write_json(file: Path, content: dict | list) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -159,16 +159,19 @@ def note_empty(texts: list[str]) -> None:
 
 @contextmanager
 def note_cut() -> Iterator[None]:
-    """Inside, a warning that texts were cut is one line on standard error."""
+    """Inside, a warning that texts were cut, or the model is untrained, is one line on standard error."""
+    from nvembed_fast.encoder import UntrainedModel
     from nvembed_fast.stream import TextsCut
 
+    advice = {TextsCut: "; --max-length raises it", UntrainedModel: ""}
     with warnings.catch_warnings():
-        warnings.simplefilter("always", TextsCut)
+        for category in advice:
+            warnings.simplefilter("always", category)
         show = warnings.showwarning
 
         def note(message, category, *place):
-            if issubclass(category, TextsCut):
-                process.say(f"note: {message}; --max-length raises it")
+            if category in advice:
+                process.say(f"note: {message}{advice[category]}")
             else:
                 show(message, category, *place)
 
