@@ -1,4 +1,4 @@
-"""What the compiler makes of every kernel on sm_80 and sm_90. Needs no GPU.
+"""What the compiler makes of every kernel on sm_80 and sm_90, and of a few on sm_100. Needs no GPU.
 
     python -m tools.resources [--only STEM] [--update] [--json FILE]
     python -m tools.resources --capability 86 120 [--rows NAME ...]
@@ -8,7 +8,9 @@
    place of being run, so the launches themselves are compiled.
 2. Triton compiles each recorded launch as it would on that GPU, and the binary
    is read: registers, stack bytes, local loads and stores (spills), shared
-   memory, wgmma, mma and TMA instructions and the widest global load.
+   memory, wgmma, mma, tcgen05 and TMA instructions and the widest global load.
+   `unbarred`, `touched` and `overlap` are facts of `tools/sass.py` about the
+   order of the instructions.
 
 A kernel beyond the shared memory of its GPU always fails. Where
 `resource_snapshots/triton-<version>.json` exists for the running Triton, a row
@@ -49,13 +51,23 @@ from nvembed_fast.kernels import (
     rotary,
 )
 from nvembed_fast.kernels.layout import SeqLayout
+from tools import sass
 
 SNAPSHOTS = Path(__file__).parent / "resource_snapshots"
 # bytes that one program may take
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
-TARGETS = (80, 90)  # those of the snapshots
-COLUMNS = ("registers", "stack", "spills", "shared", "wgmma", "mma", "tma", "load_bytes")
-LOWER_IS_BETTER = ("registers", "stack", "spills", "shared")
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+TARGETS = (80, 90)  # those of the snapshots, beside the rows ON_SM_100
+# it takes the tiles of sm_90: one row of each kernel that loads by descriptors
+ON_SM_100 = (
+    *(f"flash_attention: {kernel} bf16" for kernel in ("forward", "forward causal", "dq", "dkv")),
+    *(f"latent_attention: direct 64 {kernel}bf16" for kernel in ("", "dq ", "dkv ")),
+    *(f"absorbed_latent_attention: weights 512 {kernel}bf16" for kernel in ("", "backward ")),
+)
+COLUMNS = (
+    *("registers", "stack", "spills", "shared", "wgmma", "mma", "tcgen05", "tma", "load_bytes"),
+    *("unbarred", "touched", "overlap"),
+)
+LOWER_IS_BETTER = ("registers", "stack", "spills", "shared", "unbarred", "touched")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # NV-Embed-v2: model width, query heads, key/value heads, head width, latents, latent heads, MLP widths
 WIDTH, HEADS, KV_HEADS, HEAD_WIDTH = 4096, 32, 8, 128
@@ -114,6 +126,8 @@ def _flash_attention() -> Iterator[Example]:
         (" unaligned", bf16, HEAD_WIDTH, GROUP, TOKENS, both),
         (" 64 tokens", bf16, HEAD_WIDTH, GROUP, 64, both),
         (" 16 tokens", bf16, HEAD_WIDTH, GROUP, 16, ("fwd",)),
+        (" width 16", bf16, 16, 1, TOKENS, both),
+        (" width 32", bf16, 32, 1, TOKENS, both),
         (" smollm2", ("bf16", "fp32"), 64, 3, TOKENS, both),
         (" width 80", bf16, 80, 1, TOKENS, ("fwd",)),
         (" width 256", ("bf16", "fp32"), 256, 1, TOKENS, both),
@@ -296,15 +310,17 @@ def _read_cubin(cubin: bytes) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(cubin)
-        usage, sass = dump("-res-usage", path), dump("-sass", path)
+        usage, listing = dump("-res-usage", path), dump("-sass", path)
     return {
         "registers": int(re.search(r"\bREG:(\d+)", usage)[1]),
         "stack": int(re.search(r"\bSTACK:(\d+)", usage)[1]),
-        "spills": len(re.findall(r"\b(?:LDL|STL)\b", sass)),
-        "wgmma": len(re.findall(r"\bHGMMA\b", sass)),
-        "mma": len(re.findall(r"\bHMMA\b", sass)),
-        "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", sass)),
-        "load_bytes": max(map(_load_bytes, re.findall(r"\b(?:LDG|LDGSTS)(\.[\w.]+)", sass)), default=0),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", listing)),
+        "wgmma": len(re.findall(r"\bHGMMA\b", listing)),
+        "mma": len(re.findall(r"\bHMMA\b", listing)),
+        "tcgen05": len(re.findall(r"\bUTC\w*MMA\b", listing)),
+        "tma": len(re.findall(r"\bUTMA(?:LDG|STG|REDG)\b", listing)),
+        "load_bytes": max(map(_load_bytes, re.findall(r"\b(?:LDG|LDGSTS)(\.[\w.]+)", listing)), default=0),
+        **sass.facts(listing)._asdict(),
     }
 
 
@@ -322,15 +338,21 @@ def _row(capability: int, name: str) -> Row:
 
 def measure(
     only: str | None,
-    capabilities: Sequence[int] = TARGETS,
+    capabilities: Sequence[int] | None = None,
     names: Sequence[str] | None = None,
     num_workers: int = 2,
 ) -> list[Row]:
-    """The rows of every kernel, or of those `names` ("stem: name") alone."""
+    """The rows of every kernel, or of those `names` ("stem: name") alone.
+
+    Args:
+        capabilities: None means TARGETS, and without `names` also ON_SM_100.
+    """
     known = list(examples(only))
     if unknown := set(names or ()) - set(known):
         raise SystemExit(f"no rows of these names: {', '.join(sorted(unknown))}")
-    jobs = [(capability, name) for capability in capabilities for name in names or known]
+    jobs = [(capability, name) for capability in capabilities or TARGETS for name in names or known]
+    if not capabilities and not names:
+        jobs += [(100, name) for name in ON_SM_100 if name in known]
     spawn = multiprocessing.get_context("spawn")
     workers = min(num_workers, os.cpu_count() or 1)
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool:
@@ -396,7 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     partial = bool(args.capability or args.rows)
     if args.update and partial:
-        parser.error("--update keeps all rows of both targets: no --capability, no --rows")
+        parser.error("--update keeps all rows of the snapshots: no --capability, no --rows")
     if os.environ.get("TRITON_INTERPRET"):
         # read at the first `import triton`, where @triton.jit becomes the interpreter's or the compiler's
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -404,7 +426,7 @@ def main(argv: list[str] | None = None) -> int:
         return subprocess.run(command, env=env).returncode
     import triton
 
-    measured = measure(args.only, args.capability or TARGETS, args.rows)
+    measured = measure(args.only, args.capability, args.rows)
     if args.json:
         args.json.write_text(json.dumps(measured, indent=1) + "\n")
     rows = labelled(measured)

@@ -4,8 +4,9 @@
     python -m tools.tuning --list
 
 1. Every candidate below is compiled for the architecture, which needs no GPU. One
-   that does not fit shared memory is dropped. One that spills comes last and is
-   marked, because time decides.
+   that does not fit shared memory is dropped. So is one that loads by descriptors
+   and whose order of instructions may give wrong results (`tools/sass.py`). One
+   that spills comes last and is marked, because time decides.
 2. On a GPU each of them has to pass parity first. Then they and the rule of the
    kernel's `_launch_config` take turns on the bench cases.
 3. A candidate wins that beats the rule by more than the spread (its 80th
@@ -371,16 +372,18 @@ def candidates(problem: Problem, capability: int) -> list[Config]:
     return [rule] + [c for c in problem.configs(capability) if c != rule]
 
 
-def beyond_limit(row: resources.Figures, capability: int) -> str | None:
-    """Why a candidate cannot be launched, or None."""
-    if row["shared"] <= (limit := resources.SHARED_LIMIT[capability]):
-        return None
-    return f"dropped: {row['shared']} bytes of shared memory, the limit is {limit}"
+def refusal(row: resources.Figures, capability: int) -> str | None:
+    """Why a candidate is not launched, or None."""
+    if row["shared"] > (limit := resources.SHARED_LIMIT[capability]):
+        return f"dropped: {row['shared']} bytes of shared memory, the limit is {limit}"
+    if row["tma"] and (row["unbarred"] or row["touched"]):
+        return f"dropped: {row['unbarred']} unbarred, {row['touched']} touched"
+    return None
 
 
 def survivors(rows: dict[str, resources.Figures], capability: int) -> list[str]:
     """Labels of the candidates that can be launched. Those that spill come last."""
-    fit = [name for name, row in rows.items() if beyond_limit(row, capability) is None]
+    fit = [name for name, row in rows.items() if refusal(row, capability) is None]
     return sorted(fit, key=lambda name: bool(rows[name]["spills"]))
 
 
@@ -398,7 +401,7 @@ def _compile_table(rows: dict[str, resources.Figures], capability: int) -> str:
     lines = [f"  {'':{WIDTH}}" + " ".join(f"{column:>9}" for column in columns)]
     for name in kept + [n for n in rows if n not in kept]:
         row = rows[name]
-        note = beyond_limit(row, capability) or ("spills" if row["spills"] else "")
+        note = refusal(row, capability) or ("spills" if row["spills"] else "")
         rule = " (rule)" if name == next(iter(rows)) else ""
         figures = " ".join(f"{row[column]:>9}" for column in columns)
         lines.append(f"  {name + rule:{WIDTH}}{figures}  {note}".rstrip())
