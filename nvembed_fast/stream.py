@@ -219,35 +219,56 @@ class TextStream:
 
 
 class Result:
-    """The rows of the result, filled in any order: on the device, or on the host while the device runs on."""
+    """The rows of the result, filled in any order: on the device, or on the host while the device runs on.
 
-    def __init__(self, num_rows: int, width: int, device: torch.device, on_host: bool):
+    Args:
+        num_rows, width: of the result.
+        device: of the vectors.
+        on_host: whether the rows are on the host.
+        rows: on the host, where to put them, in any float dtype. None: new ones in float32.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        width: int,
+        device: torch.device,
+        on_host: bool,
+        rows: torch.Tensor | None = None,
+    ):
         self.device, self.on_host = device, on_host
-        self.rows = torch.zeros(num_rows, width, dtype=torch.float32, device="cpu" if on_host else device)
+        if rows is None:
+            rows = torch.zeros(num_rows, width, dtype=torch.float32, device="cpu" if on_host else device)
+        self.rows = rows
         self._under_way: deque[tuple[torch.Tensor, torch.Tensor, torch.cuda.Event]] = deque()
 
-    def put(self, indices: list[int], vectors: torch.Tensor) -> None:
+    def put(self, indices: list[int], vectors: torch.Tensor) -> list[int]:
+        """Take the vectors of these rows. Returns the rows that have come to their places meanwhile."""
         index, vectors = torch.tensor(indices, device="cpu"), vectors.float()
         if not self.on_host or self.device.type != "cuda":
-            self.rows.index_copy_(0, to_device(index, self.rows.device), vectors)
-            return
+            self.rows.index_copy_(0, to_device(index, self.rows.device), vectors.to(self.rows.dtype))
+            return indices
         staging = torch.empty(vectors.shape, dtype=torch.float32, device="cpu", pin_memory=True)
         staging.copy_(vectors, non_blocking=True)
         arrived = torch.cuda.Event()
         # the stream of the vectors' device, which need not be the current one
         arrived.record(torch.cuda.current_stream(self.device))
         self._under_way.append((index, staging, arrived))
-        self._land(max_left=1)
+        return self.land(max_left=1)
 
     def finish(self) -> torch.Tensor | np.ndarray:
-        self._land(max_left=0)
+        self.land()
         return self.rows.numpy() if self.on_host else self.rows
 
-    def _land(self, max_left: int) -> None:
+    def land(self, max_left: int = 0) -> list[int]:
+        """Wait until no more batches are on their way to the host. Returns the rows that have come."""
+        landed: list[int] = []
         while len(self._under_way) > max_left:
             index, staging, arrived = self._under_way.popleft()
             arrived.synchronize()
-            self.rows.index_copy_(0, index, staging)
+            self.rows.index_copy_(0, index, staging.to(self.rows.dtype))
+            landed += index.tolist()
+        return landed
 
 
 class Progress:

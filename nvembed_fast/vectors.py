@@ -17,7 +17,7 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-__all__ = ["Record", "read_vectors", "write_vectors"]
+__all__ = ["Record", "read_vectors", "write_record", "write_vectors"]
 
 _AGAIN = "make it anew with nvembed-fast encode FILE -o OUT.npy"
 _OTHER_KINDS = {
@@ -64,6 +64,11 @@ def write_vectors(file: IO[bytes], vectors: np.ndarray, record: Record) -> None:
     # by its write alone, which raises the system's errors: numpy's own way into a file does not tell them
     file = cast(IO[bytes], SimpleNamespace(write=file.write))
     np.save(file, vectors)
+    write_record(file, record)
+
+
+def write_record(file: IO[bytes], record: Record) -> None:
+    """Write what stands behind the vectors."""
     np.save(file, np.frombuffer(json.dumps(dataclasses.asdict(record)).encode(), dtype=np.uint8))
 
 

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -299,16 +301,17 @@ def test_embeddings_that_are_no_array_are_refused_without_advice_to_unpickle(
 
 def test_a_disk_too_small_is_told_before_the_work(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
-    monkeypatch.setattr(NVEmbed, "encode", None)  # never called
+    monkeypatch.setattr(NVEmbed, "embed", None)  # never called
     status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
-    assert status == 1 and "o.npy needs 1.02 kB, 100 bytes are free there" in error
+    assert status == 1 and re.search(r"o\.npy: it needs 1\.\d+ kB, 100 bytes are free there", error)
+    assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
 
 
 def test_a_full_disk_leaves_no_file(tiny_directory, texts_file, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
+    monkeypatch.setattr(os, "posix_fallocate", full)
     status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
     assert status == 1 and "cannot write" in error and "o.npy: No space left" in error
     assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
@@ -318,7 +321,7 @@ def test_an_interrupt_says_so_and_leaves_no_file(tiny_directory, texts_file, tmp
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(NVEmbed, "encode", interrupted)
+    monkeypatch.setattr(NVEmbed, "embed", interrupted)
     status, _, error = run(capsys, "encode", texts_file, "-o", tmp_path / "o.npy", "--model", tiny_directory)
     assert status == 130 and "nothing was written" in error
     assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]

@@ -2,15 +2,17 @@
 
 import io
 import os
+import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from tiny_decoders import write_mistral
 
 from nvembed_fast import NVEmbed, cli
-from nvembed_fast.cli import options
+from nvembed_fast.cli import options, process
 
 TEXTS = ["a judo throw", "", "parse a date", "tabs\tand caf\u00e9"]
 
@@ -98,6 +100,40 @@ def test_a_link_as_output_stays_and_its_file_is_replaced(model, texts_file, tmp_
     assert status == 0 and (tmp_path / "o.npy").is_symlink()
     assert len(np.load(tmp_path / "far" / "real.npy")) == 4
     assert [p.name for p in (tmp_path / "far").iterdir()] == ["real.npy"]
+
+
+def test_an_interrupted_run_goes_on_where_it_was(model, texts_file, tmp_path, capsys, monkeypatch):
+    out, part = tmp_path / "o.npy", tmp_path / "o.npy.partial"
+    arguments = ("encode", texts_file, "-o", out, "--max-batch-tokens", 1)  # each text is a batch
+    wanted, real = model.encode(TEXTS, output="numpy"), model.embed
+    batches = []
+
+    def embed(ids, *rest):
+        if len(batches) == 2:
+            raise KeyboardInterrupt
+        batches.append(ids)
+        return real(ids, *rest)
+
+    monkeypatch.setattr(NVEmbed, "embed", lambda _, *a: embed(*a))
+    status, _, error = run(capsys, *arguments)
+    assert status == 130 and error.endswith(
+        f"interrupted; 2 of 4 rows are in {part}, and the same command goes on there\n"
+    )
+    assert "holds rows of another model, of other texts" in run(capsys, *arguments, "--max-length", 9)[2]
+    monkeypatch.setattr(NVEmbed, "embed", lambda _, *a: batches.append(a[0]) or real(*a))
+    status, _, error = run(capsys, *arguments)
+    assert status == 0 and f"note: 2 of 4 rows are in {part} already" in error
+    assert len(batches) == 4 and not part.exists()
+    np.testing.assert_allclose(np.load(out), wanted, atol=1e-6)
+
+
+def test_without_a_terminal_a_line_tells_how_far_it_is(model, texts_file, tmp_path, capsys, monkeypatch):
+    real = model.embed
+    monkeypatch.setattr(process, "TELL_EVERY_S", 0.02)
+    monkeypatch.setattr(NVEmbed, "embed", lambda _, *a: time.sleep(0.05) or real(*a))
+    arguments = (texts_file, "-o", tmp_path / "o.npy", "--max-batch-tokens", 1)
+    error = run(capsys, "encode", *arguments)[2]
+    assert re.search(r"^[1-3] of 4 texts in 0 s, [\d.]+ texts/s on cpu$", error, re.M)
 
 
 def test_an_interrupt_right_after_the_rename_says_that_the_file_was_written(

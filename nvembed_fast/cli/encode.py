@@ -3,19 +3,11 @@
 import argparse
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from nvembed_fast import files
 from nvembed_fast.cli import options, process
 from nvembed_fast.texts import read_texts
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from nvembed_fast.vectors import Record
 
 SUMMARY = "Embed the texts of a file into a .npy array, one row a text."
 EXAMPLES = """\
@@ -44,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=options.path,
         metavar="OUT.npy",
-        help="[texts, width]; - writes it to standard output",
+        help="[texts, width]; - writes it to standard output. An interrupted run keeps its rows in "
+        "OUT.npy.partial, and the same command goes on from there",
     )
     parser.add_argument(
         "--output-dtype",
@@ -76,29 +69,31 @@ def run(arguments: argparse.Namespace) -> None:
         _check_output(output, arguments.file)
     texts = _texts(arguments)
     # importing torch takes seconds: first what fails at once
-    import numpy as np
-
+    from nvembed_fast.cli.embedding import embed
+    from nvembed_fast.cli.partial import Partial
     from nvembed_fast.encoder import query_instruction
     from nvembed_fast.vectors import write_vectors
 
     instruction = arguments.instruction if arguments.task is None else query_instruction(arguments.task)
     model = options.load(arguments)
     options.note_empty(texts)
-    if not to_stdout:
-        itemsize = {"float32": 4, "float16": 2}[arguments.output_dtype]
-        _check_space(output, itemsize * len(texts) * model.config.hidden_size)
     record = options.record(arguments, model, texts, instruction)
-    with process.telling_what_was_written(output, lambda: output):
-        with options.note_cut():
-            found = model.encode(texts, instruction, output="numpy", **options.encode_options(arguments))
-        vectors = np.asarray(found, arguments.output_dtype)
-        shape = f"{arguments.output_dtype} [{vectors.shape[0]}, {vectors.shape[1]}]"
-        if to_stdout:
-            write_vectors(sys.stdout.buffer, vectors, record)
-            process.say(f"standard output: {shape}")
-        else:
-            _write(output, vectors, record)
-            print(f"{output}: {shape}")
+    shape, dtype = (len(texts), model.config.hidden_size), arguments.output_dtype
+    made = f"{dtype} [{shape[0]}, {shape[1]}]"
+    if to_stdout:
+        vectors = embed(model, texts, instruction, arguments).astype(dtype, copy=False)
+        write_vectors(sys.stdout.buffer, vectors, record)
+        process.say(f"standard output: {made}")
+        return
+    with (
+        process.telling_what_was_written(output, lambda: output),
+        Partial(output, shape, dtype, record) as partial,
+    ):
+        if there := len(partial):
+            process.say(f"note: {there} of {shape[0]} rows are in {partial.path} already")
+        embed(model, texts, instruction, arguments, partial)
+        partial.finish()
+        print(f"{output}: {made}")
 
 
 def _texts(arguments: argparse.Namespace) -> list[str]:
@@ -152,19 +147,3 @@ def _is_same_file(output: Path, texts_file: str | None) -> bool:
         return os.path.samestat(source, output.stat())
     except (OSError, ValueError, AttributeError):  # one is not there, or standard input is no file
         return False
-
-
-def _check_space(output: Path, num_bytes: int) -> None:
-    free = shutil.disk_usage(os.path.realpath(output.parent)).free
-    if num_bytes > free:
-        raise OSError(f"{output} needs {options.size(num_bytes)}, {options.size(free)} are free there")
-
-
-def _write(output: Path, vectors: "np.ndarray", record: "Record") -> None:
-    from nvembed_fast.vectors import write_vectors
-
-    try:
-        with files.replacing(output) as aside, open(aside, "wb") as file:
-            write_vectors(file, vectors, record)
-    except OSError as error:
-        raise OSError(f"cannot write {output}: {error.strerror or error}") from error

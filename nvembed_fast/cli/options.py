@@ -103,14 +103,15 @@ def load(arguments: argparse.Namespace) -> "NVEmbed":
     check_counts(arguments.max_length, arguments.max_batch_tokens)
     process.raise_interrupts()
     note_download(arguments.model, **hub_options(arguments))
-    return NVEmbed.from_pretrained(
-        arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        impl=arguments.impl,
-        latents=arguments.latents,
-        **hub_options(arguments),
-    )
+    with process.telling(lambda: f"loading {arguments.model}"):
+        return NVEmbed.from_pretrained(
+            arguments.model,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            impl=arguments.impl,
+            latents=arguments.latents,
+            **hub_options(arguments),
+        )
 
 
 def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -20,11 +20,13 @@ __all__ = [
     "open_closed_streams",
     "raise_interrupts",
     "say",
+    "telling",
     "telling_what_was_written",
     "write_out",
 ]
 
 INTERRUPTED = 130  # the status by which shells know Ctrl-C
+TELL_EVERY_S = 10.0
 
 
 @contextmanager
@@ -56,6 +58,8 @@ def telling_what_was_written(name: Path, file: Callable[[], Path]) -> Iterator[N
     try:
         yield
     except KeyboardInterrupt as stop:
+        if stop.args:  # it has its message
+            raise
         # the disk tells, because an interruption may come right after a rename
         is_new = _identity(file()) != before
         raise KeyboardInterrupt(f"{name} was written" if is_new else "nothing was written") from stop
@@ -96,6 +100,29 @@ def say(message: str) -> None:
         print(message, file=sys.stderr, flush=True)
     except OSError:
         _discard(2)
+
+
+@contextmanager
+def telling(state: Callable[[], str]) -> Iterator[None]:
+    """Inside, `state()` is a line on standard error every ten seconds. A terminal has a bar instead."""
+    if sys.stderr.isatty():
+        yield
+        return
+    import threading
+
+    end = threading.Event()
+
+    def tell() -> None:
+        while not end.wait(TELL_EVERY_S):
+            say(state())
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 def write_out() -> bool:

@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> None:
         documents, record = read_vectors(arguments.embeddings)
         _check_texts(arguments, texts, documents, record)
     # importing torch takes seconds: first what fails at once
+    from nvembed_fast.cli.embedding import embed
     from nvembed_fast.encoder import query_instruction
 
     instruction = query_instruction(arguments.task)
@@ -75,8 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
             f"note: the {len(texts)} texts are embedded anew at every call. To keep their vectors, run "
             "nvembed-fast encode FILE -o OUT.npy once, and search with --embeddings OUT.npy"
         )
-        with options.note_cut():
-            documents = np.asarray(model.encode_document(texts, output="numpy", **keywords))
+        documents = embed(model, texts, "", arguments)
     else:
         _check_model(arguments, model, documents, record)
     with options.note_cut():

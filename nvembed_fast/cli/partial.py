@@ -1,0 +1,174 @@
+"""An array on its way to its file: the rows of an interrupted run stay, and the next run goes on from there.
+
+`OUT.npy.partial` is the array as `vectors.write_vectors` writes it, with its record. Behind that it has a
+byte for each row: 1 if the row is there.
+
+1. The whole file is made at the start, so that a full disk is told at the start.
+2. Rows are written in any order. They are synced before their bytes are set to 1, so a kill or a loss of
+   power leaves no half row that counts.
+3. When all rows are there, the bytes are cut off and the file is renamed to OUT.npy.
+
+A file with another record is never touched: it holds rows of another model, of other texts or other options.
+A process keeps a lock on its file as long as it lives.
+"""
+
+import fcntl
+import io
+import os
+import shutil
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from nvembed_fast.cli import options, process
+from nvembed_fast.vectors import Record, write_record
+
+__all__ = ["Partial"]
+
+MARK_EVERY_S = 10.0
+
+
+class Partial:
+    """The rows of an array that is not whole yet. A context, to be left by way of `finish`.
+
+    Attributes:
+        path: of the file, beside the output. A link as output is followed.
+        rows: [N, D], the rows in the file.
+    """
+
+    def __init__(self, output: Path, shape: tuple[int, int], dtype: str, record: Record):
+        """Open the file that an interrupted run has left, or make a new one.
+
+        Raises:
+            FileExistsError: the file is of another array, or a living process writes it.
+            OSError: the file cannot be made. Names the output.
+        """
+        self.output = Path(os.path.realpath(output))
+        self.path = self.output.with_name(self.output.name + ".partial")
+        self._arrived: list[int] = []
+        self._marked = time.monotonic()
+        head, tail = _head(shape, dtype), _tail(record)
+        tail_at = len(head) + shape[0] * shape[1] * np.dtype(dtype).itemsize
+        self._whole = tail_at + len(tail)
+        try:
+            self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
+            self._lock()
+            if not self._read(0, 8).strip(b"\0"):  # new, or its process died while it made it
+                self._make(head, tail_at, tail, self._whole + shape[0])
+            size = os.fstat(self._file.fileno()).st_size
+            same = self._read(0, len(head)) == head and self._read(tail_at, len(tail)) == tail
+            if not same or size not in (self._whole, self._whole + shape[0]):
+                raise FileExistsError(
+                    f"{self.path} holds rows of another model, of other texts or of other options: run the "
+                    "command that made it, remove it, or choose another output"
+                )
+            if size == self._whole:  # its process died when all rows were there
+                os.pwrite(self._file.fileno(), b"\1" * shape[0], size)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise OSError(f"cannot write {output}: {error.strerror or error}") from error
+        self.rows = np.memmap(self._file, dtype, "r+", len(head), shape)
+        self._is_there: np.ndarray = np.memmap(self._file, np.uint8, "r+", self._whole, shape[:1])
+
+    def __len__(self) -> int:
+        """The number of rows that are there."""
+        return int(np.count_nonzero(self._is_there))
+
+    def missing(self) -> list[int]:
+        """The indices of the others."""
+        return np.flatnonzero(self._is_there == 0).tolist()
+
+    def arrived(self, indices: list[int]) -> None:
+        """These rows have been written to `rows`."""
+        self._arrived += indices
+        if time.monotonic() - self._marked >= MARK_EVERY_S:
+            self._mark()
+
+    def finish(self) -> None:
+        """Rename the file to the output.
+
+        Raises:
+            ValueError: a row is not finite in the dtype of the file.
+        """
+        self._mark()
+        if missing := self.missing():
+            name = self.rows.dtype
+            raise ValueError(f"row {missing[0]} is NaN or Inf in {name}: choose --output-dtype float32")
+        # a copy: what is mapped behind the end of a file must not be read
+        self._is_there = np.array(self._is_there)
+        self._file.truncate(self._whole)
+        os.fsync(self._file.fileno())
+        os.replace(self.path, self.output)
+
+    def __enter__(self) -> "Partial":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        try:
+            if kind is not None and self.path.exists():  # else it was renamed
+                self._keep(kind)
+        finally:
+            with suppress(OSError):  # by itself: the mappings hold the file open
+                fcntl.flock(self._file, fcntl.LOCK_UN)
+            self._file.close()
+
+    def _keep(self, kind: type[BaseException]) -> None:
+        self._mark()
+        kept = f"{len(self)} of {len(self.rows)} rows are in {self.path}, and the same command goes on there"
+        if not len(self):
+            self.path.unlink(missing_ok=True)
+        elif kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(kept)
+        else:
+            process.say(f"note: {kept}")
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(f"another process writes {self.path}: wait until it ends") from error
+        except OSError:  # not every file system has locks
+            pass
+
+    def _read(self, place: int, num_bytes: int) -> bytes:
+        return os.pread(self._file.fileno(), num_bytes, place)
+
+    def _make(self, head: bytes, tail_at: int, tail: bytes, size: int) -> None:
+        handle = self._file.fileno()
+        try:
+            os.truncate(handle, 0)
+            free = shutil.disk_usage(self.path.parent).free
+            if size > free:
+                raise OSError(f"it needs {options.size(size)}, {options.size(free)} are free there")
+            os.truncate(handle, size)
+            if hasattr(os, "posix_fallocate"):  # a full disk would end a process that writes to a mapping
+                os.posix_fallocate(handle, 0, size)
+            os.pwrite(handle, tail, tail_at)
+            os.fsync(handle)
+            os.pwrite(handle, head, 0)  # last: it says that the file is made
+        except BaseException:
+            self.path.unlink(missing_ok=True)
+            raise
+
+    def _mark(self) -> None:
+        """Let the rows count that have arrived and are finite, once they are on the disk."""
+        indices, self._arrived, self._marked = np.array(self._arrived, dtype=int), [], time.monotonic()
+        self.rows.flush()
+        sums = self.rows[indices].sum(axis=1, dtype=np.float32)
+        self._is_there[indices[np.isfinite(sums)]] = 1
+
+
+def _head(shape: tuple[int, int], dtype: str) -> bytes:
+    head = io.BytesIO()
+    kind = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    np.lib.format.write_array_header_1_0(head, {"descr": kind, "fortran_order": False, "shape": shape})
+    return head.getvalue()
+
+
+def _tail(record: Record) -> bytes:
+    tail = io.BytesIO()
+    write_record(tail, record)
+    return tail.getvalue()
