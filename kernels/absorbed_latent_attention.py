@@ -55,7 +55,11 @@ from nvembed_fast.kernels._common import (
     use_descriptors,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import Unsupported, check_absorbed_latent_attention
+from nvembed_fast.kernels.errors import (
+    Unsupported,
+    check_absorbed_latent_attention,
+    check_absorbed_latent_attention_bwd,
+)
 
 __all__ = ["absorbed_latent_attention"]
 
@@ -257,6 +261,12 @@ def _bwd_launch_config(
     return config | {"BLOCK_ROW": min(rows, config["BLOCK_T"]), "BLOCK_HEAD": block_head}
 
 
+def _check_limits(a: torch.Tensor, num_heads: int) -> None:
+    if a.shape[0] > num_heads * MAX_LATENTS:
+        num_latents = a.shape[0] // num_heads
+        raise Unsupported(f"a must have at most {MAX_LATENTS} latents for this kernel, got {num_latents}")
+
+
 def _launch_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tensor:
     num_tokens, width = x.shape
     num_latents = len(a) // num_heads
@@ -343,6 +353,8 @@ def _backward(
 def _absorbed_latent_attention_op(
     x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, residual: torch.Tensor, num_heads: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_absorbed_latent_attention(x, a, b, residual, num_heads)
+    _check_limits(a, num_heads)
     return _forward(x, a, b, residual, num_heads)
 
 
@@ -361,6 +373,8 @@ def _absorbed_latent_attention_bwd_op(
     num_heads: int,
     needs_db: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    check_absorbed_latent_attention_bwd(x, a, b, p, dout, num_heads)
+    _check_limits(p.mT, num_heads)
     return _backward(x, a, b, p, dout, num_heads, needs_db)
 
 
@@ -404,8 +418,6 @@ def absorbed_latent_attention(
 ) -> torch.Tensor:
     """Triton version of `reference.absorbed_latent_attention`: same arguments, same result."""
     check_absorbed_latent_attention(x, a, b, residual, num_heads)
-    if a.shape[0] > num_heads * MAX_LATENTS:
-        num_latents = a.shape[0] // num_heads
-        raise Unsupported(f"a must have at most {MAX_LATENTS} latents for this kernel, got {num_latents}")
+    _check_limits(a, num_heads)
     run = _absorbed_latent_attention_op if is_dispatched(x, a, b, residual) else _forward
     return run(x, a, b, residual, num_heads)[0]

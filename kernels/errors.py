@@ -2,7 +2,10 @@
 
 `check_<operation>` stands in front of the reference and in front of the kernel,
 so both refuse the same input with the same words. The limits of one kernel stay
-in its own file, because `impl="auto"` takes the reference there.
+in its own file, because `impl="auto"` takes the reference there. It stands inside
+the registered operation once more, and `check_<operation>_bwd` inside that of the
+backward, because anyone may call those: a kernel that reads a wild address ends
+the process.
 
 This file needs no Triton. No check waits for a device.
 """
@@ -16,13 +19,19 @@ from nvembed_fast.kernels.layout import SeqLayout
 __all__ = [
     "Unsupported",
     "check_absorbed_latent_attention",
+    "check_absorbed_latent_attention_bwd",
     "check_add_rms_norm",
     "check_flash_attention",
+    "check_flash_attention_bwd",
     "check_gated",
+    "check_gated_bwd",
     "check_latent_attention",
+    "check_latent_attention_bwd",
     "check_mean_pool",
+    "check_mean_pool_bwd",
     "check_mean_pool_geglu",
     "check_rms_norm",
+    "check_rms_norm_bwd",
     "check_rotary",
     "mismatch",
 ]
@@ -74,6 +83,29 @@ def check_flash_attention(
         raise ValueError(f"causal must be True or False, got {causal!r}")
 
 
+def check_flash_attention_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor | None,
+    lse2: torch.Tensor,
+    dout: torch.Tensor,
+    dlse2: torch.Tensor | None,
+    layout: SeqLayout,
+    scale: float,
+    causal: bool,
+    needs_out: bool,
+) -> None:
+    check_flash_attention(q, k, v, layout, scale, causal)
+    if needs_out or out is not None:
+        _check_like("out", out, q, q.shape)
+    _check_like("dout", dout, q, q.shape, any_strides=True)
+    statistics = (q.shape[1], q.shape[0])
+    _check_like("lse2", lse2, q, statistics, dtype=torch.float32)
+    if dlse2 is not None:
+        _check_like("dlse2", dlse2, q, statistics, dtype=torch.float32, any_strides=True)
+
+
 def check_latent_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> None:
     if q.ndim != 3 or 0 in q.shape[1:] or q.stride(2) != 1:
         raise mismatch("q", "[T, N, H] with a last stride of 1", q)
@@ -85,6 +117,25 @@ def check_latent_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sc
             wanted = f"[L, {num_heads}, {head_width}] {q.dtype} on {q.device} with a last stride of 1"
             raise mismatch(name, wanted, t)
     _check_scale(scale)
+
+
+def check_latent_attention_bwd(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor | None,
+    lse: torch.Tensor | None,
+    dout: torch.Tensor,
+    scale: float,
+    needs_out: bool,
+) -> None:
+    """`lse` is None where the backward does not read it."""
+    check_latent_attention(q, k, v, scale)
+    if needs_out or out is not None:
+        _check_like("out", out, q, q.shape)
+    _check_like("dout", dout, q, q.shape, any_strides=True)
+    if lse is not None:
+        _check_like("lse", lse, q, (q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 def check_absorbed_latent_attention(
@@ -103,6 +154,29 @@ def check_absorbed_latent_attention(
             raise mismatch(name, f"{tuple(shape)} {x.dtype} on {x.device}", t)
 
 
+def check_absorbed_latent_attention_bwd(
+    x: torch.Tensor | None,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    p: torch.Tensor,
+    dout: torch.Tensor,
+    num_heads: int,
+) -> None:
+    if p.ndim != 2 or not p.is_contiguous() or num_heads <= 0 or not p.shape[1] or p.shape[1] % num_heads:
+        raise mismatch("p", f"[T, N * L] with N = {num_heads} and L >= 1, contiguous", p)
+    _check_dtype("p", p)
+    if dout.ndim != 2 or not dout.shape[1]:
+        raise mismatch("dout", "[T, D]", dout)
+    num_tokens, width = p.shape[0], dout.shape[1]
+    _check_like("dout", dout, p, (num_tokens, width), any_strides=True)
+    if x is not None:
+        _check_like("x", x, p, (num_tokens, width))
+    if a is not None:
+        _check_like("a", a, p, (p.shape[1], width))
+    if b is not None or x is not None or a is not None:
+        _check_like("b", b, p, (p.shape[1], width), any_strides=True)
+
+
 def check_mean_pool(x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> None:
     _check_pooled("x", "D", x, layout, pool_mask)
 
@@ -113,6 +187,26 @@ def check_mean_pool_geglu(
     _check_pooled("value_gate", "2F", value_gate, layout, pool_mask)
     if value_gate.shape[1] % 2:
         raise mismatch("value_gate", "[T, 2F] with an even number of columns", value_gate)
+
+
+def check_mean_pool_bwd(
+    x: torch.Tensor | None,
+    dout: torch.Tensor,
+    layout: SeqLayout,
+    pool_mask: torch.Tensor | None,
+    num_tokens: int,
+    dtype: torch.dtype,
+) -> None:
+    """`x` is the input of a GEGLU. None stands for the plain mean."""
+    if num_tokens != layout.num_tokens:
+        raise ValueError(f"num_tokens must be {layout.num_tokens}, the sum of host_lengths, got {num_tokens}")
+    if dout.ndim != 2 or dout.shape[0] != len(layout) or not dout.shape[1] or dout.dtype != torch.float32:
+        raise mismatch("dout", f"[{len(layout)}, D] torch.float32", dout)
+    if dtype not in _DTYPES or (x is not None and x.dtype != dtype):
+        raise ValueError(f"dtype must be that of x, fp16, bf16 or fp32, got {dtype}")
+    if x is not None:
+        _check_like("x", x, dout, (num_tokens, 2 * dout.shape[1]), dtype=dtype)
+    _check_pool_mask(pool_mask, num_tokens, dout.device)
 
 
 def check_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
@@ -133,6 +227,15 @@ def check_add_rms_norm(x: torch.Tensor, residual: torch.Tensor, weight: torch.Te
     if not fits or residual.stride(1) != 1:
         wanted = f"{tuple(x.shape)} {x.dtype} on {x.device} as x, with contiguous rows"
         raise mismatch("residual", wanted, residual)
+
+
+def check_rms_norm_bwd(
+    h: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor, dh_out: torch.Tensor | None, eps: float
+) -> None:
+    check_rms_norm(h, weight, eps)
+    _check_like("dy", dy, h, h.shape, any_strides=True)
+    if dh_out is not None:
+        _check_like("dh_out", dh_out, h, h.shape, any_strides=True)
 
 
 def check_rotary(
@@ -183,6 +286,11 @@ def check_gated(name: str, x: torch.Tensor) -> None:
     _check_dtype(name, x)
 
 
+def check_gated_bwd(x: torch.Tensor, dout: torch.Tensor) -> None:
+    check_gated("x", x)
+    _check_like("dout", dout, x, (x.shape[0], x.shape[1] // 2), any_strides=True)
+
+
 def _check_pooled(
     name: str, columns: str, x: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None
 ) -> None:
@@ -192,10 +300,32 @@ def _check_pooled(
         wanted = f"[{num_tokens}, {columns}] on {device} as the layout says, contiguous rows"
         raise mismatch(name, wanted, x)
     _check_dtype(name, x)
+    _check_pool_mask(pool_mask, num_tokens, x.device)
+
+
+def _check_pool_mask(pool_mask: torch.Tensor | None, num_tokens: int, device: torch.device) -> None:
     if pool_mask is not None:
         fits = pool_mask.shape == (num_tokens,) and pool_mask.dtype == torch.bool
-        if not fits or pool_mask.device != x.device or not pool_mask.is_contiguous():
-            raise mismatch("pool_mask", f"[{num_tokens}] torch.bool on {x.device}, contiguous", pool_mask)
+        if not fits or pool_mask.device != device or not pool_mask.is_contiguous():
+            raise mismatch("pool_mask", f"[{num_tokens}] torch.bool on {device}, contiguous", pool_mask)
+
+
+def _check_like(
+    name: str,
+    t: torch.Tensor | None,
+    like: torch.Tensor,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype | None = None,
+    any_strides: bool = False,
+) -> None:
+    """Of this shape, of the dtype and device of `like`, and with a last stride of 1 unless any is taken."""
+    if t is None:
+        raise ValueError(f"{name} must be given, got None")
+    dtype = dtype or like.dtype
+    fits = t.shape == shape and t.dtype == dtype and t.device == like.device
+    if not fits or (t.numel() and t.stride(-1) != 1 and not any_strides):
+        raise mismatch(name, f"{list(shape)} {dtype} on {like.device} with a last stride of 1", t)
 
 
 def _check_dtype(name: str, t: torch.Tensor) -> None:

@@ -61,7 +61,12 @@ from nvembed_fast.kernels._common import (
     use_descriptors,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import Unsupported, check_flash_attention, mismatch
+from nvembed_fast.kernels.errors import (
+    Unsupported,
+    check_flash_attention,
+    check_flash_attention_bwd,
+    mismatch,
+)
 from nvembed_fast.kernels.layout import SeqLayout, layout_of
 
 __all__ = ["flash_attention"]
@@ -695,7 +700,10 @@ def _launch_bwd(
 def _flash_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, host_lengths: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return _launch_fwd(q, k, v, layout_of(host_lengths, q.device), scale, causal)
+    layout = layout_of(host_lengths, q.device)
+    check_flash_attention(q, k, v, layout, scale, causal)
+    _check_limits(q, k)
+    return _launch_fwd(q, k, v, layout, scale, causal)
 
 
 @_flash_attention_op.register_fake
@@ -720,6 +728,8 @@ def _flash_attention_bwd_op(
     needs_dv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     layout, needs = layout_of(host_lengths, q.device), (needs_dq, needs_dk, needs_dv)
+    check_flash_attention_bwd(q, k, v, out, lse2, dout, dlse2, layout, scale, causal, needs_dq or needs_dk)
+    _check_limits(q, k)
     return _launch_bwd(q, k, v, out, lse2, dout, dlse2, layout, scale, causal, needs)
 
 

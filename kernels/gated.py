@@ -24,7 +24,7 @@ from nvembed_fast.kernels._common import (
     operands,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import check_gated
+from nvembed_fast.kernels.errors import check_gated, check_gated_bwd
 
 __all__ = ["geglu", "swiglu"]
 
@@ -141,6 +141,7 @@ def _launch_bwd(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.
 
 @torch.library.custom_op("nvembed_fast::gated", mutates_args=())
 def _gated_op(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    check_gated("x", x)
     return _launch_fwd(x, gate_first)
 
 
@@ -151,6 +152,7 @@ def _gated_fake(x, gate_first):
 
 @torch.library.custom_op("nvembed_fast::gated_bwd", mutates_args=())
 def _gated_bwd_op(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    check_gated_bwd(x, dout)
     return _launch_bwd(x, dout, gate_first)
 
 

@@ -45,7 +45,7 @@ from nvembed_fast.kernels._common import (
     use_descriptors,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import check_latent_attention
+from nvembed_fast.kernels.errors import check_latent_attention, check_latent_attention_bwd
 
 __all__ = ["latent_attention"]
 
@@ -551,6 +551,7 @@ def _wide_bwd(
 def _latent_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, with_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_latent_attention(q, k, v, scale)
     if q.shape[-1] > MAX_HEAD_WIDTH:
         return _wide_fwd(q, k, v, scale), q.new_empty(0, dtype=torch.float32)
     return _launch_fwd(q, k, v, scale, with_lse)
@@ -576,7 +577,10 @@ def _latent_attention_bwd_op(
     needs_dk: bool,
     needs_dv: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    if q.shape[-1] > MAX_HEAD_WIDTH:
+    is_wide = q.ndim == 3 and q.shape[2] > MAX_HEAD_WIDTH
+    needs_out = not is_wide and (needs_dq or needs_dk)
+    check_latent_attention_bwd(q, k, v, out, None if is_wide else lse, dout, scale, needs_out)
+    if is_wide:
         return _wide_bwd(q, k, v, dout, scale, needs_dq, needs_dk, needs_dv)
     return _launch_bwd(q, k, v, out, lse, dout, scale, needs_dq, needs_dk, needs_dv)
 

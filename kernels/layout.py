@@ -125,7 +125,16 @@ class SeqLayout:
 
 
 def layout_of(host_lengths: torch.Tensor, device: torch.device) -> SeqLayout:
-    """The layout of these lengths. The last few batches get the same object, so that lists are made once."""
+    """The layout of these lengths. The last few batches get the same object, so that lists are made once.
+
+    Raises:
+        ValueError: they are not [B] int32 on the CPU, or one is negative.
+    """
+    if host_lengths.ndim != 1 or host_lengths.dtype != torch.int32 or not host_lengths.is_cpu:
+        raise ValueError(
+            f"host_lengths must be [B] torch.int32 on the CPU, got {tuple(host_lengths.shape)} "
+            f"{host_lengths.dtype} on {host_lengths.device}"
+        )
     return _layout_of(host_lengths.numpy().tobytes(), device)
 
 

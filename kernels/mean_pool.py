@@ -34,7 +34,7 @@ from nvembed_fast.kernels._common import (
     operands,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import check_mean_pool, check_mean_pool_geglu
+from nvembed_fast.kernels.errors import check_mean_pool, check_mean_pool_bwd, check_mean_pool_geglu
 from nvembed_fast.kernels.layout import SeqLayout, layout_of
 
 __all__ = ["mean_pool", "mean_pool_geglu"]
@@ -295,7 +295,9 @@ def _launch_bwd(
 def _mean_pool_op(
     x: torch.Tensor, host_lengths: torch.Tensor, pool_mask: torch.Tensor | None, geglu: bool
 ) -> torch.Tensor:
-    return _launch_fwd(x, layout_of(host_lengths, x.device), pool_mask, geglu)
+    layout = layout_of(host_lengths, x.device)
+    (check_mean_pool_geglu if geglu else check_mean_pool)(x, layout, pool_mask)
+    return _launch_fwd(x, layout, pool_mask, geglu)
 
 
 @_mean_pool_op.register_fake
@@ -313,7 +315,9 @@ def _mean_pool_bwd_op(
     num_tokens: int,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    return _launch_bwd(x, dout, layout_of(host_lengths, dout.device), pool_mask, dtype)
+    layout = layout_of(host_lengths, dout.device)
+    check_mean_pool_bwd(x, dout, layout, pool_mask, num_tokens, dtype)
+    return _launch_bwd(x, dout, layout, pool_mask, dtype)
 
 
 @_mean_pool_bwd_op.register_fake

@@ -35,7 +35,12 @@ from nvembed_fast.kernels._common import (
     operands,
     with_contiguous_rows,
 )
-from nvembed_fast.kernels.errors import Unsupported, check_add_rms_norm, check_rms_norm
+from nvembed_fast.kernels.errors import (
+    Unsupported,
+    check_add_rms_norm,
+    check_rms_norm,
+    check_rms_norm_bwd,
+)
 
 __all__ = ["add_rms_norm", "rms_norm"]
 
@@ -246,6 +251,8 @@ def _launch_bwd(
 
 @torch.library.custom_op("nvembed_fast::rms_norm", mutates_args=())
 def _rms_norm_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    check_rms_norm(x, weight, eps)
+    _check_limits(x, eps)
     return _launch_fwd(x, None, weight, eps)[0]
 
 
@@ -258,6 +265,8 @@ def _rms_norm_fake(x, weight, eps):
 def _add_rms_norm_op(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_add_rms_norm(x, residual, weight, eps)
+    _check_limits(x, eps)
     return _launch_fwd(x, residual, weight, eps)
 
 
@@ -276,6 +285,8 @@ def _rms_norm_bwd_op(
     needs_dh: bool,
     needs_dweight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    check_rms_norm_bwd(h, weight, dy, dh_out, eps)
+    _check_limits(h, eps)
     return _launch_bwd(h, weight, dy, dh_out, eps, needs_dh, needs_dweight)
 
 

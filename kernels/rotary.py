@@ -108,6 +108,7 @@ def _rotary_op(
     num_rotated: int,
     inverse: bool,
 ) -> torch.Tensor:
+    check_rotary(qkv, cos, sin, positions, num_rotated, inplace=False)
     return _launch_fwd(qkv, cos, sin, positions, num_rotated, inverse=inverse)
 
 
@@ -120,6 +121,7 @@ def _rotary_fake(qkv, cos, sin, positions, num_rotated, inverse):
 def _rotary_inplace_op(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, num_rotated: int
 ) -> None:
+    check_rotary(qkv, cos, sin, positions, num_rotated, inplace=False)
     _launch_fwd(qkv, cos, sin, positions, num_rotated, inplace=True)
 
 

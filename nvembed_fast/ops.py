@@ -15,6 +15,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -95,6 +96,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
             return "the kernels need a GPU of compute capability 8.0 or later, got {}.{}".format(*capability)
         return None
     if device.type == "cpu" and _interpreting():
+        if not torch.compiler.is_compiling() and _is_compiler_imported():
+            return "TRITON_INTERPRET was set after triton was imported: set it before Python starts"
         return "bf16 is computed wrongly by the Triton interpreter" if dtype == torch.bfloat16 else None
     return f"tensors are on {device.type}, not on a GPU; TRITON_INTERPRET=1 runs the kernels on a CPU, slowly"
 
@@ -140,6 +143,12 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def _is_compiler_imported() -> bool:
+    """Whether triton was imported without TRITON_INTERPRET, which it reads at its import."""
+    language = sys.modules.get("triton.language")
+    return language is not None and type(language.sum).__name__ != "InterpretedFunction"
 
 
 def _run(reference_fn: Callable[..., Result], x: torch.Tensor, *args) -> Result:

@@ -65,6 +65,18 @@ def test_triton_on_a_cpu_works_only_in_the_interpreter(monkeypatch):
             ops.swiglu(torch.randn(3, 8))
 
 
+@pytest.mark.skipif(GPU, reason="patches the interpreter's part")
+def test_the_interpreter_asked_for_after_triton_was_imported_is_told(monkeypatch):
+    import triton.language
+
+    monkeypatch.setattr(
+        triton.language, "sum", lambda: None
+    )  # as without TRITON_INTERPRET, a compiled function
+    with ops.use_impl("triton"), pytest.raises(ValueError, match="TRITON_INTERPRET was set after triton was"):
+        ops.swiglu(torch.ones(3, 8))
+    assert ops.swiglu(torch.ones(3, 8)).shape == (3, 4)  # by "auto", without triton
+
+
 def test_triton_in_float64_raises_and_auto_takes_the_reference():
     with ops.use_impl("triton"), pytest.raises(ValueError, match="not written for torch.float64"):
         ops.swiglu(torch.randn(3, 8, dtype=torch.float64))
@@ -293,3 +305,71 @@ def test_a_row_of_a_product_does_not_depend_on_how_many_there_are(width, all_cor
     whole = ops.linear(x, weight)
     for rows in (1, 2, 3, 5, 7, 9, 31, 100):
         assert torch.equal(ops.linear(x[:rows], weight), whole[:rows]), rows
+
+
+def _registered(device) -> dict[str, list[object]]:
+    """Right arguments of every registered operation. Anyone may call those, without the public function."""
+    t = functools.partial(torch.ones, device=device)
+    lengths, layout = torch.tensor([3, 0, 4], dtype=torch.int32), SeqLayout((3, 0, 4), device)
+    mask, fp32 = t(7, dtype=torch.bool), torch.float32
+    q, k, latents, x, p = t(7, 4, 16), t(7, 2, 16), t(5, 4, 16), t(7, 32), t(7, 10)
+    tables = (t(4, 8), t(4, 8), layout.positions, 2)
+    return {
+        "flash_attention": [q, k, k, lengths, 0.25, False],
+        "flash_attention_bwd": [q, k, k, q, t(4, 7), q, t(4, 7), lengths, 0.25, False, True, True, True],
+        "latent_attention": [q, latents, latents, 0.25, True],
+        "latent_attention_bwd": [q, latents, latents, q, t(4, 7), q, 0.25, True, True, True],
+        "absorbed_latent_attention": [x, t(10, 32), t(10, 32), x, 2],
+        "absorbed_latent_attention_bwd": [x, t(10, 32), t(10, 32), p, x, 2, True],
+        "mean_pool": [x, lengths, mask, True],
+        "mean_pool_bwd": [x, t(3, 16), lengths, mask, 7, fp32],
+        "rms_norm": [x, t(32), 1e-5],
+        "add_rms_norm": [x, x, t(32), 1e-5],
+        "rms_norm_bwd": [x, t(32), x, x, 1e-5, True, True],
+        "rotary": [t(7, 3, 16), *tables, False],
+        "rotary_": [t(7, 3, 16), *tables],
+        "gated": [x, True],
+        "gated_bwd": [x, t(7, 16), True],
+    }
+
+
+SPOILS = {
+    "one row less": lambda t: t[:-1],
+    "one column less": lambda t: t[..., :-1],
+    "another dtype": lambda t: t.to(torch.int64 if t.dtype == torch.int32 else torch.int8),
+    "one dimension more": lambda t: t[None],
+}
+
+
+@pytest.mark.parametrize("name", sorted(_registered("cpu")))
+def test_a_registered_operation_refuses_a_tensor_that_does_not_fit(name, device):
+    ops._kernel("rotary")  # imports all
+    operation, arguments = getattr(torch.ops.nvembed_fast, name), _registered(device)[name]
+    operation(*arguments)
+    tried = 0
+    for place, argument in enumerate(arguments):
+        for what, spoil in SPOILS.items() if isinstance(argument, torch.Tensor) else ():
+            if place == 0 and what == "one row less" and name in ("gated", "rms_norm", "latent_attention"):
+                continue  # their first input alone says how many rows there are
+            spoiled = [*arguments[:place], spoil(argument), *arguments[place + 1 :]]
+            with pytest.raises(ValueError, match=r"must be|must have"):
+                operation(*spoiled)
+            tried += 1
+    assert tried
+
+
+def test_every_registered_operation_is_tried():
+    ops._kernel("rotary")
+    names = torch._C._dispatch_get_all_op_names()
+    ours = {name.split("::")[1].split(".")[0] for name in names if name.startswith("nvembed_fast::")}
+    assert ours == set(_registered("cpu"))
+
+
+@pytest.mark.skipif(GPU, reason="the values are known on a CPU alone")
+def test_a_registered_operation_refuses_a_position_beyond_the_tables():
+    ops._kernel("rotary")
+    for name in ("rotary", "rotary_"):
+        arguments = _registered("cpu")[name]
+        arguments[3] = arguments[3] + 1
+        with pytest.raises(ValueError, match="positions must be from 0 to 3, .* got 1 to 4"):
+            getattr(torch.ops.nvembed_fast, name)(*arguments)
