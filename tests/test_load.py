@@ -386,3 +386,15 @@ def test_peak_memory_stays_below_1_15_times_the_weights(large, dtype):
     assert got["wrong"] == []
     # the lower bound: a measurement that missed the weights would prove nothing
     assert 0.99 < got["peak"] / got["weights"] < 1.15, got
+
+
+def test_loading_and_encoding_import_nothing_slow(tiny_directory):
+    """torch._dynamo takes seconds. Values drawn on "meta" would import it."""
+    code = """
+import sys
+from nvembed_fast import NVEmbed
+NVEmbed.from_pretrained(sys.argv[1], device="cpu").encode("a text")
+print(*{"torch._dynamo", "transformers", "triton"} & {*sys.modules})
+"""
+    run = subprocess.run([sys.executable, "-c", code, tiny_directory], capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "\n"), run.stdout + run.stderr

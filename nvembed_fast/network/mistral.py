@@ -101,13 +101,21 @@ class DecoderLayer(nn.Module):
         return self.mlp(x_TD), residual_TD
 
 
+class Embedding(nn.Embedding):
+    """`torch.nn.Embedding` that draws no values on "meta": that would import torch._dynamo, for seconds."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class MistralBackbone(nn.Module):
     """Packed token ids to final hidden states."""
 
     def __init__(self, config: BackboneConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self._rotary_tables: RotaryTables | None = None
