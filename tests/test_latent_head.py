@@ -211,6 +211,17 @@ def test_a_sample_lies_in_every_column_and_holds_all_of_a_small_weight():
     assert len(sample) - 100 <= 4096 and set(sample[100:].tolist()) == set(range(512))
 
 
+@pytest.mark.parametrize("shape", [(512, 4096), (4096, 512), (1024, 2048), (600, 600)])
+def test_a_write_to_some_neighbouring_rows_or_columns_is_seen(shape):
+    """Its promise: 1 % of the rows, or of the columns. By the places of the sampled elements."""
+    rows, columns = shape
+    places = latent_head._sample([torch.arange(rows * columns, dtype=torch.int32).view(shape)])
+    assert len(places) < 6000
+    for found, count in ((places // columns, rows), (places % columns, columns)):
+        hit = torch.cat([torch.tensor([-1]), found.unique(), torch.tensor([count])])
+        assert (hit.diff() - 1).max() <= max(0.01 * count, 1)
+
+
 def test_a_weight_whose_memory_was_freed_counts_as_changed():
     head = make_head()
     with ops.use_impl("torch"):
