@@ -168,6 +168,21 @@ def test_whatever_stands_around_a_weight_counts(latents, name, added):
     assert (got - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_a_hook_on_all_modules_is_called_for_each_projection(register):
+    head, h = make_head(), torch.randn(4, 16, dtype=torch.float64)
+    seen = []
+    with ops.use_impl("torch"):
+        wanted = head(h, ALONE)  # fills the cache
+        handle = getattr(nn.modules.module, register)(lambda module, *_: seen.append(module))
+        try:
+            got = head(h, ALONE)
+        finally:
+            handle.remove()
+    assert {head.to_q, head.to_kv, head.to_out, head.context_norm} <= set(seen)
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("latents", ["direct", "absorbed"])
 @pytest.mark.parametrize("write", ["data", "numpy"])
 @pytest.mark.parametrize("names", [["latents"], ["context_norm.bias"], ["to_kv.weight"], None])

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig
@@ -29,7 +30,9 @@ def runs_as_written(module: nn.Module) -> bool:
     """Whether a call of the module runs the forward of its class and nothing around it."""
     if torch.compiler.is_compiling():
         return True
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
+    here = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    return not (everywhere or here)
 
 
 class PoolingHead(nn.Module):
