@@ -17,14 +17,15 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
-__all__ = ["Format", "read_texts"]
+__all__ = ["Format", "read_records", "read_texts"]
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv"]
+Records = Generator[tuple[str, Any], None, None]  # (place, parsed record)
 _SUFFIXES: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -67,26 +68,50 @@ def read_texts(file: str, field: str | None = None, format: Format | None = None
             JSON the item) and the key.
         OSError: the file cannot be read. Names it.
     """
+    return read_records(file, field, format)[0]
+
+
+def read_records(
+    file: str, field: str | None = None, format: Format | None = None, ids: str | None = None
+) -> tuple[list[str], list[str]]:
+    """Read the texts of a file as `read_texts` does, and their ids.
+
+    Args:
+        ids: the key or column of the ids, which are strings or integers. None: there are none.
+
+    Returns:
+        The texts, and as many ids, or none.
+    """
     name = "standard input" if file == "-" else file
     if format is not None and format not in get_args(Format):
         raise ValueError(f"format must be one of {', '.join(get_args(Format))}, got {format!r}")
-    if format == "text" and field is not None:
-        raise ValueError(f"lines of text have no field {field!r}: choose another format, or no field")
+    if format == "text" and (field is not None or ids is not None):
+        key = ids if field is None else field
+        raise ValueError(f"lines of text have no field {key!r}: choose another format, or no field")
     suffix = PurePath(file.lower().removesuffix(".gz")).suffix
-    kind = format or _SUFFIXES.get(suffix) or ("text" if field is None else "jsonl")
+    kind = format or _SUFFIXES.get(suffix) or ("text" if field is None and ids is None else "jsonl")
+    found: list[str] = []
     with _opened(file, name) as stream:
         lines = _lines(stream, name)
         if kind == "text":
             texts = _plain(lines, name, guess=format is None)
-        elif kind == "jsonl":
-            texts = _json_lines(lines, name, field)
-        elif kind == "json":
-            texts = _json_items(lines, name, field)
         else:
-            texts = _rows(lines, name, field or _DEFAULT_FIELD, kind)
+            if kind == "jsonl":
+                records, unit = _json_lines(lines, name), "line"
+            elif kind == "json":
+                records, unit = _json_items(lines, name), "item"
+            else:
+                keys = [field or _DEFAULT_FIELD] + ([] if ids is None else [ids])
+                records, unit = _rows(lines, name, keys, kind), "row"
+            texts = []
+            with closing(records):
+                for place, record in records:
+                    texts.append(_text(record, place, unit, field))
+                    if ids is not None:
+                        found.append(_id(record, place, unit, ids))
     if not texts:
         raise ValueError(f"{name} holds no text")
-    return texts
+    return texts, found
 
 
 @contextmanager
@@ -162,23 +187,22 @@ def _json_kind(first: str) -> Format | None:
     return "json" if isinstance(value, list) and value and isinstance(value[0], dict | str) else None
 
 
-def _json_lines(lines: Iterable[str], name: str, field: str | None) -> list[str]:
-    texts = []
+def _json_lines(lines: Iterable[str], name: str) -> Records:
+    """(place, record) of every line that is not blank."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{name}, line {number}"
-            texts.append(_text(_json(line, place), place, "line", field))
-    return texts
+            yield place, _json(line, place)
 
 
-def _json_items(lines: Iterable[str], name: str, field: str | None) -> list[str]:
+def _json_items(lines: Iterable[str], name: str) -> Records:
+    """(place, record) of every item."""
     document = "".join(lines)
-    if not document.strip():
-        return []
-    items = _json(document, name)
+    items = _json(document, name) if document.strip() else []
     if not isinstance(items, list):
         raise ValueError(f"{name} must be an array of objects or strings, got {_kind(items)}")
-    return [_text(item, f"{name}, item {i}", "item", field) for i, item in enumerate(items, start=1)]
+    for number, item in enumerate(items, start=1):
+        yield f"{name}, item {number}", item
 
 
 def _json(document: str, place: str) -> Any:
@@ -213,25 +237,40 @@ def _text(record: Any, place: str, unit: str, field: str | None) -> str:
     return text
 
 
+def _id(record: Any, place: str, unit: str, key: str) -> str:
+    """The id of one parsed record, as a line."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: no {key!r}, the {unit} is no JSON object but {_kind(record)}")
+    if key not in record:
+        raise _absent(place, unit, key, list(record), option="--ids")
+    value = str(record[key]) if type(record[key]) is int else record[key]
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {key!r} must be a string or an integer, got {_kind(value)}")
+    if not value or not value.isprintable():
+        raise ValueError(f"{place}: {key!r} must be printable characters in one line, got {value!r:.40}")
+    return value
+
+
 def _kind(value: Any) -> str:
     names = {"NoneType": "null", "dict": "an object", "list": "an array", "str": "a string"}
     return names.get(type(value).__name__, type(value).__name__)
 
 
-def _absent(place: str, unit: str, key: str, keys: list[str]) -> ValueError:
+def _absent(place: str, unit: str, key: str, keys: list[str], option: str = "--field") -> ValueError:
     shown = ", ".join(f"{k!r:.40}" for k in keys[:9]) + (
         f" and {len(keys) - 9} more" if len(keys) > 9 else ""
     )
     or_lines = ", or read lines by --format text" if unit == "header" else ""
-    return ValueError(f"{place}: no {key!r}, the {unit} has {shown or 'none'}; choose with --field{or_lines}")
+    return ValueError(
+        f"{place}: no {key!r}, the {unit} has {shown or 'none'}; choose with {option}{or_lines}"
+    )
 
 
-def _rows(lines: Iterator[str], name: str, field: str, kind: Format) -> list[str]:
-    """The cells of one column."""
+def _rows(lines: Iterator[str], name: str, keys: list[str], kind: Format) -> Records:
+    """(place, cells) of every row. The columns are those of the text and of the id."""
     header = next(lines, "")
     delimiter = "\t" if kind == "tsv" else next((d for d in ",;\t" if d in header), ",")
     rows = csv.reader(itertools.chain([header] if header else [], lines), delimiter=delimiter, strict=True)
-    texts: list[str] = []
     columns: list[str] | None = None
     before = csv.field_size_limit(sys.maxsize)  # the limit is the process's
     try:
@@ -241,13 +280,14 @@ def _rows(lines: Iterator[str], name: str, field: str, kind: Format) -> list[str
             first = rows.line_num + 1
             if columns is None:
                 columns = row
-                if field not in columns:
-                    raise _absent(place, "header", field, columns)
-                if columns.count(field) > 1:
-                    raise ValueError(f"{place}: the header has {field!r} {columns.count(field)} times")
-                index = columns.index(field)
+                for key, option in zip(keys, ("--field", "--ids"), strict=False):
+                    if key not in columns:
+                        raise _absent(place, "header", key, columns, option)
+                    if columns.count(key) > 1:
+                        raise ValueError(f"{place}: the header has {key!r} {columns.count(key)} times")
+                indices = {key: columns.index(key) for key in keys}
             elif len(row) == len(columns):
-                texts.append(row[index])
+                yield place, {key: row[index] for key, index in indices.items()}
             elif row:
                 raise ValueError(
                     f"{place}: must have {len(columns)} fields like the header, got {len(row)}: quote a "
@@ -257,4 +297,3 @@ def _rows(lines: Iterator[str], name: str, field: str, kind: Format) -> list[str
         raise ValueError(f"{name}, the row from line {first}: not {kind.upper()} ({error})") from error
     finally:
         csv.field_size_limit(before)
-    return texts

@@ -1,6 +1,7 @@
 """The command encode: where texts come from and where vectors go, and what is left when that goes wrong."""
 
 import io
+import json
 import os
 import re
 import subprocess
@@ -125,6 +126,20 @@ def test_an_interrupted_run_goes_on_where_it_was(model, texts_file, tmp_path, ca
     assert status == 0 and f"note: 2 of 4 rows are in {part} already" in error
     assert len(batches) == 4 and not part.exists()
     np.testing.assert_allclose(np.load(out), wanted, atol=1e-6)
+
+
+def test_ids_are_written_beside_the_vectors_and_shown_by_search(model, tmp_path, capsys):
+    corpus, out = tmp_path / "c.jsonl", tmp_path / "c.npy"
+    corpus.write_text('{"_id": "d1", "text": "judo"}\n{"_id": 7, "text": "parse a date"}\n')
+    assert run(capsys, "encode", corpus, "-o", out, "--ids", "_id")[0] == 0
+    assert (tmp_path / "c.ids.txt").read_text() == "d1\n7\n"
+    arguments = ("search", corpus, "judo", "--embeddings", out, "--ids", "_id", "--top", 2)
+    printed = run(capsys, *arguments)[1]
+    assert re.search(r"\d  d1  judo$", printed, re.M) and re.search(r"\d  7  parse a date$", printed, re.M)
+    results = json.loads(run(capsys, *arguments, "--json")[1])["results"]
+    assert {result["id"]: result["text"] for result in results} == {"d1": "judo", "7": "parse a date"}
+    assert "--ids goes to OUT.ids.txt" in run(capsys, "encode", corpus, "-o", "-", "--ids", "_id")[2]
+    assert "have no ids" in run(capsys, "encode", "--text", "a", "-o", out, "--ids", "_id")[2]
 
 
 def test_without_a_terminal_a_line_tells_how_far_it_is(model, texts_file, tmp_path, capsys, monkeypatch):

@@ -217,3 +217,11 @@ def test_everything_is_on_the_disk_before_the_rename_that_decides(tmp_path, monk
     with files.replacing(tmp_path / "a.txt") as aside:
         aside.write_text("new")
     assert events == [aside.name, "to a.txt", tmp_path.name]
+
+
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/file")
+    with files.replacing(tmp_path / "link") as aside:
+        aside.write_text("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "file").read_text() == "new"

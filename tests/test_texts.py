@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nvembed_fast.texts import read_texts
+from nvembed_fast.texts import read_records, read_texts
 
 TEXTS = ["a judo throw", "", 'two\nlines, and "quotes"', "caf\u00e9\t\u2028"]
 
@@ -166,3 +166,45 @@ def test_standard_input_is_named(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     with pytest.raises(ValueError, match="standard input is closed: pass a file"):
         read_texts("-")
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("x.jsonl", '{"_id": "d1", "text": "a"}\n\n{"text": "b", "_id": 7}\n'),
+        ("x.json", '[{"_id": "d1", "text": "a"}, {"text": "b", "_id": 7}]'),
+        ("x.csv", "text,_id\na,d1\n\nb,7\n"),
+        ("x.tsv", "other\t_id\ttext\n0\td1\ta\n0\t7\tb\n"),
+        ("x", '{"_id": "d1", "text": "a"}\n{"text": "b", "_id": 7}\n'),
+    ],
+)
+def test_ids_come_with_their_texts(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    assert read_records(str(tmp_path / name), ids="_id") == (["a", "b"], ["d1", "7"])
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.jsonl", '{"text": "a"}', r"line 1: no '_id', the line has 'text'; choose with --ids"),
+        ("x.jsonl", '{"text": "a", "_id": true}', r"line 1: '_id' must be a string or an integer, got bool"),
+        (
+            "x.jsonl",
+            '{"text": "a", "_id": "a\\nb"}',
+            r"line 1: '_id' must be printable characters in one line",
+        ),
+        ("x.json", '[{"text": "a", "_id": ""}]', r"item 1: '_id' must be printable characters"),
+        ("x.json", '["a"]', r"item 1: no '_id', the item is no JSON object but a string"),
+        ("x.csv", "text,id\na,1\n", r"line 1: no '_id', the header has 'text', 'id'; choose with --ids"),
+    ],
+)
+def test_ids_that_cannot_be_read(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_records(str(tmp_path / name), ids="_id")
+
+
+def test_lines_of_text_have_no_ids(tmp_path):
+    (tmp_path / "x").write_text("a")
+    with pytest.raises(ValueError, match="lines of text have no field '_id'"):
+        read_records(str(tmp_path / "x"), format="text", ids="_id")

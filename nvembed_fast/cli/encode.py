@@ -6,8 +6,9 @@ import re
 import sys
 from pathlib import Path
 
+from nvembed_fast import files
 from nvembed_fast.cli import options, process
-from nvembed_fast.texts import read_texts
+from nvembed_fast.texts import read_records
 
 SUMMARY = "Embed the texts of a file into a .npy array, one row a text."
 EXAMPLES = """\
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prefix.add_argument(
         "--task", type=options.with_new_lines, help=r'the same as --instruction "Instruct: TASK\nQuery: "'
     )
-    options.add_text_options(parser)
+    options.add_text_options(parser, ids_help="they are written to OUT.ids.txt, one a line")
     options.add_model_options(parser)
 
 
@@ -65,9 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
     if to_stdout:
         if sys.stdout.isatty():
             raise ValueError("-o - writes the bytes of an array: send them on, such as by > OUT.npy")
+        if arguments.ids:
+            raise ValueError("--ids goes to OUT.ids.txt beside the array, which -o - does not have")
     else:
         _check_output(output, arguments.file)
-    texts = _texts(arguments)
+        if arguments.ids and _is_same_file(_ids_file(output), arguments.file):
+            raise ValueError(f"--ids would replace the file of the texts: {_ids_file(output)}")
+    texts, ids = _records(arguments)
     # importing torch takes seconds: first what fails at once
     from nvembed_fast.cli.embedding import embed
     from nvembed_fast.cli.partial import Partial
@@ -92,24 +97,34 @@ def run(arguments: argparse.Namespace) -> None:
         if there := len(partial):
             process.say(f"note: {there} of {shape[0]} rows are in {partial.path} already")
         embed(model, texts, instruction, arguments, partial)
+        if ids:  # first: behind the last rename nothing is left to do
+            with files.replacing(_ids_file(output)) as aside:
+                aside.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
         partial.finish()
         print(f"{output}: {made}")
 
 
-def _texts(arguments: argparse.Namespace) -> list[str]:
+def _ids_file(output: Path) -> Path:
+    return output.with_suffix(".ids.txt")
+
+
+def _records(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The texts and their ids."""
     file, texts = arguments.file, arguments.text
     if (file is None) == (texts is None):
         raise ValueError("pass either a file (- reads standard input), or texts by --text")
-    if texts is not None:
-        return texts
-    if _is_text(file):
+    if texts is None and _is_text(file):
         process.say(f"note: {file[:60]!r} is no file, and is embedded as a text")
-        return [file]
+        texts = [file]
+    if texts is not None:
+        if arguments.ids:
+            raise ValueError("texts on the command line have no ids: pass a file with --ids")
+        return texts, []
     if file != "-" and not os.path.exists(file):
         raise FileNotFoundError(
             f"no text file {file}; - reads standard input, --text embeds words themselves"
         )
-    return read_texts(file, arguments.field, arguments.format)
+    return read_records(file, arguments.field, arguments.format, arguments.ids)
 
 
 def _is_text(argument: str) -> bool:

@@ -52,7 +52,7 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.3g} GB" if num_bytes < 999.5 else f"{num_bytes:.0f} GB"
 
 
-def add_text_options(parser: argparse.ArgumentParser) -> None:
+def add_text_options(parser: argparse.ArgumentParser, *, ids_help: str) -> None:
     """How texts are read and cut."""
     parser.add_argument(
         "--format",
@@ -60,6 +60,7 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
         help="of FILE, gzipped or not (default: by its suffix; else jsonl if there is --field, else text)",
     )
     parser.add_argument("--field", help="key or column of the texts (default: text)")
+    parser.add_argument("--ids", metavar="KEY", help=f"key or column of the texts' ids: {ids_help}")
     parser.add_argument("--max-length", type=int, default=4096, help="tokens a text (default: 4096)")
     parser.add_argument("--max-batch-tokens", type=int, help="tokens a batch (default: by the device)")
 

@@ -6,7 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from nvembed_fast.cli import options, process
-from nvembed_fast.texts import read_texts
+from nvembed_fast.texts import read_records
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.with_new_lines,
         help=r"the questions' task; \n in it is a new line (default: %(default)s)",
     )
-    options.add_text_options(parser)
+    options.add_text_options(parser, ids_help="they are shown with the texts")
     options.add_model_options(parser)
 
 
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
-    texts = read_texts(arguments.file, arguments.field, arguments.format)
+    texts, ids = read_records(arguments.file, arguments.field, arguments.format, arguments.ids)
     documents = record = None
     if arguments.embeddings:
         from nvembed_fast.vectors import read_vectors
@@ -84,7 +84,8 @@ def run(arguments: argparse.Namespace) -> None:
     show = _print_json if arguments.json else _print
     for question, scores in zip(arguments.question, queries @ documents.T, strict=True):
         best = np.argsort(-scores, kind="stable")[: arguments.top].tolist()
-        show(question, [{"index": row, "score": float(scores[row]), "text": texts[row]} for row in best])
+        found = [{"index": row, "score": float(scores[row]), "text": texts[row]} for row in best]
+        show(question, [{"id": ids[result["index"]], **result} for result in found] if ids else found)
 
 
 def _print_json(question: str, results: list[dict[str, Any]]) -> None:
@@ -95,7 +96,8 @@ def _print_json(question: str, results: list[dict[str, Any]]) -> None:
 def _print(question: str, results: list[dict[str, Any]]) -> None:
     print(f"\n{_shown(question)}")
     for rank, result in enumerate(results, start=1):
-        print(f"{rank:3}. {result['score']:.4f}  {_shown(result['text'])[:160]}")
+        name = f"{result['id']}  " if "id" in result else ""
+        print(f"{rank:3}. {result['score']:.4f}  {name}{_shown(result['text'])[:160]}")
 
 
 def _shown(text: str) -> str:
