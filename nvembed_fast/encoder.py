@@ -283,12 +283,9 @@ class NVEmbed(nn.Module):
         )
         if kind not in ("torch", "numpy"):
             raise ValueError(f"output must be 'torch' or 'numpy', got {kind!r}")
-        if self._tells_untrained:
-            self._tells_untrained = False
-            warnings.warn(_UNTRAINED, UntrainedModel, stacklevel=2)
         single = isinstance(prompts, str)
         texts = [prompts] if isinstance(prompts, str) else text_list(prompts)
-        legacy.warn_of_end_marks(texts, self.text_tokenizer.eos_token)
+        self.warn_about(texts)
         max_length = self.max_seq_length if isinstance(max_length, EllipsisType) else max_length
         batches = self.stream(texts, instruction, max_length, max_batch_tokens)
         result = Result(len(texts), self.config.hidden_size, self.device, on_host=kind == "numpy")
@@ -298,6 +295,13 @@ class NVEmbed(nn.Module):
                 progress.advance(indices)
         found = result.finish()
         return found[0] if single else found
+
+    def warn_about(self, texts: list[str]) -> None:
+        """Warn as `encode` does: of an untrained model, once, and of texts that end with the end mark."""
+        if self._tells_untrained:
+            self._tells_untrained = False
+            warnings.warn(_UNTRAINED, UntrainedModel, stacklevel=3)
+        legacy.warn_of_end_marks(texts, self.text_tokenizer.eos_token)
 
     @property
     def stream(self) -> TextStream:

@@ -229,7 +229,7 @@ def warn_of_end_marks(texts: list[str], end_mark: str) -> None:
             warnings.warn(
                 f"prompts[{index}] ends with {end_mark!r}, and encode adds it to every text: leave it out, "
                 "or the vector is that of a text with two",
-                stacklevel=3,
+                stacklevel=4,
             )
             return
 

@@ -47,6 +47,7 @@ def embed(
         return f"{progress.done} of {len(left)} texts in {seconds:.0f} s, {rate}"
 
     with progress, process.telling(state), options.note_cut():
+        model.warn_about(left)
         for indices, vectors in model.stream(left, instruction, **options.encode_options(arguments)):
             landed = result.put([missing[index] for index in indices], vectors)
             progress.advance(indices)
