@@ -6,6 +6,7 @@ weights are read. Texts are embedded by `stream`. Keywords of the original are t
 
 import contextlib
 import dataclasses
+import functools
 import tempfile
 import threading
 import warnings
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from nvembed_fast import checkpoint, fingerprint, legacy, ops
+from nvembed_fast import checkpoint, files, fingerprint, legacy, ops
 from nvembed_fast.config import Latents, NVEmbedConfig
 from nvembed_fast.graphs import MAX_TOKENS, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
@@ -166,12 +167,24 @@ class NVEmbed(nn.Module):
         device, dtype = legacy.loading_place(cls.from_pretrained, device, dtype, old_keywords)
         path_or_id = legacy.loading_source(path_or_id, old_keywords)
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
+        compute = {"device": device, "dtype": dtype, "impl": impl, "latents": latents}
+        compute["cuda_graphs"] = cuda_graphs
+        read = functools.partial(cls._read, path_or_id, revision, hub, compute, show_progress)
+        return files.unmixed(Path(path_or_id).expanduser(), "config.json", read)
+
+    @classmethod
+    def _read(
+        cls,
+        path_or_id: str | PathLike,
+        revision: str | None,
+        hub: dict[str, Any],
+        compute: dict[str, Any],
+        show_progress: bool | None,
+    ) -> "NVEmbed":
         directory = checkpoint.resolve(path_or_id, revision=revision, config_only=True, **hub)
         config = NVEmbedConfig.from_file(directory / "config.json")
         # validate arguments before fetching and reading gigabytes of weights
-        placement = Placement.decide(
-            config, device=device, dtype=dtype, impl=impl, latents=latents, cuda_graphs=cuda_graphs
-        )
+        placement = Placement.decide(config, **compute)
         # a snapshot's folder is named by its commit, so the weights are of the same commit as the config
         directory = checkpoint.resolve(path_or_id, revision=directory.name, **hub)
         tokenizer = TextTokenizer.from_directory(directory, config)
@@ -192,8 +205,8 @@ class NVEmbed(nn.Module):
             FileExistsError: another model lies in the directory. Nothing was written.
         """
         with tempfile.TemporaryDirectory() as aside:
-            files = self.text_tokenizer.write(Path(aside))
-            checkpoint.save_model(self.model, directory, dtype=dtype, tokenizer_files=files)
+            written = self.text_tokenizer.write(Path(aside))
+            checkpoint.save_model(self.model, directory, dtype=dtype, tokenizer_files=written)
 
     @property
     def config(self) -> NVEmbedConfig:

@@ -27,10 +27,10 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 __all__ = [
     "brief",
@@ -42,6 +42,7 @@ __all__ = [
     "replacing",
     "replacing_together",
     "unfinished",
+    "unmixed",
 ]
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -54,7 +55,10 @@ _KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+T = TypeVar("T")
+
 _SAVED, _SAVING, _PLAN = ".saved", ".saving-", ".plan"
+_TRIES = 3
 
 
 @contextmanager
@@ -199,6 +203,41 @@ def current(directory: Path) -> Path:
     """The folder that holds the content of a directory: itself, or `.saved` in it after a killed save."""
     saved = directory / _SAVED
     return saved if saved.is_dir() else directory
+
+
+def unmixed(directory: Path, key: str, read: Callable[[], T]) -> T:
+    """What `read` makes of the files of a directory, all of them of one save.
+
+    It is called again if a save was committed meanwhile, because its files may be those of two models.
+
+    Args:
+        directory: which `read` reads.
+        key: as in `replacing_together`. Every save makes it anew.
+
+    Raises:
+        OSError: there was another save each time.
+    """
+    for _ in range(_TRIES):
+        before = _identity(directory, key)
+        try:
+            found = read()
+        except (OSError, ValueError, RuntimeError):
+            if _identity(directory, key) == before:
+                raise
+            continue
+        if _identity(directory, key) == before:
+            return found
+    raise OSError(
+        f"another process saved to {directory} each of the {_TRIES} times that it was read: load again later"
+    )
+
+
+def _identity(directory: Path, key: str) -> tuple | None:
+    path = current(directory) / key
+    with suppress(OSError):
+        status = path.stat()
+        return path, status.st_dev, status.st_ino, status.st_mtime_ns
+    return None
 
 
 def unfinished(directory: Path) -> list[str]:

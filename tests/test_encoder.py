@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import dataclasses
 import json
 import shutil
 import sys
@@ -15,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nvembed_fast import NVEmbed, query_instruction
+from nvembed_fast import NVEmbed, files, query_instruction
+from nvembed_fast.checkpoint import load
 from nvembed_fast.tokenization import TextTokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny_a"
@@ -239,6 +241,30 @@ def test_a_model_is_loaded_from_a_save_that_was_killed_after_its_commit(tiny_dir
     shutil.copytree(tiny_directory, tmp_path / ".saved")
     (tmp_path / "model.safetensors").write_text("half of a mix")
     assert torch.equal(NVEmbed.from_pretrained(tmp_path).encode(["a text"]), model.encode(["a text"]))
+
+
+def test_a_model_saved_while_it_is_loaded_is_whole(tiny_directory, tmp_path, monkeypatch):
+    """The save comes behind the config and before the weights, which are then those of the new model."""
+    monkeypatch.setattr(files, "_sync", lambda path: None)
+    old = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    new = copy.deepcopy(old)
+    new.model.config = dataclasses.replace(new.config, is_mask_instruction=False)
+    new.model.head.latents.neg_()
+    old.save_pretrained(tmp_path)
+    load_weights, seen = load.load_weights, []
+
+    def load_behind_a_save(*args, **options):
+        seen.append(1)
+        if len(seen) == 1:
+            new.save_pretrained(tmp_path)
+        return load_weights(*args, **options)
+
+    monkeypatch.setattr(load, "load_weights", load_behind_a_save)
+    got = NVEmbed.from_pretrained(tmp_path, device="cpu").encode("a", "Find it: ")
+    assert len(seen) == 2
+    new.text_tokenizer.is_mask_instruction = False
+    assert torch.equal(got, new.encode("a", "Find it: "))
+    assert (got - old.encode("a", "Find it: ")).abs().max() > 1e-3
 
 
 def test_the_callers_default_device_changes_nothing(model, tiny_directory, tmp_path):

@@ -225,3 +225,28 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
     with files.replacing(tmp_path / "link") as aside:
         aside.write_text("new")
     assert (tmp_path / "link").is_symlink() and (tmp_path / "far" / "file").read_text() == "new"
+
+
+def test_a_reader_between_two_saves_reads_again(tmp_path):
+    def save(content: str) -> None:
+        with files.replacing_together(tmp_path, key="key", outdated=re.compile("")) as aside:
+            for name in ("key", "value"):
+                (aside / name).write_text(content)
+
+    def read(saves: list[str], error: bool = False) -> str:
+        key = (tmp_path / "key").read_text()
+        if saves:
+            save(saves.pop())
+            if error:
+                raise ValueError("key and value do not fit")
+        return key + (tmp_path / "value").read_text()
+
+    save("a")
+    assert files.unmixed(tmp_path, "key", lambda: read([])) == "aa"
+    for error in (False, True):
+        saves = ["c", "b"]
+        assert files.unmixed(tmp_path, "key", lambda saves=saves, error=error: read(saves, error)) == "cc"
+    with pytest.raises(OSError, match="saved to .* each of the 3 times that it was read: load again later"):
+        files.unmixed(tmp_path, "key", lambda saves=list("abc"): read(saves))
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        files.unmixed(tmp_path, "key", (tmp_path / "nothing").read_text)
