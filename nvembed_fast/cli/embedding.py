@@ -1,6 +1,8 @@
 """Texts to vectors for a command, never in silence, and into the rows of a file if it asks so."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,7 +48,7 @@ def embed(
         rate = f"{progress.done / seconds:.3g} texts/s on {model.device}"
         return f"{progress.done} of {len(left)} texts in {seconds:.0f} s, {rate}"
 
-    with progress, process.telling(state), options.note_cut():
+    with progress, process.telling(state), options.note_cut(), _counted_among(left, texts):
         model.warn_about(left)
         for indices, vectors in model.stream(left, instruction, **options.encode_options(arguments)):
             landed = result.put([missing[index] for index in indices], vectors)
@@ -57,3 +59,14 @@ def embed(
         partial.arrived(result.land())
         return partial.rows
     return np.asarray(result.finish())
+
+
+@contextmanager
+def _counted_among(left: list[str], texts: list[str]) -> Iterator[None]:
+    """Inside, an error that names a text by its index says from which texts on it counts."""
+    try:
+        yield
+    except ValueError as error:
+        if len(left) == len(texts):
+            raise
+        raise ValueError(f"{error} (prompts are the {len(left)} texts that were left)") from error

@@ -12,7 +12,10 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 __all__ = [
     "INTERRUPTED",
@@ -52,7 +55,7 @@ def raise_interrupts() -> None:
 
 
 @contextmanager
-def telling_what_was_written(name: Path, file: Callable[[], Path]) -> Iterator[None]:
+def telling_what_was_written(name: "Path", file: "Callable[[], Path]") -> Iterator[None]:
     """Inside, a KeyboardInterrupt gets its message: whether `file()` is still the one that it was before."""
     before = _identity(file())
     try:
@@ -65,7 +68,7 @@ def telling_what_was_written(name: Path, file: Callable[[], Path]) -> Iterator[N
         raise KeyboardInterrupt(f"{name} was written" if is_new else "nothing was written") from stop
 
 
-def _identity(file: Path) -> tuple[int, ...] | None:
+def _identity(file: "Path") -> tuple[int, ...] | None:
     try:
         found = file.stat()
     except OSError:
