@@ -331,3 +331,21 @@ def test_a_closed_pipe_is_no_error(tiny_directory):
     command = f"{sys.executable} -m nvembed_fast info --model {tiny_directory} | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.stdout.startswith("nvembed-fast") and done.stderr == ""
+
+
+def test_info_hands_the_hubs_options_on_and_fetches_the_config_alone(tiny_directory, capsys, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        "nvembed_fast.checkpoint.resolve", lambda name, **k: asked.update(k, name=name) or tiny_directory
+    )
+    options = ("--revision", "r", "--token", "t", "--cache-dir", "/c", "--local-files-only")
+    assert run(capsys, "info", "--model", "a/b", *options)[0] == 0
+    wanted = {"revision": "r", "token": "t", "cache_dir": Path("/c"), "local_files_only": True}
+    assert asked == wanted | {"name": "a/b", "config_only": True}
+
+
+def test_help_names_hub_ids_and_says_what_a_question_is(capsys):
+    for command, part in {"init": "a hub id", "search": "each in quotation marks"}.items():
+        with pytest.raises(SystemExit):
+            cli.main([command, "--help"])
+        assert part in " ".join(capsys.readouterr().out.split())
