@@ -30,6 +30,8 @@ Backward, with p = exp2(c s - lse2) computed again from the scores:
 1. delta = rowsum(dout out) - dlse2 log2(e), per row, in fp32.
 2. dq: a program owns a query tile as forward and walks the keys:
    dp = dout v^T, ds = p (dp - delta), dq += ds k, and in the end dq *= scale.
+   dp stands before p in the code, so that the exponentials run beside its
+   product.
 3. dk, dv: a program owns a tile of keys of one key/value head and walks the
    query tiles of its sequence, all heads of the group in the rows of a tile, so
    that the sum over the group is the product's: dv += p^T dout, dk += ds^T q.
@@ -274,9 +276,10 @@ def _add_dq(
             if CAUSAL:
                 m_s = m_s & (o_n <= o_t[:, None])
             b_s = tl.where(m_s, b_s, float("-inf"))
-    b_p = tl.exp2(b_s * scale_log2 - b_lse2[:, None])
+    # before the exponentials, which run beside the product
     b_v = _load_rows(v, stride_vt, i_n, length, H, BLOCK_N, BLOCK_H, MASKED, USE_TMA)
     b_dp = tl.dot(b_dout, b_v.T, input_precision=PRECISION)
+    b_p = tl.exp2(b_s * scale_log2 - b_lse2[:, None])
     b_ds = b_p * (b_dp - b_delta[:, None])
     # [BLOCK_M, BLOCK_H]
     return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
@@ -435,17 +438,26 @@ def _flash_attention_bwd_dkv_kernel(
         # [BLOCK_N, BLOCK_M]
         b_s = tl.dot(b_k, b_q.T, input_precision=PRECISION)
         b_lse2 = tl.load(lse2_ptr + o_row, mask=m_m, other=float("inf"))
+        if USE_TMA:
+            # before the exponentials, as in _add_dq. With pointers it would cost registers, in fp32 spills
+            b_dout = _load_queries(
+                dout, stride_dot, stride_don, i_t, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, True
+            )
+            if NEEDS_DK:
+                b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
         b_p = tl.exp2(b_s * scale_log2 - b_lse2[None, :])
         if CAUSAL:
             b_p = tl.where(o_n[:, None] <= o_t[None, :], b_p, 0.0)
-        b_dout = _load_queries(
-            dout, stride_dot, stride_don, i_t, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, USE_TMA
-        )
+        if not USE_TMA:
+            b_dout = _load_queries(
+                dout, stride_dot, stride_don, i_t, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, False
+            )
         if NEEDS_DV:
             b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
         if NEEDS_DK:
             b_delta = tl.load(delta_ptr + o_row, mask=m_m, other=0.0)
-            b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
+            if not USE_TMA:
+                b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
             b_ds = b_p * (b_dp - b_delta[None, :])
             b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
 
@@ -536,6 +548,7 @@ def _bwd_launch_config(
         block_m, block_n = (32 if kernel == "dkv" else 64, 64) if use_tma else (32, 32)
     elif use_tma:
         block_m, block_n = (128, 64) if kernel == "dq" else (64, 128)
+        num_stages = 3
     else:
         block_m = block_n = 64
     # short texts: no tile much taller or wider than the longest of them
