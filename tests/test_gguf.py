@@ -263,11 +263,21 @@ def test_values_a_dtype_cannot_hold(tmp_path):
     init_model(file, tmp_path / "out", dtype="bfloat16")
 
 
-@pytest.mark.parametrize("size", [0, 3, 100, 3000, -100])
-def test_truncated_gguf(tmp_path, size):
+@pytest.mark.parametrize(
+    "size, reason",
+    [
+        (0, "empty"),
+        (3, "GGUF"),
+        (100, r"field llama\.\S+: \d+ bytes at \d+ are behind the file's end"),
+        (3000, "bytes at .* are behind the file's end"),
+        (-100, r"tensor 'output\.weight': it ends behind the file"),
+    ],
+)
+def test_truncated_gguf(tmp_path, size, reason):
     file = write_gguf(tmp_path / "d.gguf")
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"d\.gguf is cut short or no GGUF file \(.*\): download it again"):
+    message = rf"d\.gguf is cut short or no GGUF file \(.*{reason}.*\): download it again"
+    with pytest.raises(ValueError, match=message):
         open_decoder(file)
 
 

@@ -184,10 +184,11 @@ def test_a_header_longer_than_any(tiny):
 
 def test_sizes_that_the_weights_have_not_take_no_memory(tiny):
     """Told by the headers: such a model could not be built, not even without memory."""
-    edit_json(
-        tiny / "config.json", lambda c: c["text_config"].update(intermediate_size=2**31 - 1, head_dim=2**30)
-    )
-    with pytest.raises(ValueError, match=r"must be \[4294967296, 64\] by config\.json, found \[64, 64\]"):
+    sizes = {"num_cross_heads": 2**31 - 1, "cross_dim_head": 2**31 - 1}
+    edit_json(tiny / "config.json", lambda c: c["latent_attention_config"].update(sizes))
+    with pytest.raises(
+        ValueError, match=rf"must be \[{(2**31 - 1) ** 2}, 64\] by config\.json, found \[512, 64\]"
+    ):
         load_model(tiny)
 
 

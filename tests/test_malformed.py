@@ -44,23 +44,21 @@ LEAVES = (
 )
 VALUES = LEAVES | st.lists(LEAVES, max_size=3) | st.fixed_dictionaries({"inner": LEAVES})
 # what no object's value can be
-DAMAGE = st.sampled_from(
-    [
-        lambda text: text[: len(text) // 2],
-        lambda text: "",
-        lambda text: "[" * 100_000,
-        lambda text: '{"a":' * 100_000,
-        lambda text: f"[{text}]",
-        lambda text: text + "}",
-        lambda text: text.replace(":", ":" + "[" * 900 + "]" * 900 + ', "x":', 1),
-        lambda text: text.replace("{", '{"a": 1, "a": 2, ', 1),
-        lambda text: text.replace("{", '{"a": ' + "9" * 5000 + ", ", 1),
-        lambda text: text.replace("{", '{"a": [NaN], "b": -Infinity, ', 1),
-        lambda text: text.replace('"', "'"),
-        lambda text: "\ufeff" + text,
-        lambda text: text + " " * 2**24,
-    ]
-)
+DAMAGES = [
+    lambda text: text[: len(text) // 2],
+    lambda text: "",
+    lambda text: "[" * 100_000,
+    lambda text: '{"a":' * 100_000,
+    lambda text: f"[{text}]",
+    lambda text: text + "}",
+    lambda text: text.replace(":", ":" + "[" * 900 + "]" * 900 + ', "x":', 1),
+    lambda text: text.replace("{", '{"a": 1, "a": 2, ', 1),
+    lambda text: text.replace("{", '{"a": ' + "9" * 5000 + ", ", 1),
+    lambda text: text.replace("{", '{"a": [NaN], "b": -Infinity, ', 1),
+    lambda text: text.replace('"', "'"),
+    lambda text: "\ufeff" + text,
+    lambda text: text + " " * 2**24,
+]
 
 
 def long_too(few: int, many: int):
@@ -262,14 +260,11 @@ def test_config_json(model_files, tmp_path, count):
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "tokenizer.json"])
-@long_too(13, 200)
-def test_damaged_json(model_files, tmp_path, name, count):
-    def body(damage):
+def test_damaged_json(model_files, tmp_path, name):
+    for damage in DAMAGES:
         damaged = damage(model_files[name].decode()).encode()
         write(tmp_path / "m", model_files | {name: damaged})
         load_and_encode(tmp_path / "m", [name])
-
-    check_all(count, body, DAMAGE)
 
 
 @long_too(100, 2000)
@@ -353,7 +348,7 @@ def test_index_files(model_files, tmp_path, count):
         st.dictionaries(st.sampled_from(names) | st.text(max_size=4), places, max_size=2),
         st.sets(st.sampled_from(names), max_size=1),
         st.none() | st.none() | st.fixed_dictionaries({"weight_map": VALUES}) | VALUES,
-        st.none() | st.none() | DAMAGE,
+        st.none() | st.none() | st.sampled_from(DAMAGES),
     )
 
 
