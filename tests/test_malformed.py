@@ -171,9 +171,11 @@ def write(directory: Path, files: dict[str, bytes]) -> Path:
 
 
 def load_and_encode(directory: Path, *names: list[str]) -> None:
+    """What loads gives vectors. Another tokenizer may leave nothing of a text to pool."""
     model = attempt(lambda: NVEmbed.from_pretrained(directory, device="cpu"), *names)
     if model is not None:
-        vectors = attempt(lambda: model.encode(["w1 w2", "w3"], output="numpy"), ["prompts["])
+        may_fail = [["prompts["]] if names[0][0] == "tokenizer.json" else [["nothing"]]
+        vectors = attempt(lambda: model.encode(["w1 w2", "w3"], output="numpy"), *may_fail)
         assert vectors is None or np.isfinite(vectors).all()
 
 
