@@ -167,7 +167,7 @@ class SingleTextGraphs:
             for w in self.model.parameters()
         )
         head = self.model.head
-        return weights, getattr(head, "mode", None), head.output_normalize
+        return weights, getattr(head, "mode", None), getattr(head, "output_normalize", None)
 
     def _capture(self, bucket: int, state: tuple) -> _Graph:
         device = self._device()
