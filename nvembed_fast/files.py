@@ -67,8 +67,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
     An error or an interruption removes it and leaves `path` as it was. The next call for this path removes
     the file of a killed process. A link stays, and the file that it names is replaced.
+
+    Raises:
+        FileExistsError: `path` is a directory, a device or a pipe.
     """
     path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is no ordinary file, so nothing can take its place")
     for name in glob.glob(f".{glob.escape(path.name)}-*.part", root_dir=path.parent):
         with suppress(OSError), open(path.parent / name, "r+b") as left:
             if _lock(left, wait=False):

@@ -42,10 +42,14 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_an_output_that_is_a_directory_is_told_before_anything_is_read(model, tmp_path, capsys):
-    (tmp_path / "o.npy").mkdir()
-    status, _, error = run(capsys, "encode", "absent.txt", "-o", tmp_path / "o.npy")
-    assert status == 1 and "--output is a directory" in error
+def test_an_output_that_is_no_file_is_told_before_anything_is_read(model, tmp_path, capsys):
+    (tmp_path / "folder.npy").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.npy").symlink_to("pipe")
+    for name, kind in {"folder.npy": "a directory", "link.npy": "a device or a pipe"}.items():
+        status, _, error = run(capsys, "encode", "absent.txt", "-o", tmp_path / name)
+        assert status == 1 and f"--output is {kind}: {tmp_path / name}" in error
+    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_a_text_is_an_argument(model, tmp_path, capsys):

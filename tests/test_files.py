@@ -250,3 +250,11 @@ def test_a_reader_between_two_saves_reads_again(tmp_path):
         files.unmixed(tmp_path, "key", lambda saves=list("abc"): read(saves))
     with pytest.raises(FileNotFoundError, match="nothing"):
         files.unmixed(tmp_path, "key", (tmp_path / "nothing").read_text)
+
+
+def test_a_pipe_behind_a_link_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    with pytest.raises(FileExistsError, match="pipe is no ordinary file"), files.replacing(tmp_path / "link"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["link", "pipe"] and (tmp_path / "pipe").is_fifo()

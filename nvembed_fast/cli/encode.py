@@ -88,6 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
     if to_stdout:
         vectors = embed(model, texts, instruction, arguments).astype(dtype, copy=False)
         write_vectors(sys.stdout.buffer, vectors, record)
+        sys.stdout.buffer.flush()
         process.say(f"standard output: {made}")
         return
     with (
@@ -144,8 +145,9 @@ def _check_output(output: Path, texts_file: str | None) -> None:
     if output.suffix != ".npy":
         raise ValueError(f"--output must end in .npy, or be - for standard output, got {output}")
     folder = Path(os.path.realpath(output)).parent  # a link is followed
-    if output.is_dir():
-        raise IsADirectoryError(f"--output is a directory: {output}")
+    if output.exists() and not output.is_file():  # a device would be replaced by a file
+        kind = "a directory" if output.is_dir() else "a device or a pipe"
+        raise FileExistsError(f"--output is {kind}: {output}")
     if not folder.is_dir():
         raise FileNotFoundError(f"the directory of --output does not exist: {folder}")
     if not os.access(folder, os.W_OK):
