@@ -21,9 +21,17 @@ it, so that memory beyond it is read as zero and a NaN there cannot matter (the
 mask makes p zero, but zero times NaN would be NaN).
 
 Two ways to load, picked by `_launch_config`: tensor descriptors (TMA) on sm_90,
-pointers elsewhere. With descriptors one loop serves all blocks and a branch
-masks the last ones. With pointers that branch would cost layout conversions in
-every block (sm_80), so the last ones have a loop of their own.
+pointers elsewhere. There are three ways to walk the keys:
+
+- With descriptors and more than one block, the scores of the next block are
+  issued before the softmax of this one (AHEAD), so that exponentials and tensor
+  cores work at the same time. Only the last block is masked, behind the loop.
+- Causal with descriptors, one loop serves all blocks and a branch masks the last
+  ones: on the diagonal there are several.
+- With pointers that branch would cost layout conversions in every block (sm_80),
+  so the last ones have a loop of their own.
+
+All three do the same arithmetic in the same order of blocks.
 
 Backward, with p = exp2(c s - lse2) computed again from the scores:
 
@@ -139,6 +147,18 @@ def _attend(
             if CAUSAL:
                 m_s = m_s & (o_n <= o_t[:, None])
             b_s = tl.where(m_s, b_s, float("-inf"))
+    return _accumulate(
+        b_s, b_m, b_l, b_acc, v, stride_vt, i_n, length, scale_log2,
+        H, PRECISION, BLOCK_N, BLOCK_H, MASKED, USE_TMA,
+    )  # fmt: skip
+
+
+@triton.jit
+def _accumulate(
+    b_s, b_m, b_l, b_acc, v, stride_vt, i_n, length, scale_log2,
+    H: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, MASKED: tl.constexpr, USE_TMA: tl.constexpr,
+):  # fmt: skip
     # [BLOCK_M]
     b_m_new = tl.maximum(b_m, tl.max(b_s, 1) * scale_log2)
     b_p = tl.exp2(b_s * scale_log2 - b_m_new[:, None])
@@ -162,7 +182,7 @@ def _flash_attention_fwd_kernel(
     tiles_ptr, cu_seqlens_ptr, scale_log2, num_kv_heads,
     GROUP: tl.constexpr, H: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
-    USE_TMA: tl.constexpr,
+    USE_TMA: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_GROUP
     # the tile: which tokens of which sequence, for which heads
@@ -185,46 +205,71 @@ def _flash_attention_fwd_kernel(
     o_t = first_token + o_m // BLOCK_GROUP
     o_head = o_m % BLOCK_GROUP
     if USE_TMA:
-        q = tl.make_tensor_descriptor(
-            q_ptr, [length, GROUP, H], [stride_qt, stride_qn, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
-        )
         k = tl.make_tensor_descriptor(k_ptr, [length, H], [stride_kt, 1], [BLOCK_N, BLOCK_H])
         v = tl.make_tensor_descriptor(v_ptr, [length, H], [stride_vt, 1], [BLOCK_N, BLOCK_H])
     else:
-        q = q_ptr
         k = k_ptr
         v = v_ptr
+    # descriptors are built one after the other, and that of the queries serves one load alone
+    QUERIES_BY_TMA: tl.constexpr = USE_TMA and not AHEAD
+    if QUERIES_BY_TMA:
+        q = tl.make_tensor_descriptor(
+            q_ptr, [length, GROUP, H], [stride_qt, stride_qn, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
+        )
+    else:
+        q = q_ptr
     # [BLOCK_M, BLOCK_H]
     b_q = _load_queries(
-        q, stride_qt, stride_qn, first_token, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, USE_TMA
-    )
+        q, stride_qt, stride_qn, first_token, length,
+        GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, QUERIES_BY_TMA,
+    )  # fmt: skip
 
     # walk the keys
-    # every row sees the first num_common keys, some row the first num_keys
-    num_keys = tl.minimum(first_token + BLOCK_T, length) if CAUSAL else length
-    num_common = first_token + 1 if CAUSAL else length
-    num_full = num_common // BLOCK_N * BLOCK_N
     b_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_l = tl.zeros([BLOCK_M], tl.float32)
     b_acc = tl.zeros([BLOCK_M, BLOCK_H], tl.float32)
-    for i_n in tl.range(0, num_keys if USE_TMA else num_full, BLOCK_N):
-        b_m, b_l, b_acc = _attend(
-            b_q, b_m, b_l, b_acc, k, stride_kt, v, stride_vt, i_n, o_t, length, num_common, scale_log2,
-            H, CAUSAL, PRECISION, BLOCK_N, BLOCK_H, USE_TMA, USE_TMA,
-        )  # fmt: skip
-    if not USE_TMA:
-        for i_n in tl.range(num_full, num_keys, BLOCK_N):
-            b_m, b_l, b_acc = _attend(
-                b_q, b_m, b_l, b_acc, k, stride_kt, v, stride_vt, i_n, o_t, length, num_common, scale_log2,
-                H, CAUSAL, PRECISION, BLOCK_N, BLOCK_H, True, USE_TMA,
+    if AHEAD:
+        tl.static_assert(USE_TMA and not CAUSAL)
+        last = (length - 1) // BLOCK_N * BLOCK_N
+        # [BLOCK_M, BLOCK_N]
+        b_s = tl.dot(b_q, k.load([0, 0]).T, input_precision=PRECISION)
+        for i_n in tl.range(0, last, BLOCK_N):
+            b_next = tl.dot(b_q, k.load([i_n + BLOCK_N, 0]).T, input_precision=PRECISION)
+            b_m, b_l, b_acc = _accumulate(
+                b_s, b_m, b_l, b_acc, v, stride_vt, i_n, length, scale_log2,
+                H, PRECISION, BLOCK_N, BLOCK_H, False, True,
             )  # fmt: skip
+            b_s = b_next
+        b_s = tl.where(last + tl.arange(0, BLOCK_N)[None, :] < length, b_s, float("-inf"))
+        b_m, b_l, b_acc = _accumulate(
+            b_s, b_m, b_l, b_acc, v, stride_vt, last, length, scale_log2,
+            H, PRECISION, BLOCK_N, BLOCK_H, True, True,
+        )  # fmt: skip
+    else:
+        # every row sees the first num_common keys, some row the first num_keys
+        num_keys = tl.minimum(first_token + BLOCK_T, length) if CAUSAL else length
+        num_common = first_token + 1 if CAUSAL else length
+        num_full = num_common // BLOCK_N * BLOCK_N
+        for i_n in tl.range(0, num_keys if USE_TMA else num_full, BLOCK_N):
+            b_m, b_l, b_acc = _attend(
+                b_q, b_m, b_l, b_acc, k, stride_kt, v, stride_vt,
+                i_n, o_t, length, num_common, scale_log2,
+                H, CAUSAL, PRECISION, BLOCK_N, BLOCK_H, USE_TMA, USE_TMA,
+            )  # fmt: skip
+        if not USE_TMA:
+            for i_n in tl.range(num_full, num_keys, BLOCK_N):
+                b_m, b_l, b_acc = _attend(
+                    b_q, b_m, b_l, b_acc, k, stride_kt, v, stride_vt,
+                    i_n, o_t, length, num_common, scale_log2,
+                    H, CAUSAL, PRECISION, BLOCK_N, BLOCK_H, True, USE_TMA,
+                )  # fmt: skip
 
     # write the result
     # [BLOCK_M, BLOCK_H]
     b_out = (b_acc * (1.0 / b_l)[:, None]).to(out_ptr.dtype.element_ty)
     m_m = (o_t < length) & (o_head < GROUP)
     tl.store(lse2_ptr + o_head.to(tl.int64) * stride_ln + o_t, b_m + tl.log2(b_l), mask=m_m)
-    if USE_TMA:
+    if QUERIES_BY_TMA:
         out_desc = tl.make_tensor_descriptor(
             out_ptr, [length, GROUP, H], [stride_ot, stride_on, 1], [BLOCK_T, BLOCK_GROUP, BLOCK_H]
         )
@@ -485,7 +530,14 @@ def _shape_class(rule: dict[str, int | bool], dtype: torch.dtype, longest: int) 
 
 @tuned.cache
 def _launch_config(
-    head_width: int, group: int, max_length: int, *, capability: int, dtype: torch.dtype, aligned: bool = True
+    head_width: int,
+    group: int,
+    max_length: int,
+    *,
+    capability: int,
+    dtype: torch.dtype,
+    aligned: bool = True,
+    causal: bool = False,
 ) -> dict[str, int | bool]:
     """Tile sizes, warps and the way to load. Plain Python: a machine without a GPU reads and compiles it.
 
@@ -497,13 +549,17 @@ def _launch_config(
     block_group = triton.next_power_of_2(group)
     longest = triton.next_power_of_2(max(max_length, 1))
     use_tma = aligned and dtype.itemsize == 2 and use_descriptors(capability)
-    num_stages = 2
+    # up to 64 tokens there is no next block of keys, and with 256 columns no register is left for its scores
+    has_next = use_tma and block_h <= 128 and longest > 64
+    ahead = has_next and not causal
+    num_stages = 3 if has_next else 2
     if dtype.itemsize == 4:
         # full fp32 runs without tensor cores, operands in registers: the largest tiles that do not spill
         block_m, block_n = 64 if block_h <= 64 else 32, 32 if block_h <= 128 else 16
         num_stages = 1
     elif use_tma:
-        block_m, block_n = 128, 128 if block_h <= 128 else 64
+        # with 128 columns and 128 keys, the compiler keeps products and softmax apart: bench/NOTES.md
+        block_m, block_n = 128, 128 if block_h <= (64 if ahead else 128) else 64
     else:
         block_m, block_n = (128, 64) if block_h <= 128 else (64, 32)
         # 8.6, 8.9 and 12.0 have 99 KB of shared memory for a program, 8.0 has 163
@@ -517,6 +573,7 @@ def _launch_config(
         "BLOCK_N": min(block_n, max(32, longest)),
         "BLOCK_H": block_h,
         "USE_TMA": use_tma,
+        "AHEAD": ahead,
         "num_warps": 4 if is_small else 8,
         "num_stages": num_stages,
     }
@@ -597,7 +654,9 @@ def _launch_fwd(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v, out)
     longest = triton.next_power_of_2(max(layout.max_length, 1))  # few values, so that few are cached
-    config = _launch_config(width, group, longest, capability=sm, dtype=q.dtype, aligned=aligned)
+    config = _launch_config(
+        width, group, longest, capability=sm, dtype=q.dtype, aligned=aligned, causal=causal
+    )
     if config["USE_TMA"]:
         allow_descriptors()
     tiles = layout.tiles(config["BLOCK_T"])

@@ -8,7 +8,8 @@
 
 The invariant: an entry decides how fast a kernel is and never its result.
 A number that follows from the shape alone, such as a padded width, is no constant
-of an entry. An entry that loads through descriptors is left where none can be made.
+of an entry. An entry with a flag (USE_TMA, AHEAD) that the rule does not set is left,
+as where no descriptor can be made.
 
 A class names the numbers that its rule distinguishes, each rounded up to a power
 of two: `width128-group4-bits16-longest128`. `longest`, the longest sequence of a
@@ -46,12 +47,13 @@ class Kernel:
 _FLASH = Kernel(
     ("width", "group", "bits", "longest"), ("BLOCK_T", "BLOCK_N", "USE_TMA", "num_warps", "num_stages")
 )
+_FLASH_FWD = Kernel(_FLASH.shape, ("BLOCK_T", "BLOCK_N", "USE_TMA", "AHEAD", "num_warps", "num_stages"))
 _POOL = Kernel(("width", "bits"), ("TOKENS", "BLOCK_T", "BLOCK_D", "num_warps"))
 KERNELS = {
     "absorbed_latent_attention.fwd": Kernel(
         ("latents", "bits"), ("BLOCK_T", "BLOCK_L", "BLOCK_K", "USE_TMA", "num_warps", "num_stages")
     ),
-    "flash_attention.fwd": _FLASH,
+    "flash_attention.fwd": _FLASH_FWD,
     "flash_attention.dq": _FLASH,
     "flash_attention.dkv": _FLASH,
     "latent_attention.fwd": Kernel(
@@ -82,7 +84,7 @@ def override(kernel: str, capability: int, rule: Config, **shape: int) -> Config
     Args:
         kernel: one of KERNELS.
         capability: 80 for 8.0.
-        rule: a whole launch configuration. A rule loads through descriptors wherever these can be made.
+        rule: a whole launch configuration. A rule sets a flag wherever it can be set.
         shape: the numbers of the class, powers of two.
     """
     numbers = KERNELS[kernel].shape
@@ -90,7 +92,7 @@ def override(kernel: str, capability: int, rule: Config, **shape: int) -> Config
     shape_class = "-".join(f"{name}{shape[name]}" for name in numbers)
     entries = _shipped() if _used is None else _used
     entry = entries.get((kernel, capability, shape_class))
-    if entry is None or (entry.get("USE_TMA") and not rule["USE_TMA"]):
+    if entry is None or any(value is True and not rule[name] for name, value in entry.items()):
         return rule
     return rule | entry
 
@@ -175,7 +177,7 @@ def _checked(kernel: str, architecture: str, shape_class: str, table: dict[str, 
             raise ValueError(f"{name} must be a {kind.__name__}, got {table[name]!r}")
     for name in constants:
         value = table[name]
-        if name == "USE_TMA":
+        if name in ("USE_TMA", "AHEAD"):
             fits, wanted = isinstance(value, bool), "true or false"
         elif name == "num_stages":
             fits, wanted = type(value) is int and value > 0, "a positive integer"
@@ -183,6 +185,8 @@ def _checked(kernel: str, architecture: str, shape_class: str, table: dict[str, 
             fits, wanted = type(value) is int and _is_power_of_two(value), "a power of two"
         if not fits:
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    if table.get("AHEAD") and not table["USE_TMA"]:
+        raise ValueError("AHEAD needs USE_TMA")
     return {name: table[name] for name in constants}
 
 

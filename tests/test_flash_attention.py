@@ -71,6 +71,28 @@ def test_matches_the_reference_around_the_tile_size(length, path, device):
             assert_parity(name, got, low, high)
 
 
+@pytest.mark.parametrize("length", [65, 127, 128, 129, 193])
+def test_matches_the_reference_with_blocks_of_64_keys_ahead(length, path, device):
+    """From one block to four. Heads of NV-Embed's width take narrower blocks than those of the cases."""
+    case = AttentionCase("ahead", (length,), 2, 1, 128)
+    for name, got, low, high in _with_oracle(case, torch.float16, device):
+        assert_parity(name, got, low, high)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="plays sm_90 in the interpreter")
+@pytest.mark.parametrize("lengths", [(150, 7, 0, 65), (256, 128), (600,)], ids=str)
+def test_scores_ahead_change_no_bit(lengths, monkeypatch):
+    monkeypatch.setattr(module, "capability", lambda device: 90)
+    launches = spy_on_launches(monkeypatch, module, "_flash_attention_fwd_kernel")
+    *qkv, layout = AttentionCase("ahead", lengths, 4, 2, 32).inputs("cpu", torch.float16)
+    ahead = flash_attention(*qkv, layout, return_lse=True)
+    rule = module._launch_config
+    monkeypatch.setattr(module, "_launch_config", lambda *args, **kw: rule(*args, **kw) | {"AHEAD": False})
+    one_by_one = flash_attention(*qkv, layout, return_lse=True)
+    assert [arguments["AHEAD"] for _, arguments in launches] == [True, False]
+    assert all(map(torch.equal, ahead, one_by_one))
+
+
 @pytest.mark.parametrize("group", [1, 5, 64])
 def test_any_group_size(group, path, device):
     case = AttentionCase("group", (9, 4), 2 * group, 2, 16)
@@ -105,11 +127,13 @@ def test_nan_in_a_neighbour_does_not_matter(causal, path, device):
     assert out[first:last].isnan().all(), "the poison did not arrive, so this test would prove nothing"
 
 
+# causal on sm_90: the loop without scores ahead
+@pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("width", [24, 32])
-def test_nan_around_the_pack_does_not_matter(width, path, device):
+def test_nan_around_the_pack_does_not_matter(width, causal, path, device):
     # rows before the first and after the last token, heads beside and columns right of the ones in use
     q, k, v, layout = dataclasses.replace(PACK, head_width=width).inputs(device, torch.float16)
-    clean = flash_attention(q, k, v, layout)
+    clean = flash_attention(q, k, v, layout, causal=causal)
     views = []
     for t in (q, k, v):
         tokens, heads, width = t.shape
@@ -117,7 +141,7 @@ def test_nan_around_the_pack_does_not_matter(width, path, device):
         view = wide[100 : 100 + tokens, 4 : 4 + heads, :width]
         view.copy_(t)
         views.append(view)
-    assert torch.equal(flash_attention(*views, layout), clean)
+    assert torch.equal(flash_attention(*views, layout, causal=causal), clean)
 
 
 def test_nan_in_a_later_token_does_not_matter_when_causal(path, device):
@@ -128,13 +152,15 @@ def test_nan_in_a_later_token_does_not_matter_when_causal(path, device):
     assert torch.equal(flash_attention(q, k, v, layout, causal=True)[:100], clean[:100])
 
 
-def test_alone_equals_in_a_pack(path, device):
+@pytest.mark.parametrize("causal", [False, True])
+def test_alone_equals_in_a_pack(causal, path, device):
     q, k, v, layout = PACK.inputs(device, torch.float16)
-    packed, packed_lse = flash_attention(q, k, v, layout, return_lse=True)
+    how = {"causal": causal, "return_lse": True}
+    packed, packed_lse = flash_attention(q, k, v, layout, **how)
     start = 0
     for length in layout.lengths:
         rows = slice(start, start + length)
-        alone = flash_attention(q[rows], k[rows], v[rows], SeqLayout([length], device), return_lse=True)
+        alone = flash_attention(q[rows], k[rows], v[rows], SeqLayout([length], device), **how)
         if length > 128:  # the same tiles, so the same bits
             assert torch.equal(alone[0], packed[rows]) and torch.equal(alone[1], packed_lse[:, rows])
         # shorter ones take smaller tiles alone, which may round p's sum otherwise
@@ -143,12 +169,13 @@ def test_alone_equals_in_a_pack(path, device):
         start += length
 
 
-def test_doubling_the_batch_changes_no_row(path, device, monkeypatch):
+@pytest.mark.parametrize("causal", [False, True])
+def test_doubling_the_batch_changes_no_row(causal, path, device, monkeypatch):
     launches = spy_on_launches(monkeypatch, module, "_flash_attention_fwd_kernel")
     q, k, v, layout = PACK.inputs(device, torch.float16)
-    once = flash_attention(q, k, v, layout)
+    once = flash_attention(q, k, v, layout, causal=causal)
     twice = SeqLayout(layout.lengths * 2, device)
-    both = flash_attention(*(torch.cat([t, t]) for t in (q, k, v)), twice)
+    both = flash_attention(*(torch.cat([t, t]) for t in (q, k, v)), twice, causal=causal)
     assert torch.equal(both, torch.cat([once, once]))
     assert_same_constants(launches)
 
@@ -206,6 +233,20 @@ def test_launch_config_covers_every_width_and_group():
                         assert c["BLOCK_GROUP"] >= group and c["BLOCK_H"] >= width
                         assert c["BLOCK_T"] * c["BLOCK_GROUP"] >= 16 and c["BLOCK_N"] >= 16
                         assert not c["USE_TMA"] or 90 <= capability < 120
+                        assert not c["AHEAD"] or c["USE_TMA"]
+
+
+def test_scores_are_ahead_where_there_is_a_next_block():
+    """One class of lengths takes one loop: the bits of a text do not depend on the longest beside it."""
+
+    def is_ahead(length: int, width: int = 128, **kwargs) -> bool:
+        target = {"capability": 90, "dtype": torch.bfloat16} | kwargs
+        return bool(module._launch_config(width, 4, length, **target)["AHEAD"])
+
+    assert [is_ahead(length) for length in (1, 64, 128, 512, 32768)] == [False, False, True, True, True]
+    assert is_ahead(512, width=16) and not is_ahead(512, width=256)
+    for old in ({"causal": True}, {"aligned": False}, {"capability": 80}, {"dtype": torch.float32}):
+        assert not is_ahead(512, **old)
 
 
 def test_signature_is_the_reference_signature():

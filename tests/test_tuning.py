@@ -45,7 +45,7 @@ HAS_GPU = torch.cuda.is_available()
 ROOT = Path(__file__).resolve().parents[1]
 NAME = "flash_attention.fwd.sm_80.width32-group2-bits16-longest64"
 PROVENANCE = 'gpu = "a GPU"\ndate = 2000-01-01\ncommit = "abc"\ntime_ms = 1.0\nrule_ms = 2.0\n'
-CONSTANTS = "BLOCK_T = 16\nBLOCK_N = 16\nUSE_TMA = false\nnum_warps = 4\nnum_stages = 1\n"
+CONSTANTS = "BLOCK_T = 16\nBLOCK_N = 16\nUSE_TMA = false\nAHEAD = false\nnum_warps = 4\nnum_stages = 1\n"
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -69,7 +69,8 @@ def test_the_shipped_file_is_sound():
 
 def test_an_entry_is_read(tmp_path):
     entries = tuned.read(written(tmp_path, f"[{NAME}]\n{CONSTANTS}{PROVENANCE}"))
-    constants = {"BLOCK_T": 16, "BLOCK_N": 16, "USE_TMA": False, "num_warps": 4, "num_stages": 1}
+    constants = {"BLOCK_T": 16, "BLOCK_N": 16, "USE_TMA": False, "AHEAD": False}
+    constants |= {"num_warps": 4, "num_stages": 1}
     assert entries == {("flash_attention.fwd", 80, "width32-group2-bits16-longest64"): constants}
 
 
@@ -86,6 +87,8 @@ def test_an_entry_is_read(tmp_path):
         ("num_warps = 4", "num_warps = true", "num_warps must be a power of two"),
         ("num_stages = 1", "num_stages = 0", "num_stages must be a positive integer"),
         ("USE_TMA = false", "USE_TMA = 0", "USE_TMA must be true or false"),
+        ("AHEAD = false", "AHEAD = 1", "AHEAD must be true or false"),
+        ("AHEAD = false", "AHEAD = true", "AHEAD needs USE_TMA"),
         ("date = 2000-01-01", 'date = "today"', "date must be a date"),
         ('commit = "abc"\n', "", "missing: commit"),
     ],
@@ -166,7 +169,8 @@ def test_an_entry_changes_the_tile_of_attention(device, monkeypatch):
     tile = {"BLOCK_T": 16, "BLOCK_N": 16, "USE_TMA": False, "num_warps": 2, "num_stages": 1}
     shape_class = "width32-group2-bits16-longest64"
     entries = {}
-    for kernel in ("flash_attention.fwd", "flash_attention.dq", "flash_attention.dkv"):
+    entries |= at(device, "flash_attention.fwd", shape_class, **tile, AHEAD=False)
+    for kernel in ("flash_attention.dq", "flash_attention.dkv"):
         entries |= at(device, kernel, shape_class, **tile)
     names = [f"_flash_attention_{which}_kernel" for which in ("fwd", "bwd_dq", "bwd_dkv")]
     launches = spy_on_launches(monkeypatch, flash_attention, *names)
@@ -272,7 +276,7 @@ def test_an_entry_with_descriptors_is_left_where_none_can_be_made(monkeypatch):
     monkeypatch.setattr(flash_attention, "capability", lambda device: 90)
     q, k, v, layout = case(ATTENTION_CASES, "ragged-gqa").inputs("cpu", torch.float16)
     odd = torch.zeros(len(k), k.shape[1], k.shape[2] + 1, dtype=k.dtype)[..., :-1].copy_(k)
-    tile = {"BLOCK_T": 16, "BLOCK_N": 16, "USE_TMA": True, "num_warps": 4, "num_stages": 2}
+    tile = {"BLOCK_T": 16, "BLOCK_N": 16, "USE_TMA": True, "AHEAD": False, "num_warps": 4, "num_stages": 2}
     taken = []
     with tuned.use({("flash_attention.fwd", 90, "width32-group2-bits16-longest64"): tile}):
         for keys in (k, odd):
@@ -287,6 +291,23 @@ def test_an_entry_with_descriptors_is_left_where_none_can_be_made(monkeypatch):
             assert_parity("entry", got, reference.flash_attention(q, k, v, layout), high)
     rule = flash_attention._launch_config(32, 2, 64, capability=90, dtype=torch.float16, aligned=False)
     assert taken == [tile, {n: rule[n] for n in tile}] and not rule["USE_TMA"]
+
+
+def test_an_entry_ahead_is_left_where_there_is_no_block_ahead():
+    """Causal attention keeps its loop, and a text of 64 tokens is one block of keys."""
+    tile = {"BLOCK_T": 16, "BLOCK_N": 32, "USE_TMA": True, "AHEAD": True, "num_warps": 4, "num_stages": 2}
+    key, target = ("flash_attention.fwd", 90), {"capability": 90, "dtype": torch.float16}
+    classes = [f"width128-group4-bits16-longest{n}" for n in (64, 128)]
+    rule = functools.partial(flash_attention._launch_config, 128, 4, **target)
+    cases = ((512, False), (512, True), (64, False))
+    ruled = [rule(length, causal=causal) for length, causal in cases]
+    with tuned.use({(*key, name): tile for name in classes}):
+        taken = [rule(length, causal=causal) for length, causal in cases]
+    assert taken == [ruled[0] | tile, *ruled[1:]] and ruled[0]["AHEAD"]
+    # an entry that is not ahead holds for both
+    with tuned.use({(*key, classes[1]): tile | {"AHEAD": False}}):
+        taken = [rule(512, causal=causal) for causal in (False, True)]
+    assert taken == [config | tile | {"AHEAD": False} for config in ruled[:2]]
 
 
 def test_latent_attention_without_descriptors_goes_by_its_rule():

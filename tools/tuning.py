@@ -212,17 +212,28 @@ def _case(cases: tuple[Case, ...], which: str, /, **changes) -> Case:
 
 
 def _attention_problems() -> list[Problem]:
-    # BLOCK_T, BLOCK_N, USE_TMA, num_warps, num_stages: a group of four heads makes 4 BLOCK_T rows
-    forward = {
-        80: ((32, 64, False, 8, 2), (32, 64, False, 8, 3), (32, 64, False, 8, 4), (16, 32, False, 4, 3)),
+    # BLOCK_T, BLOCK_N, USE_TMA, AHEAD, num_warps, num_stages: a group of four heads makes 4 BLOCK_T rows
+    short = {
+        80: (*((32, 64, False, False, 8, stages) for stages in (2, 3, 4)), (16, 32, False, False, 4, 3)),
         90: (
-            *((32, 128, True, 8, 2), (32, 64, True, 8, 2), (32, 64, True, 8, 3)),
-            *((16, 64, True, 4, 2), (16, 128, True, 4, 2), (16, 32, True, 4, 2)),
+            *((32, 128, True, False, 8, 2), (32, 64, True, False, 8, 2), (32, 64, True, False, 8, 3)),
+            *((16, 64, True, False, 4, 2), (16, 128, True, False, 4, 2), (16, 32, True, False, 4, 2)),
         ),
     }
+    forward = short | {
+        90: (
+            *((32, 64, True, True, 8, 3), (32, 64, True, True, 8, 2), (32, 128, True, True, 8, 2)),
+            *((16, 64, True, True, 4, 2), (16, 64, True, True, 4, 3), (32, 128, True, False, 8, 3)),
+            *short[90],
+        ),
+    }
+    # without AHEAD
     dq = {
         80: ((16, 64, False, 8, 2), (16, 128, False, 8, 2)),
-        90: ((32, 64, True, 8, 2), (32, 128, True, 8, 2), (16, 64, True, 4, 2)),
+        90: (
+            *((32, 64, True, 8, stages) for stages in (2, 3, 4)),
+            *((32, 128, True, 8, 2), (16, 64, True, 4, 2), (16, 64, True, 4, 3)),
+        ),
     }
     dkv = {
         80: ((16, 64, False, 8, 2), (8, 128, False, 8, 2)),
@@ -243,10 +254,10 @@ def _attention_problems() -> list[Problem]:
         )
     ]
     for length, count in ((64, 256), (16, 1024)):
-        short = case(name=f"nvembed-{count}x{length}", lengths=(length,) * count)
+        batch = case(name=f"nvembed-{count}x{length}", lengths=(length,) * count)
         part = case(lengths=(length, length - 3, length), num_heads=4, num_kv_heads=1)
         row = f"flash_attention: forward {length} tokens bf16"
-        problems.append(Problem("flash_attention.fwd", row, _attention_forward, (short,), part, forward))
+        problems.append(Problem("flash_attention.fwd", row, _attention_forward, (batch,), part, short))
     return problems
 
 
