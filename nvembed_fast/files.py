@@ -35,6 +35,7 @@ from typing import IO, Any, TypeVar
 __all__ = [
     "brief",
     "current",
+    "expanded",
     "is_file",
     "link_aside",
     "read",
@@ -57,6 +58,7 @@ _KINDS = {
 }
 T = TypeVar("T")
 
+_UNSUPPORTED = (errno.ENOTSUP, errno.ENOSYS)
 _SAVED, _SAVING, _PLAN = ".saved", ".saving-", ".plan"
 _TRIES = 3
 
@@ -82,7 +84,7 @@ def replacing(path: Path) -> Iterator[Path]:
     with lock:
         try:
             yield aside
-            aside.chmod(_ordinary_mode())
+            _set_mode(aside, 0o666)
             _sync(aside)
             os.replace(aside, path)
         except BaseException:
@@ -135,6 +137,17 @@ def replacing_together(directory: Path, *, key: str, outdated: re.Pattern[str]) 
 def brief(value: object) -> str:
     """`repr`, but short, also of something large or deep."""
     return _SHORT.repr(value)
+
+
+def expanded(path: str | os.PathLike[str]) -> Path:
+    """A path as the shell would read it, with its ~.
+
+    Raises:
+        ValueError: it is empty, and would be the working directory.
+    """
+    if not os.fspath(path):
+        raise ValueError("the path is empty: pass . for the working directory")
+    return Path(os.path.expanduser(path))
 
 
 def is_file(path: Path) -> bool:
@@ -274,11 +287,18 @@ def _link_or_copy(source: Path, target: Path) -> None:
         _sync(target)
 
 
-def _ordinary_mode(kind: int = 0o666) -> int:
-    """The mode of a file that open() creates: mkstemp and safetensors let only the owner read theirs."""
+def _set_mode(path: Path, kind: int) -> None:
+    """Give the mode of a file that open() creates: mkstemp and safetensors let only the owner read theirs.
+
+    Not every file system has modes.
+    """
     mask = os.umask(0)
     os.umask(mask)
-    return kind & ~mask
+    try:
+        path.chmod(kind & ~mask)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, *_UNSUPPORTED):
+            raise
 
 
 def _sync(path: Path) -> None:
@@ -288,7 +308,7 @@ def _sync(path: Path) -> None:
         try:
             os.fsync(handle)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            if error.errno not in (errno.EINVAL, *_UNSUPPORTED):
                 raise
         finally:
             os.close(handle)
@@ -374,11 +394,11 @@ def _make_ready(directory: Path, aside: Path, plan: dict[str, str]) -> None:
     for name in {*os.listdir(aside)} - {_PLAN}:
         if (directory / name).is_dir():
             raise IsADirectoryError(f"{directory / name} is a folder, and a file of this name is to be saved")
-        (aside / name).chmod(_ordinary_mode())
+        _set_mode(aside / name, 0o666)
         _sync(aside / name)
     (aside / _PLAN).write_text(json.dumps(plan))
     _sync(aside / _PLAN)
-    aside.chmod(_ordinary_mode(0o777))  # mkdtemp lets only the owner read it
+    _set_mode(aside, 0o777)
     _sync(aside)
 
 
@@ -398,10 +418,26 @@ def _finish(directory: Path) -> None:
     """Wait for the process whose files are in `.saved`. If it is dead, do the rest of its work."""
     saved = directory / _SAVED
     while saved.is_dir():
-        with suppress(FileNotFoundError), open(saved / _PLAN, "r+b") as lock:
-            _lock(lock, wait=True)
-            if _is_locked_by(saved, lock):
-                _install(directory, directory / f"{_SAVING}{secrets.token_hex(4)}")
+        try:
+            with open(saved / _PLAN, "r+b") as lock:
+                _lock(lock, wait=True)
+                if _is_locked_by(saved, lock):
+                    _check_whole(saved)
+                    _install(directory, directory / f"{_SAVING}{secrets.token_hex(4)}")
+        except FileNotFoundError:
+            # that process has put its files in place meanwhile, or a hand was at work here
+            _check_whole(saved)
+
+
+def _check_whole(saved: Path) -> None:
+    """FileExistsError if files are missing in `.saved`: to finish it would remove old ones for nothing."""
+    with suppress(FileNotFoundError):
+        names = os.listdir(saved)
+        if _PLAN not in names or json.loads((saved / _PLAN).read_text())["key"] not in names:
+            raise FileExistsError(
+                f"{saved} is of an earlier save, and files have been taken out of it: move what is left of "
+                "them to where you want it, remove the folder, and save again"
+            )
 
 
 def _install(directory: Path, trash: Path) -> None:

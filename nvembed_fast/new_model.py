@@ -57,7 +57,7 @@ def init_model(
         FileExistsError: the output directory holds a model, or files of one.
         FileNotFoundError, ValueError, ImportError: the decoder cannot be used. The message says why.
     """
-    output_directory = Path(output_directory)
+    output_directory = files.expanded(output_directory)
     if not force and (found := model_files(files.current(output_directory))):
         raise FileExistsError(
             f"{output_directory} already holds a model: remove it or choose another directory. Found "
@@ -66,6 +66,8 @@ def init_model(
     for name, value in (("num_latents", num_latents), ("num_heads", num_heads), ("head_width", head_width)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got {seed}")
     decoder = open_decoder(source)
     stored = decoder.dtype if dtype is None else check_dtype(dtype)
     width = decoder.config.hidden_size

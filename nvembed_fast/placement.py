@@ -109,8 +109,9 @@ def check_device(device: str | int | torch.device) -> torch.device:
         )
     try:
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"device {str(device)!r} is not there: {error}") from error
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).split(". ")[0]  # torch lists all its backends behind it
+        raise ValueError(f"device {str(device)!r} is not there ({reason}): use 'cpu' or 'cuda'") from error
     if found.type == "meta":
         raise ValueError("device 'meta' holds no weights: use 'cpu' or 'cuda'")
     return found

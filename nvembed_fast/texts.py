@@ -101,7 +101,7 @@ def read_records(
             elif kind == "json":
                 records, unit = _json_items(lines, name), "item"
             else:
-                keys = [field or _DEFAULT_FIELD] + ([] if ids is None else [ids])
+                keys = [_DEFAULT_FIELD if field is None else field] + ([] if ids is None else [ids])
                 records, unit = _rows(lines, name, keys, kind), "row"
             texts = []
             with closing(records):

@@ -232,6 +232,11 @@ def test_help_has_examples(command, capsys):
         (["search", "{texts}", "q", "--top", "0"], "--top must be at least 1"),
         (["search", "{texts}", "q", "--task", ""], "task is empty"),
         (["encode", "{texts}", "-o", "{tmp}/o.npy", "--task", ""], "task is empty"),
+        (["search", "{texts}", "q", " "], "question 2 is empty"),
+        (["encode", "--text", "a", "--field", "body", "-o", "{tmp}/o.npy"], "leave --field and --format out"),
+        (["encode", "two words", "--format", "csv", "-o", "{tmp}/o.npy"], "leave --field and --format out"),
+        (["info", "--model", ""], "no directory ''"),
+        (["encode", "a\x1b[31m", "-o", "{tmp}/o.npy"], r"no text file a\x1b[31m"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(
@@ -241,8 +246,37 @@ def test_errors_are_one_line_and_leave_nothing(
     if "--model" not in arguments:
         arguments += ["--model", tiny_directory]
     status, _, error = run(capsys, *arguments)
-    assert status == 1 and message in error and error.count("\n") == 1, error
+    errors = [line for line in error.splitlines() if not line.startswith("note: ")]
+    assert status == 1 and message in error and len(errors) == 1, error
     assert [p.name for p in tmp_path.iterdir()] == ["texts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode", "a.txt", "-o", ""], "argument -o/--output: invalid path value: ''"),
+        (["search", "a.txt", "q", "--embeddings", ""], "argument --embeddings: invalid path value: ''"),
+        (["init", "decoder", "-o", ""], "argument -o/--output: invalid path value: ''"),
+        (
+            ["encode", "a.txt", "-o", "o.npy", *(f"{i}.txt" for i in range(4000))],
+            "arguments 0.txt 1.txt 2.txt and 3997 more: a command reads one file, and - is standard input\n",
+        ),
+        (["encode", "a.txt", "-o", "o.npy", "--ouput", "x"], "unrecognized arguments --ouput x\n"),
+    ],
+)
+def test_wrong_arguments_are_told_in_short(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_a_cpu_without_memory_is_told_in_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.\n#0 x")
+
+    monkeypatch.setattr("nvembed_fast.new_model.init_model", full)
+    status, _, error = run(capsys, "init", tmp_path, "-o", tmp_path / "out")
+    assert status == 1 and "not enough memory on the CPU" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("link", [None, "symlink_to", "hardlink_to"])

@@ -1,5 +1,6 @@
 """Rows of an interrupted run: what counts as there, and what the next run may take."""
 
+import errno
 import os
 
 import numpy as np
@@ -137,6 +138,27 @@ def test_a_killed_process_leaves_rows_that_count_or_none(tmp_path, moment, side)
         (tmp_path / "o.npy").unlink()
         if not died:
             return
+
+
+@pytest.mark.parametrize("content", [b"mine", bytes(8) + b"mine"])
+@pytest.mark.parametrize("link", [False, True])
+def test_a_file_that_holds_no_rows_stays_untouched(tmp_path, content, link):
+    file = tmp_path / ("mine" if link else "o.npy.partial")
+    file.write_bytes(content)
+    if link:
+        (tmp_path / "o.npy.partial").symlink_to(file)
+    with pytest.raises(OSError, match=r"o\.npy\.partial"):
+        opened(tmp_path)
+    assert file.read_bytes() == content
+
+
+def test_a_folder_whose_files_cannot_be_mapped_is_named(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENODEV, "No such device")
+
+    monkeypatch.setattr(np, "memmap", refused)
+    with pytest.raises(OSError, match=r"cannot write .*o\.npy: No such device"):
+        opened(tmp_path)
 
 
 def _die(name: str, side: str, number: int) -> None:

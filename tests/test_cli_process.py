@@ -42,6 +42,14 @@ def test_standard_streams_that_are_closed_or_full_give_no_traceback(line, status
     assert error in done.stderr and len(done.stderr.splitlines()) == bool(error), done.stderr
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict", "utf-8"])
+def test_standard_output_takes_what_its_encoding_lacks(encoding):
+    code = "from nvembed_fast.cli import process; process.open_closed_streams(); print('\\u65e5 \\udcff')"
+    done = shell(f'{sys.executable} -c "{code}"', env=BUFFERED | {"PYTHONIOENCODING": encoding})
+    day = "\u65e5" if encoding == "utf-8" else r"\u65e5"
+    assert (done.stdout, done.stderr) == (day + r" \udcff" + "\n", "")
+
+
 def test_no_file_takes_the_number_of_a_closed_stream():
     code = "import os; from nvembed_fast.cli import process; process.open_closed_streams(); print(os.dup(1))"
     done = shell(f"exec {sys.executable} -c '{code}' 2>&- <&-")

@@ -1,5 +1,7 @@
 """Files written aside: whole or absent, in the mode of ordinary files, and nothing left behind."""
 
+import errno
+import json
 import os
 import re
 import threading
@@ -185,6 +187,32 @@ def test_a_second_process_waits_until_the_first_has_put_its_files_in_place(tmp_p
     first.join(20)
     second.join(20)
     assert content(tmp_path) == {"key": "2", "part": "2"}
+
+
+@pytest.mark.parametrize("left", [[], [".plan"], ["key", "old_part"]])
+def test_a_saved_folder_from_which_files_were_taken_removes_nothing(tmp_path, left):
+    """Who moves the files of `.saved` to their places after a killed save often misses `.plan`."""
+    save(tmp_path, key="1", old_part="1")
+    (tmp_path / ".saved").mkdir()
+    for name in left:
+        plan = json.dumps({"key": "key", "outdated": ".*old.*"})
+        (tmp_path / ".saved" / name).write_text(plan if name == ".plan" else "2")
+    with pytest.raises(FileExistsError, match=r"\.saved is of an earlier save.*save again"):
+        save(tmp_path, key="3")
+    assert visible(tmp_path) == {"key": "1", "old_part": "1"}
+    assert sorted(os.listdir(tmp_path / ".saved")) == sorted(left)
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_modes_takes_files(tmp_path, monkeypatch, code):
+    def refused(*_):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(Path, "chmod", refused)
+    save(tmp_path, key="1")
+    with files.replacing(tmp_path / "alone") as aside:
+        aside.write_text("2")
+    assert content(tmp_path) == {"key": "1", "alone": "2"}
 
 
 def test_a_folder_in_the_place_of_a_file_is_told_before_anything_changes(tmp_path):

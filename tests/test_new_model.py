@@ -1,6 +1,7 @@
 """A new model: the fresh head, the stored dtype, and a directory that holds a model already."""
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from tiny_decoders import WIDTH, transformers_model, write_mistral, write_tokeni
 from tokenizers import Tokenizer
 
 from nvembed_fast import NVEmbed
+from nvembed_fast.checkpoint import load_model, save_model
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.encoder import UntrainedModel
 from nvembed_fast.new_model import init_model
@@ -180,3 +182,22 @@ def test_force_moves_the_files_of_a_model_aside(mistral, tmp_path):
 def test_sizes_below_one(mistral, tmp_path, name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         init_model(mistral, tmp_path / "out", **{name: 0})
+
+
+@pytest.mark.parametrize("seed", [-(2**63) - 1, 2**64])
+def test_seeds_that_torch_does_not_take(mistral, tmp_path, seed):
+    with pytest.raises(ValueError, match="seed must be from"):
+        init_model(mistral, tmp_path / "out", seed=seed)
+
+
+def test_an_empty_path_is_refused_and_a_tilde_is_the_home(mistral, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="the path is empty"):
+        init_model(mistral, "")
+    init_model(mistral, "~/a", num_latents=2)
+    model = load_model(tmp_path / "a")
+    with pytest.raises(ValueError, match="the path is empty"):
+        save_model(model, "")
+    save_model(model, "~/b")
+    assert {"a", "b"} <= {*os.listdir(tmp_path)} and "~" not in os.listdir(tmp_path)

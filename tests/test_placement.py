@@ -17,6 +17,8 @@ from nvembed_fast.placement import Placement, check_device
         ({"latents": "fast"}, "latents must be one of 'auto', 'direct', 'absorbed', got 'fast'"),
         ({"device": "cuda:77"}, "device 'cuda:77' is not there"),
         ({"device": "nowhere"}, "device 'nowhere' is not a device"),
+        ({"device": "fpga"}, "device 'fpga' is not there \\(.{,120}\\): use 'cpu' or 'cuda'$"),
+        ({"device": "hpu"}, "device 'hpu' is not there \\(.{,120}\\): use 'cpu' or 'cuda'$"),
         ({"device": 77}, "device 'cuda:77' is not there: .*Use device='cpu'"),
         ({"device_map": {"a": 0, "b": 1}}, "device_map must put the whole model on one device"),
         ({"dtype": "int8"}, "dtype must be one of float16, bfloat16, float32, float64, got 'int8'"),

@@ -124,6 +124,7 @@ def test_lines_of_json_are_not_embedded_as_they_are_unasked(tmp_path, first):
         ("x.json", b'{"data": []}', None, r"x\.json must be an array of objects or strings, got an object"),
         ("x.json", b'{"text": "a"}\n{"text": "b"}', None, r"JSON \(Extra.*; --format jsonl reads JSON lines"),
         ("x.csv", b"id,body\n1,a", None, r"line 1: no 'text', the header has 'id', 'body'; choose with"),
+        ("x.csv", b"id,text\n1,a", "", r"line 1: no '', the header has 'id', 'text'; choose with"),
         ("x.csv", b"first text\n", None, r"has 'first text'; .* --field, or read lines by --format text"),
         ("x.csv", b"text,text\na,b", None, r"x\.csv, line 1: the header has 'text' 2 times"),
         ("x.csv", b'text,id\n"a\nb",1\nc, d,2', None, r"line 4: must have 2 fields like the header, got 3"),

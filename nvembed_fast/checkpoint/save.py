@@ -84,7 +84,7 @@ def save_model(
         OSError: the files cannot be written, or the new ones cannot take their places. The message then names
             the folder that holds them.
     """
-    directory = Path(directory)
+    directory = files.expanded(directory)
     copies = [Path(p) for p in tokenizer_files]
     if not move_aside:
         check_no_other_model(directory, except_for=copies)

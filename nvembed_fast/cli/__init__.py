@@ -45,6 +45,14 @@ def _run(argv: list[str] | None) -> int:
         if process.write_out():
             process.say(f"nvembed-fast {arguments.command}: {_sentence(error)}")
         return 1
+    except RuntimeError as error:  # torch has no type for a CPU without memory
+        if "can't allocate memory" not in str(error):
+            raise
+        process.say(
+            f"nvembed-fast {arguments.command}: not enough memory on the CPU: choose a smaller model or "
+            "smaller sizes, such as --max-batch-tokens"
+        )
+        return 1
     return 0
 
 
@@ -75,7 +83,12 @@ def _arguments(given: list[str]) -> "argparse.Namespace":
         close = difflib.get_close_matches(given[0], commands, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(commands)}"
         parser.error(f"no command {given[0]!r}: {hint}")
-    return parser.parse_args(given)
+    arguments, unknown = parser.parse_known_args(given)
+    if unknown:
+        more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+        hint = "" if unknown[0].startswith("-") else ": a command reads one file, and - is standard input"
+        parser.error(f"unrecognized arguments {' '.join(unknown[:3])}{more}{hint}")
+    return arguments
 
 
 def _parser() -> "argparse.ArgumentParser":

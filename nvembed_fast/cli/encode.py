@@ -120,6 +120,8 @@ def _records(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
     if texts is not None:
         if arguments.ids:
             raise ValueError("texts on the command line have no ids: pass a file with --ids")
+        if arguments.field is not None or arguments.format is not None:
+            raise ValueError("texts on the command line are read as they are: leave --field and --format out")
         return texts, []
     if file != "-" and not os.path.exists(file):
         raise FileNotFoundError(

@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     # first, so that an error stands alone
     config = None
-    if arguments.model:
+    if arguments.model is not None:
         directory = checkpoint.resolve(arguments.model, config_only=True, **options.hub_options(arguments))
         config = NVEmbedConfig.from_file(directory / "config.json")
         placement = Placement.decide(config)

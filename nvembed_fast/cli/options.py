@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from nvembed_fast import files
 from nvembed_fast.cli import process
 from nvembed_fast.texts import Format
 
@@ -39,8 +40,8 @@ FILE_HELP = "one text a line, JSON lines, JSON, CSV or TSV, also gzipped; - read
 
 
 def path(text: str) -> Path:
-    """A path as the shell would read it. It leaves the ~ of --output=~/x as it is."""
-    return Path(os.path.expanduser(text))
+    """A path as the shell would read it, which leaves the ~ of --output=~/x as it is."""
+    return files.expanded(text)
 
 
 def size(num_bytes: float) -> str:

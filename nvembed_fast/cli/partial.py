@@ -53,9 +53,13 @@ class Partial:
         tail_at = len(head) + shape[0] * shape[1] * np.dtype(dtype).itemsize
         self._whole = tail_at + len(tail)
         try:
+            if self.path.is_symlink() or self.path.exists() and not self.path.is_file():
+                raise FileExistsError(f"{self.path} is no ordinary file: remove it, or choose another output")
             self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
             self._lock()
-            if not self._read(0, 8).strip(b"\0"):  # new, or its process died while it made it
+            size = os.fstat(self._file.fileno()).st_size
+            # new, or its process died while it made it
+            if size in (0, self._whole + shape[0]) and not self._read(0, 8).strip(b"\0"):
                 self._make(head, tail_at, tail, self._whole + shape[0])
             size = os.fstat(self._file.fileno()).st_size
             same = self._read(0, len(head)) == head and self._read(tail_at, len(tail)) == tail
@@ -66,12 +70,12 @@ class Partial:
                 )
             if size == self._whole:  # its process died when all rows were there
                 os.pwrite(self._file.fileno(), b"\1" * shape[0], size)
+            self.rows = np.memmap(self._file, dtype, "r+", len(head), shape)
+            self._is_there: np.ndarray = np.memmap(self._file, np.uint8, "r+", self._whole, shape[:1])
         except FileExistsError:
             raise
         except OSError as error:
             raise OSError(f"cannot write {output}: {error.strerror or error}") from error
-        self.rows = np.memmap(self._file, dtype, "r+", len(head), shape)
-        self._is_there: np.ndarray = np.memmap(self._file, np.uint8, "r+", self._whole, shape[:1])
 
     def __len__(self) -> int:
         """The number of rows that are there."""

@@ -7,6 +7,7 @@
 3. From there on it raises KeyboardInterrupt, so that a command removes or keeps what it has begun.
 """
 
+import io
 import os
 import signal
 import sys
@@ -30,6 +31,7 @@ __all__ = [
 
 INTERRUPTED = 130  # the status by which shells know Ctrl-C
 TELL_EVERY_S = 10.0
+_OBEYED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
 
 
 @contextmanager
@@ -84,7 +86,7 @@ def _leave(*_) -> None:
 
 
 def open_closed_streams() -> None:
-    """Open the standard streams that are closed on the null device.
+    """Open the standard streams that are closed on the null device, and let standard output take any text.
 
     Writing to standard output is an error, as it was. What is written to standard error is lost.
     """
@@ -94,13 +96,16 @@ def open_closed_streams() -> None:
         except OSError:
             os.open(os.devnull, flags)  # takes the lowest free number, which is this one
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    # a file of texts may hold what the terminal's encoding lacks, and a file's name bytes that are no text
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
 def say(message: str) -> None:
-    """Print a line on standard error. If nobody can read it there, it is lost."""
+    """Print a line on standard error, without what a terminal obeys. If nobody can read it, it is lost."""
     try:
-        print(message, file=sys.stderr, flush=True)
+        print(message.translate(_OBEYED), file=sys.stderr, flush=True)
     except OSError:
         _discard(2)
 

@@ -56,6 +56,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.top < 1:
         raise ValueError(f"--top must be at least 1, got {arguments.top}")
+    for number, question in enumerate(arguments.question, start=1):
+        if not question.strip():
+            raise ValueError(f"question {number} is empty: write one in quotation marks")
     texts, ids = read_records(arguments.file, arguments.field, arguments.format, arguments.ids)
     documents = record = None
     if arguments.embeddings:
@@ -96,7 +99,7 @@ def _print_json(question: str, results: list[dict[str, Any]]) -> None:
 def _print(question: str, results: list[dict[str, Any]]) -> None:
     print(f"\n{_shown(question)}")
     for rank, result in enumerate(results, start=1):
-        name = f"{result['id']}  " if "id" in result else ""
+        name = f"{_shown(result['id'])}  " if "id" in result else ""
         print(f"{rank:3}. {result['score']:.4f}  {name}{_shown(result['text'])[:160]}")
 
 
