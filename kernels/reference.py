@@ -44,7 +44,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
     Returns:
         [T, E] in the dtype of x.
+
+    Raises:
+        ValueError: the weight has no content. On a CPU torch itself would read memory that nobody wrote.
     """
+    if weight.is_meta and not x.is_meta:
+        raise ValueError(
+            "a weight is offloaded (device 'meta'), which is not supported: load them all to one device"
+        )
     enough = _enough_rows(x)
     result = F.linear(enough, weight, bias)
     return result if enough is x else result[: len(x)]

@@ -5,6 +5,7 @@ No other file knows their keywords.
 
 import difflib
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from os import PathLike
@@ -116,6 +117,8 @@ def loading_source(path_or_id: str | PathLike | None, keywords: dict[str, Any]) 
             "from_pretrained() needs path_or_id once: a directory, or a model's id on the hub, got "
             f"{' and '.join(map(repr, named)) or 'none'}"
         )
+    if not isinstance(named[0], str | PathLike) or not isinstance(os.fspath(named[0]), str):
+        raise TypeError(f"path_or_id must be a str or a PathLike of one, got {type(named[0]).__name__}")
     return named[0]
 
 
@@ -214,8 +217,12 @@ def _refuse_other_results(given: dict[str, Any], device: torch.device, normalize
     if "pool" in given:
         raise TypeError("encode() has no pool of processes: start one process for each GPU")
     if "device" in given:
-        asked = torch.device(given["device"])
-        if asked.type != device.type or asked.index not in (None, device.index or 0):
+        try:
+            asked = torch.device(given["device"])
+            is_ours = asked.type == device.type and asked.index in (None, device.index or 0)
+        except (RuntimeError, TypeError):
+            is_ours = False
+        if not is_ours:
             raise TypeError(
                 f"encode() runs on the model's device {device}, got device={given['device']!r}: "
                 "pass device to from_pretrained, or call model.to(device)"

@@ -119,7 +119,7 @@ class TextStream:
             ValueError: the instruction leaves nothing of a text to pool, or a vector is not finite. The
                 iterator raises it, the latter behind the last batch.
         """
-        check_counts(max_length, max_batch_tokens)
+        max_length, max_batch_tokens = check_counts(max_length, max_batch_tokens)
         if max_batch_tokens is None:
             max_batch_tokens = BATCH_TOKENS.get(self.device.type, BATCH_TOKENS["cpu"])
         texts = check_texts(texts)
@@ -276,7 +276,7 @@ class Progress:
 
     def __init__(self, texts: list[str], max_length: int, show: bool | None):
         # the part beyond max_length costs nothing, and a token is about four characters
-        self.work = [1 + min(len(text), 4 * max_length) for text in texts]
+        self.work = [1 + min(len(text), 4 * int(max_length)) for text in texts]
         self.done = 0
         self.bar = tqdm(
             total=sum(self.work),
@@ -299,18 +299,21 @@ class Progress:
         self.bar.update(sum(self.work[index] for index in indices))
 
 
-def check_counts(max_length: int, max_batch_tokens: int | None) -> None:
-    """TypeError or ValueError for what a stream does not take. max_batch_tokens may be None."""
-    _check_count("max_length", max_length, MIN_MAX_LENGTH)
-    if max_batch_tokens is not None:
-        _check_count("max_batch_tokens", max_batch_tokens, 1)
+def check_counts(max_length: int, max_batch_tokens: int | None) -> tuple[int, int | None]:
+    """Both, or TypeError or ValueError for what a stream does not take. max_batch_tokens may be None."""
+    return (
+        _check_count("max_length", max_length, MIN_MAX_LENGTH),
+        None if max_batch_tokens is None else _check_count("max_batch_tokens", max_batch_tokens, 1),
+    )
 
 
-def _check_count(name: str, value: int, minimum: int) -> None:
+def _check_count(name: str, value: int, minimum: int) -> int:
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}: {value!r}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    # numbers of numpy wrap
+    return int(value)
 
 
 def _check_pooled(window: TokenizedTexts, first: int, max_length: int) -> None:

@@ -164,7 +164,7 @@ class TextTokenizer:
         limit = self.max_characters(max_length)
         skips = bool(instruction) and self.is_mask_instruction
         start = self.instruction_length(instruction[:limit]) if skips else 0
-        if start >= 2 * max_length:
+        if start // 2 >= max_length:
             # nothing is left of any text, and tokenizing the instruction with each would take minutes
             filled = np.asarray(self.backend.encode(instruction[:limit]).ids[:max_length], dtype=np.int32)
             return TokenizedTexts([filled] * len(texts), [max_length] * len(texts), len(texts))
@@ -191,7 +191,7 @@ class TextTokenizer:
         A token covers at most `longest` characters, so the kept tokens lie in the first half of this, and the
         cut is thousands of characters behind them.
         """
-        return 2 * self._longest_token * max(max_length, 512)
+        return 2 * self._longest_token * max(int(max_length), 512)
 
     @functools.cached_property
     def _longest_token(self) -> int:
@@ -229,6 +229,8 @@ def text_list(texts: Iterable[str], name: str = "prompts") -> list[str]:
     kind = type(texts).__name__
     if isinstance(texts, str):
         raise TypeError(f"{name} must be a list of texts, got one string: put it in a list")
+    if getattr(texts, "ndim", None) == 0:
+        raise TypeError(f"{name} must be a string or texts, got a {kind} of no dimension: pass str(x)")
     if isinstance(texts, bytes | bytearray | memoryview) or not isinstance(texts, Iterable):
         raise TypeError(f"{name} must be a string or texts, got {kind}")
     if isinstance(texts, Set) and not isinstance(texts, KeysView):

@@ -159,6 +159,11 @@ def test_a_query_needs_a_task(model, task, error):
         ({"prompts": UserDict(text=["a", "b"])}, TypeError, "prompts must be texts, got UserDict"),
         ({"prompts": {"a", "b"}}, TypeError, "prompts must be in an order, and a set has none"),
         ({"prompts": frozenset("ab")}, TypeError, "and a frozenset has none: pass a list"),
+        (
+            {"prompts": np.array("ab")},
+            TypeError,
+            "got a ndarray of no dimension: pass str",
+        ),
         ({"prompts": memoryview(b"ab")}, TypeError, "prompts must be a string or texts, got memoryview"),
         ({"prompts": ["a"], "max_length": None}, TypeError, "max_length must be an int, got NoneType"),
         ({"prompts": ["a"], "max_length": "512"}, TypeError, "max_length must be an int, got str: '512'"),

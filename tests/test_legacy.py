@@ -78,12 +78,20 @@ def test_old_names_give_way_to_ours(device, dtype, old, wanted):
         ({"output_value": "token_embeddings"}, "one vector a text, got output_value='token_embeddings'"),
         ({"pool": object()}, "one process for each GPU"),
         ({"device": "cuda"}, "runs on the model's device cpu, got device='cuda'"),
+        ({"device": "nope"}, "runs on the model's device cpu, got device='nope'"),
+        ({"device": 3}, "runs on the model's device cpu, got device=3"),
         ({"output": "numpy", "convert_to_tensor": True}, "pass output alone"),
     ],
 )
 def test_a_keyword_that_asks_for_another_result_is_refused(model, keywords, message):
     with pytest.raises(TypeError, match=message):
         model.encode(["a"], **keywords)
+
+
+@pytest.mark.parametrize("path", [b"tiny", 3, ["tiny"]])
+def test_what_is_no_path_is_named(path):
+    with pytest.raises(TypeError, match=f"path_or_id must be a str .*, got {type(path).__name__}"):
+        NVEmbed.from_pretrained(path)
 
 
 def test_the_old_name_of_the_path(tiny_directory):
@@ -119,6 +127,11 @@ def test_quantised_and_offloaded_weights_are_refused_with_the_way_out(keyword, m
 
 def test_offloaded_weights_are_told(tiny_directory):
     model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    # torch multiplies by such a weight without an error, and reads memory that nobody wrote
+    model.model.embedding_model.layers[1].mlp.down_proj.to("meta")
+    for call in (lambda: model.encode(["a"]), lambda: model(torch.ones(1, 2, dtype=torch.long))):
+        with pytest.raises(ValueError, match=r"a weight is offloaded \(device 'meta'\).*: load them"):
+            call()
     model.model.to("meta")  # as accelerate's cpu_offload does
     for call in (lambda: model.encode(["a"]), lambda: model(torch.ones(1, 2, dtype=torch.long).to("meta"))):
         with pytest.raises(ValueError, match="weights are offloaded .*: load them to one device"):

@@ -165,3 +165,18 @@ def test_no_layers_is_the_embedding_and_the_norm():
 def test_no_tokens_give_no_rows(bidirectional):
     backbone = ours(bidirectional)
     assert backbone(PackedBatch.from_ids([], [])).shape == (0, CONFIG.hidden_size)
+
+
+def test_a_result_that_other_code_may_hold_is_left_as_it_is(bidirectional):
+    """Rotary works in place, on what nobody else has seen."""
+    backbone, seen = ours(bidirectional), []
+
+    def hold(module, inputs, out):
+        seen.append((out, out.clone()))
+
+    hooked, replaced = (backbone.layers[index].self_attn for index in (0, 1))
+    hooked.qkv_proj.register_forward_hook(hold)
+    replaced.qkv_proj = torch.nn.Sequential(replaced.qkv_proj, torch.nn.Identity())
+    replaced.qkv_proj[1].register_forward_hook(hold)
+    backbone(PackedBatch.from_ids([torch.arange(9).numpy()], [0]))
+    assert len(seen) == 2 and all(torch.equal(out, then) for out, then in seen)

@@ -145,6 +145,19 @@ def test_a_stream_checks_its_arguments_before_it_is_read(model, call):
         model.stream(**call)
 
 
+@pytest.mark.parametrize("kind", [np.int16, np.uint16, np.uint64])
+def test_counts_of_numpy_do_not_wrap(model, kind):
+    """1100 tokens may be 35200 characters, which no int16 counts, and 100 - 1100 is no uint."""
+    texts, instruction = ["word and other things " * 300, "a b"], "Instruct: x\nQuery: "
+    wanted = model.encode(texts, instruction, 1100, max_batch_tokens=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        got = model.encode(texts, instruction, kind(1100), max_batch_tokens=kind(100))
+        tokens = model.text_tokenizer(texts, instruction, kind(1100))
+    assert relative(got, wanted) < 1e-6
+    assert tokens.first_pooled == model.text_tokenizer(texts, instruction, 1100).first_pooled
+
+
 def overflow(model, factor=2e4):
     model.model.embedding_model.layers[1].mlp.down_proj.weight.mul_(factor)
     return model

@@ -16,6 +16,7 @@ from torch import nn
 from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.network.pooling_heads import runs_as_written
 from nvembed_fast.packing import PackedBatch
 
 __all__ = ["MistralBackbone"]
@@ -60,7 +61,9 @@ class SelfAttention(nn.Module):
     def forward(self, x_TD: torch.Tensor, layout: SeqLayout, tables: RotaryTables) -> torch.Tensor:
         n, g = self.num_heads, self.num_kv_heads
         qkv_TEH = rearrange(self.qkv_proj(x_TD), "t (e h) -> t e h", e=n + 2 * g)
-        inplace = not qkv_TEH.requires_grad
+        # a hook or a module of another kind may hold its result
+        is_ours = type(self.qkv_proj) is ops.Linear and runs_as_written(self.qkv_proj)
+        inplace = is_ours and not qkv_TEH.requires_grad
         qkv_TEH = ops.rotary(qkv_TEH, tables.cos, tables.sin, layout.positions, n + g, inplace)
         q_TNH, k_TGH, v_TGH = qkv_TEH.split((n, g, g), dim=1)
         out_TNH = ops.flash_attention(q_TNH, k_TGH, v_TGH, layout, causal=self.is_causal)
