@@ -52,6 +52,10 @@ def test_a_read_of_shared_memory_needs_no_barrier():
     assert facts(FIRST, LAST, WAIT, "LDS.128 R40, [R6]", "UTMASTG.2D [UR16], [UR8]", EXIT).unbarred == 0
 
 
+def test_a_barrier_of_some_warps_is_none():
+    assert facts(FIRST, LAST, WAIT, "BAR.SYNC.DEFER_BLOCKING 0x1, 0x80", LOAD, EXIT).unbarred == 1
+
+
 def test_a_barrier_on_one_of_two_ways_is_none():
     assert facts(FIRST, LAST, WAIT, "@P0 BRA 0x50", BARRIER, LOAD, EXIT).unbarred == 1
     # the write itself lies on the way with the barrier

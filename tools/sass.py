@@ -132,7 +132,8 @@ def _after(instruction: Instruction, state: State) -> State:
     elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
         allowed = int(operands[-1], 16)
         state = State(_waited(state.accumulators, allowed), _waited(state.inputs, allowed), False)
-    elif instruction.opcode.startswith("BAR.SYNC"):
+    elif instruction.opcode.startswith("BAR.SYNC") and operands == ("0x0",):
+        # barrier 0 without a count of threads: all warps of the program
         state = state._replace(is_barred=True)
     return state
 
