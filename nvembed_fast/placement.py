@@ -61,9 +61,8 @@ class Placement:
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         device = check_device(device)
-        stored_dtype = check_dtype(config.torch_dtype)
         if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else stored_dtype
+            dtype = torch.float32 if device.type == "cpu" else config.torch_dtype
         placement = cls(device, check_dtype(dtype), impl, form, cuda_graphs)
         implementation, reason = placement.implementation()
         if cuda_graphs and (device.type != "cuda" or implementation != "triton"):

@@ -105,6 +105,7 @@ def test_a_number_or_a_flag_is_refused_by_its_key(name, values, message):
         ),
         ({"latent_attention_config": {"num_cross_heads": 0}}, "num_cross_heads must be an integer from 1"),
         ({"torch_dtype": 16}, "torch_dtype must be one of float16, .* got 16"),
+        ({"torch_dtype": "int8"}, "torch_dtype must be one of float16, .* got .int8"),
         ({"dtype": "int8"}, "dtype must be one of float16, .* got 'int8'"),
         ({"pooling_head": ["mean"]}, r"pooling_head must be one of 'latent', .* got \['mean'\]"),
     ],
