@@ -294,6 +294,10 @@ def _rows(lines: Iterator[str], name: str, keys: list[str], kind: Format) -> Rec
                     f"field that holds {delimiter!r}, a quote or a line feed"
                 )
     except csv.Error as error:
-        raise ValueError(f"{name}, the row from line {first}: not {kind.upper()} ({error})") from error
+        reason = str(error).split(" - ")[0]  # behind it stands what a programmer should do
+        raise ValueError(
+            f"{name}, the row from line {first}: not {kind.upper()} ({reason}): quote a field that holds a "
+            "quote, a line feed or a carriage return"
+        ) from error
     finally:
         csv.field_size_limit(before)

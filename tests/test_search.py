@@ -95,6 +95,16 @@ def test_an_array_without_a_record_is_ranked_with_a_note(folder, model, capsys):
     assert error.count("\n") == 1 and "bare.npy does not say what it was made from" in error
 
 
+def test_a_question_that_cannot_be_read_is_told_before_the_texts_are_embedded(
+    folder, model, capsys, monkeypatch
+):
+    from nvembed_fast.cli import embedding
+
+    monkeypatch.setattr(embedding, "embed", None)  # never called
+    status, _, error = run(capsys, "search", folder / "texts.txt", "caf\udce9", "--model", model)
+    assert status == 1 and "lone surrogate" in error and error.count("\n") == 1
+
+
 def test_another_length_and_dtype_are_noted(folder, model, capsys):
     vectors, record = read_vectors(folder / "e.npy")
     with open(folder / "o.npy", "wb") as file:

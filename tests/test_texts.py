@@ -130,6 +130,7 @@ def test_lines_of_json_are_not_embedded_as_they_are_unasked(tmp_path, first):
         ("x.csv", b'text,id\n"a\nb",1\nc, d,2', None, r"line 4: must have 2 fields like the header, got 3"),
         ("x.tsv", b"text\tid\na", None, r"line 2: must have 2 fields like the header, got 1: quote"),
         ("x.csv", b'text\na\n"b\nc\n', None, r"csv, the row from line 3: not CSV \(unexpected end of data\)"),
+        ("x.csv", b"text\na\rb\n", None, r"not CSV \(new-line .* unquoted field\): quote a field"),
         ("x.tsv", b'text\n"a" b\n', None, r"x\.tsv, the row from line 2: not TSV"),
     ],
 )  # fmt: skip

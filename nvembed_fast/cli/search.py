@@ -73,6 +73,11 @@ def run(arguments: argparse.Namespace) -> None:
     instruction = query_instruction(arguments.task)
     model = options.load(arguments)
     keywords = options.encode_options(arguments)
+    if documents is not None:
+        _check_model(arguments, model, documents, record)
+    # first: what is wrong with a question is told before the work on the texts
+    with options.note_cut():
+        queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
     if documents is None:
         options.note_empty(texts)
         process.say(
@@ -80,10 +85,6 @@ def run(arguments: argparse.Namespace) -> None:
             "nvembed-fast encode FILE -o OUT.npy once, and search with --embeddings OUT.npy"
         )
         documents = embed(model, texts, "", arguments)
-    else:
-        _check_model(arguments, model, documents, record)
-    with options.note_cut():
-        queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
     show = _print_json if arguments.json else _print
     for question, scores in zip(arguments.question, queries @ documents.T, strict=True):
         best = np.argsort(-scores, kind="stable")[: arguments.top].tolist()
