@@ -140,8 +140,7 @@ def test_a_killed_process_leaves_rows_that_count_or_none(tmp_path, moment, side)
             return
 
 
-@pytest.mark.parametrize("content", [b"mine", bytes(8) + b"mine"])
-@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("content, link", [(b"mine", False), (bytes(8) + b"mine", False), (b"", True)])
 def test_a_file_that_holds_no_rows_stays_untouched(tmp_path, content, link):
     file = tmp_path / ("mine" if link else "o.npy.partial")
     file.write_bytes(content)
