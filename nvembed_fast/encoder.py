@@ -7,6 +7,7 @@ weights are read. Texts are embedded by `stream`. Keywords of the original are t
 import contextlib
 import dataclasses
 import functools
+import os
 import tempfile
 import threading
 import warnings
@@ -170,7 +171,7 @@ class NVEmbed(nn.Module):
         compute = {"device": device, "dtype": dtype, "impl": impl, "latents": latents}
         compute["cuda_graphs"] = cuda_graphs
         read = functools.partial(cls._read, path_or_id, revision, hub, compute, show_progress)
-        return files.unmixed(Path(path_or_id).expanduser(), "config.json", read)
+        return files.unmixed(Path(os.path.expanduser(path_or_id)), "config.json", read)
 
     @classmethod
     def _read(

@@ -252,7 +252,7 @@ def unmixed(directory: Path, key: str, read: Callable[[], T]) -> T:
 
 def _identity(directory: Path, key: str) -> tuple | None:
     path = current(directory) / key
-    with suppress(OSError):
+    with suppress(OSError, ValueError):  # a NUL in the name is a ValueError
         status = path.stat()
         return path, status.st_dev, status.st_ino, status.st_mtime_ns
     return None

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from tiny_checkpoint import copy_tiny
 
+from nvembed_fast import NVEmbed
 from nvembed_fast.checkpoint import download_size, resolve
 from nvembed_fast.checkpoint.names import TOKENIZER_FILES
 
@@ -26,12 +27,14 @@ def test_a_file_is_no_directory(tiny):
 
 
 @pytest.mark.parametrize(
-    "name", ["nowhere", "./no/where", "/no/where", "~/no", "a/b/c", "", "a b/c", "../x", "~nosuchuser/x"]
+    "name",
+    ["nowhere", "./no/where", "/no/where", "~/no", "a/b/c", "", "a b/c", "../x", "~nosuchuser/x", "a\0b"],
 )
 def test_neither_directory_nor_hub_id(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where nothing lies at ../x
-    with pytest.raises(FileNotFoundError, match="no directory .*, and no hub id either"):
-        resolve(name)
+    for load in (resolve, NVEmbed.from_pretrained):
+        with pytest.raises(FileNotFoundError, match="no directory .*, and no hub id either"):
+            load(name)
 
 
 def test_only_weights_config_and_tokenizer_are_fetched(monkeypatch, tmp_path):
