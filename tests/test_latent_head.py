@@ -168,6 +168,49 @@ def test_whatever_stands_around_a_weight_counts(latents, name, added):
     assert (got - before).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_hook_of_the_backward_is_called(register):
+    head, seen = make_head(), []
+    head.mode = "absorbed"
+    head.requires_grad_(True)
+    projections = (head.context_norm, head.to_q, head.to_kv, head.to_out)
+    for module in projections[:2]:
+        getattr(module, register)(lambda module, *_: seen.append(module))
+    with ops.use_impl("torch"):
+        h = torch.randn(4, 16, dtype=torch.float64)
+        head(h, ALONE).sum().backward()
+        assert set(seen) == set(projections[:2])
+        everywhere = getattr(nn.modules.module, register.replace("register_", "register_module_"))
+        for module in projections[:2]:
+            module._backward_hooks.clear()
+            module._backward_pre_hooks.clear()
+        handle = everywhere(lambda module, *_: seen.append(module))
+        try:
+            head(h, ALONE).sum().backward()
+        finally:
+            handle.remove()
+    assert set(projections) <= set(seen)
+
+
+def test_a_norm_of_the_latents_without_a_bias_or_with_another_eps_counts():
+    head, h = make_head(), torch.randn(4, 16, dtype=torch.float64)
+
+    def check():
+        head.mode = "absorbed"
+        got = head(h, ALONE)
+        head.mode = "direct"
+        head._cache.pop("direct", None)
+        torch.testing.assert_close(got, head(h, ALONE), rtol=1e-12, atol=1e-12)
+
+    with ops.use_impl("torch"):
+        check()
+        head.context_norm.eps = 0.5
+        check()
+        head.context_norm = nn.LayerNorm(len(head.context_norm.weight), bias=False).double()
+        head.requires_grad_(False)
+        check()
+
+
 @pytest.mark.parametrize("register", ["register_module_forward_hook", "register_module_forward_pre_hook"])
 def test_a_hook_on_all_modules_is_called_for_each_projection(register):
     head, h = make_head(), torch.randn(4, 16, dtype=torch.float64)

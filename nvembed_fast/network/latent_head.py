@@ -143,7 +143,7 @@ class LatentHead(AttentionHead):
         return (
             all(_is_plain(module) for module in (self.context_norm, *projections))
             and all(projection.bias is None for projection in projections)
-            and self.context_norm.elementwise_affine
+            and self.context_norm.bias is not None
         )
 
     def _build(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,8 +164,9 @@ class LatentHead(AttentionHead):
         if not all(map(_is_plain, modules)):
             return self._build()
         # a weight's version counter moves with every in-place change, and inference tensors cannot change
-        state = tuple(
-            (w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights
+        state = (
+            getattr(self.context_norm, "eps", None),
+            *((w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights),
         )
         cached = self._cache.get(form)
         if cached is None or cached[0] != state:

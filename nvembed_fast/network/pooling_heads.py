@@ -30,8 +30,19 @@ def runs_as_written(module: nn.Module) -> bool:
     """Whether a call of the module runs the forward of its class and nothing around it."""
     if torch.compiler.is_compiling():
         return True
-    everywhere = torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks
-    here = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
+    everywhere = (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+    here = (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
     return not (everywhere or here)
 
 
