@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from nvembed_fast.kernels.layout import to_device
 from nvembed_fast.packing import token_budget_batches
+from nvembed_fast.placement import dtype_name
 from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts, check_texts
 
 __all__ = [
@@ -199,7 +200,7 @@ class TextStream:
         if not bad:
             return
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        name = str(self.dtype).removeprefix("torch.")
+        name = dtype_name(self.dtype)
         if self.dtype == torch.float16:
             reason = (
                 "an activation is larger than float16 holds (65504). Load the model with dtype='bfloat16'"

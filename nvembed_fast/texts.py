@@ -218,15 +218,11 @@ def _json(document: str, place: str) -> Any:
 
 def _text(record: Any, place: str, unit: str, field: str | None) -> str:
     """The text of one parsed record."""
-    key = _DEFAULT_FIELD if field is None else field
     if isinstance(record, str) and field is None:
         text, what = record, "the string"
-    elif not isinstance(record, dict):
-        raise ValueError(f"{place}: no {key!r}, the {unit} is no JSON object but {_kind(record)}")
-    elif key not in record:
-        raise _absent(place, unit, key, list(record))
     else:
-        text, what = record[key], repr(key)
+        key = _DEFAULT_FIELD if field is None else field
+        text, what = _value(record, place, unit, key, "--field"), repr(key)
     if not isinstance(text, str):
         raise ValueError(f"{place}: {what} must be a string, got {_kind(text)}")
     # a JSON escape can give what no file in UTF-8 holds
@@ -239,11 +235,8 @@ def _text(record: Any, place: str, unit: str, field: str | None) -> str:
 
 def _id(record: Any, place: str, unit: str, key: str) -> str:
     """The id of one parsed record, as a line."""
-    if not isinstance(record, dict):
-        raise ValueError(f"{place}: no {key!r}, the {unit} is no JSON object but {_kind(record)}")
-    if key not in record:
-        raise _absent(place, unit, key, list(record), option="--ids")
-    value = str(record[key]) if type(record[key]) is int else record[key]
+    value = _value(record, place, unit, key, "--ids")
+    value = str(value) if type(value) is int else value
     if not isinstance(value, str):
         raise ValueError(f"{place}: {key!r} must be a string or an integer, got {_kind(value)}")
     if not value or not value.isprintable():
@@ -251,12 +244,21 @@ def _id(record: Any, place: str, unit: str, key: str) -> str:
     return value
 
 
+def _value(record: Any, place: str, unit: str, key: str, option: str) -> Any:
+    """What a parsed record holds under a key."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: no {key!r}, the {unit} is no JSON object but {_kind(record)}")
+    if key not in record:
+        raise _absent(place, unit, key, list(record), option)
+    return record[key]
+
+
 def _kind(value: Any) -> str:
     names = {"NoneType": "null", "dict": "an object", "list": "an array", "str": "a string"}
     return names.get(type(value).__name__, type(value).__name__)
 
 
-def _absent(place: str, unit: str, key: str, keys: list[str], option: str = "--field") -> ValueError:
+def _absent(place: str, unit: str, key: str, keys: list[str], option: str) -> ValueError:
     shown = ", ".join(f"{k!r:.40}" for k in keys[:9]) + (
         f" and {len(keys) - 9} more" if len(keys) > 9 else ""
     )

@@ -85,7 +85,7 @@ def download_size(
     from huggingface_hub.errors import HFValidationError
 
     try:
-        files = snapshot_download(
+        found = snapshot_download(
             str(path_or_id),
             revision=revision,
             token=token,
@@ -95,7 +95,7 @@ def download_size(
         )
     except (HFValidationError, OSError):
         return 0
-    return sum(file.file_size or 0 for file in files if file.will_download)
+    return sum(file.file_size or 0 for file in found if file.will_download)
 
 
 def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:

@@ -74,15 +74,26 @@ def run(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--ids would replace the file of the texts: {_ids_file(output)}")
     texts, ids = _records(arguments)
     # importing torch takes seconds: first what fails at once
+    from nvembed_fast import fingerprint
     from nvembed_fast.cli.embedding import embed
     from nvembed_fast.cli.partial import Partial
     from nvembed_fast.encoder import query_instruction
-    from nvembed_fast.vectors import write_vectors
+    from nvembed_fast.placement import dtype_name
+    from nvembed_fast.vectors import Record, write_vectors
 
     instruction = arguments.instruction if arguments.task is None else query_instruction(arguments.task)
     model = options.load(arguments)
     options.note_empty(texts)
-    record = options.record(arguments, model, texts, instruction)
+    named = options.path(arguments.model)
+    record = Record(
+        # of a directory the name alone: the array may be passed on
+        model=os.path.basename(os.path.abspath(named)) if named.is_dir() else arguments.model,
+        fingerprint=model.fingerprint,
+        texts=fingerprint.of_texts(texts),
+        instruction=instruction,
+        max_length=arguments.max_length,
+        dtype=dtype_name(model.dtype),
+    )
     shape, dtype = (len(texts), model.config.hidden_size), arguments.output_dtype
     made = f"{dtype} [{shape[0]}, {shape[1]}]"
     if to_stdout:

@@ -15,7 +15,6 @@ from nvembed_fast.texts import Format
 
 if TYPE_CHECKING:
     from nvembed_fast.encoder import NVEmbed
-    from nvembed_fast.vectors import Record
 
 __all__ = [
     "FILE_HELP",
@@ -29,7 +28,6 @@ __all__ = [
     "note_download",
     "note_empty",
     "path",
-    "record",
     "size",
     "with_new_lines",
 ]
@@ -133,25 +131,6 @@ def note_download(model: str, **hub: Any) -> None:
 def encode_options(arguments: argparse.Namespace) -> dict[str, Any]:
     """The keywords of `NVEmbed.encode` that the text options ask for."""
     return {"max_length": arguments.max_length, "max_batch_tokens": arguments.max_batch_tokens}
-
-
-def record(arguments: argparse.Namespace, model: "NVEmbed", texts: list[str], instruction: str) -> "Record":
-    """What the vectors of these texts are made from."""
-    from nvembed_fast import fingerprint
-    from nvembed_fast.placement import dtype_name
-    from nvembed_fast.vectors import Record
-
-    return Record(
-        # of a directory the name alone: the array may be passed on
-        model=os.path.basename(os.path.abspath(path(arguments.model)))
-        if path(arguments.model).is_dir()
-        else arguments.model,
-        fingerprint=model.fingerprint,
-        texts=fingerprint.of_texts(texts),
-        instruction=instruction,
-        max_length=arguments.max_length,
-        dtype=dtype_name(model.dtype),
-    )
 
 
 def note_empty(texts: list[str]) -> None:
