@@ -28,6 +28,7 @@ def shell(line: str, **options) -> subprocess.CompletedProcess[str]:
     [
         ("nvembed-fast --help | true; exit ${PIPESTATUS[0]}", 0, ""),
         ("nvembed-fast --help > /dev/full", 1, "cannot write to standard output: No space left on device"),
+        ("PYTHONUNBUFFERED=1 nvembed-fast --help > /dev/full", 1, "cannot write to standard output: No"),
         ("nvembed-fast --help >&-", 1, "cannot write to standard output: Bad file descriptor"),
         ("nvembed-fast --help <&-", 0, ""),
         ("nvembed-fast --help 2>&-", 0, ""),

@@ -98,7 +98,8 @@ def open_closed_streams() -> None:
     sys.stdout = sys.stdout or open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     # a file of texts may hold what the terminal's encoding lacks, and a file's name bytes that are no text
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # written through at once, an error would come where nobody looks for it (PYTHONUNBUFFERED=1)
+        sys.stdout.reconfigure(errors="backslashreplace", write_through=False)
     sys.stderr = sys.stderr or open(2, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
 
 
