@@ -36,6 +36,7 @@ __all__ = [
     "brief",
     "current",
     "expanded",
+    "identity",
     "is_file",
     "link_aside",
     "read",
@@ -235,26 +236,31 @@ def unmixed(directory: Path, key: str, read: Callable[[], T]) -> T:
     Raises:
         OSError: there was another save each time.
     """
+
+    def state() -> tuple:
+        place = current(directory)
+        return place, identity(place / key)
+
     for _ in range(_TRIES):
-        before = _identity(directory, key)
+        before = state()
         try:
             found = read()
         except (OSError, ValueError, RuntimeError):
-            if _identity(directory, key) == before:
+            if state() == before:
                 raise
             continue
-        if _identity(directory, key) == before:
+        if state() == before:
             return found
     raise OSError(
         f"another process saved to {directory} each of the {_TRIES} times that it was read: load again later"
     )
 
 
-def _identity(directory: Path, key: str) -> tuple | None:
-    path = current(directory) / key
+def identity(file: Path) -> tuple[int, int, int] | None:
+    """What tells a file from one that has taken its place. None: no file is there."""
     with suppress(OSError, ValueError):  # a NUL in the name is a ValueError
-        status = path.stat()
-        return path, status.st_dev, status.st_ino, status.st_mtime_ns
+        status = file.stat()
+        return status.st_dev, status.st_ino, status.st_mtime_ns
     return None
 
 

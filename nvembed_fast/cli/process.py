@@ -59,23 +59,17 @@ def raise_interrupts() -> None:
 @contextmanager
 def telling_what_was_written(name: "Path", file: "Callable[[], Path]") -> Iterator[None]:
     """Inside, a KeyboardInterrupt gets its message: whether `file()` is still the one that it was before."""
-    before = _identity(file())
+    from nvembed_fast import files
+
+    before = files.identity(file())
     try:
         yield
     except KeyboardInterrupt as stop:
         if stop.args:  # it has its message
             raise
         # the disk tells, because an interruption may come right after a rename
-        is_new = _identity(file()) != before
+        is_new = files.identity(file()) != before
         raise KeyboardInterrupt(f"{name} was written" if is_new else "nothing was written") from stop
-
-
-def _identity(file: "Path") -> tuple[int, ...] | None:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def _leave(*_) -> None:
