@@ -92,6 +92,22 @@ def test_gradients_of_a_strided_upstream(path, device):
     _check_gradients(PACK, torch.float16, device, contiguous=False)
 
 
+def test_gradients_of_one_token_alone(path, device):
+    """q and k have none but the rounding of dP - delta: see `test_gradient_of_one_latent` for its bound."""
+    *inputs, layout = AttentionCase("one", (1,), 2, 2, 16).inputs(device, torch.float16)
+    q, k, v = (t.double() for t in inputs)
+    _, (dq, dk, dv) = gradients(
+        lambda *t: flash_attention(*t, layout), inputs, upstream := upstream_of([inputs[0]])
+    )
+    (dout,) = upstream
+    assert torch.equal(dv, dout)
+    half, single = torch.finfo(torch.float16), torch.finfo(torch.float32)
+    relative, absolute = 1 + 2 * half.eps, half.smallest_normal * half.eps
+    ds = relative * 16 * single.eps * (dout.double() * v).abs().sum(-1, keepdim=True) + absolute
+    for grad, other in ((dq, k), (dk, q)):
+        assert (grad.abs() <= relative * 16**-0.5 * ds * other.abs() + absolute).all()
+
+
 @pytest.mark.parametrize("scale", [0.1, 0.3])
 def test_scale_is_used_in_the_gradients(scale, path, device):
     *inputs, layout = SHORT.inputs(device, torch.float32)
