@@ -350,9 +350,18 @@ class NVEmbed(nn.Module):
             return self.model(PackedBatch.from_ids(ids, first_pooled, self.device))
 
     def encode_query(
-        self, queries: str | Iterable[str], task: str, **kwargs: Any
+        self, queries: str | Iterable[str], task: str | None = None, **kwargs: Any
     ) -> torch.Tensor | np.ndarray:
-        """`encode` behind the published query template with this task description."""
+        """`encode` behind the published query template with this task description.
+
+        Raises:
+            TypeError: there is no task, or an instruction beside it.
+        """
+        if task is None or "instruction" in kwargs:
+            raise TypeError(
+                'encode_query() takes a task and makes the instruction: encode_query(queries, task="..."). '
+                "encode(queries, instruction) takes an instruction"
+            )
         return self.encode(queries, instruction=query_instruction(task), **kwargs)
 
     def encode_document(self, documents: str | Iterable[str], **kwargs: Any) -> torch.Tensor | np.ndarray:

@@ -143,6 +143,9 @@ def test_a_query_needs_a_task(model, task, error):
     for call in (query_instruction, lambda task: model.encode_query(["q"], task)):
         with pytest.raises(error, match="task "):
             call(task)
+    for keywords in ({}, {"task": "find it", "instruction": "Query: "}):
+        with pytest.raises(TypeError, match="takes a task and makes the instruction"):
+            model.encode_query(["q"], **keywords)
 
 
 @pytest.mark.parametrize(
