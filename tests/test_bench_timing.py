@@ -57,7 +57,7 @@ class Device:
         return graph
 
     @contextlib.contextmanager
-    def capture(self, graph, pool=None):
+    def capture(self, graph, pool=None, capture_error_mode="global"):
         self.recording = graph.kernels
         try:
             yield

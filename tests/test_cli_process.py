@@ -77,6 +77,8 @@ def test_ctrl_c_during_imports_raises_nothing_inside_them(module):
     """An exception inside the import of torch's extensions would end the process by abort()."""
     code = f"""
 import os, signal, sys
+# a shell's background job is started with SIGINT ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)
 class Interrupting:
     @staticmethod
     def find_spec(name, *_):
