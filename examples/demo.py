@@ -29,6 +29,7 @@ from examples import fetch_decoder, wheel_file
 from nvembed_fast import NVEmbed
 from nvembed_fast.encoder import UntrainedModel
 from nvembed_fast.new_model import init_model
+from nvembed_fast.stream import TextsCut
 
 TASK = "Given a question about programming, retrieve the documentation that answers it"
 QUESTIONS = (
@@ -47,7 +48,9 @@ def main() -> None:
         print(f"making an NV-Embed model on {gguf.name} in {model_directory}")
         init_model(gguf, model_directory)
     model = NVEmbed.from_pretrained(model_directory, dtype=_dtype())
-    warnings.simplefilter("ignore", UntrainedModel)  # the last line of the ranking says so
+    # the lines behind the ranking say both
+    warnings.simplefilter("ignore", UntrainedModel)
+    warnings.simplefilter("ignore", TextsCut)
     texts = standard_library_docstrings()[: arguments.texts]
     if model.dtype == torch.bfloat16:
         print("bf16, because this CPU multiplies it in hardware. The package's own default on a CPU is fp32.")
@@ -69,7 +72,8 @@ def main() -> None:
     print("\nThe latent head is fresh, so this ranking is poor, as expected. Training makes it good.")
 
     tokens = sum(model.text_tokenizer(texts, "", arguments.max_length).lengths())
-    print(f"\n{len(texts)} texts, {tokens} tokens in {total:.1f} s: {tokens / total:.0f} tokens/s")
+    print(f"\n{len(texts)} texts of at most {arguments.max_length} tokens, the rest is cut")
+    print(f"{tokens} tokens in {total:.1f} s: {tokens / total:.0f} tokens/s")
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if model.device.type == "cuda":
         print(f"peak memory on the GPU: {torch.cuda.max_memory_allocated(model.device) / 2**30:.2f} GiB")
