@@ -423,6 +423,9 @@ def _commit(directory: Path, aside: Path) -> None:
 def _finish(directory: Path) -> None:
     """Wait for the process whose files are in `.saved`. If it is dead, do the rest of its work."""
     saved = directory / _SAVED
+    with suppress(FileNotFoundError):
+        if not stat.S_ISDIR(saved.lstat().st_mode):
+            raise FileExistsError(f"{saved} is no folder of a save: move it away, and save again")
     while saved.is_dir():
         try:
             with open(saved / _PLAN, "r+b") as lock:
@@ -436,14 +439,24 @@ def _finish(directory: Path) -> None:
 
 
 def _check_whole(saved: Path) -> None:
-    """FileExistsError if files are missing in `.saved`: to finish it would remove old ones for nothing."""
+    """FileExistsError if `.saved` lacks files or its plan: to finish it would remove old ones for nothing."""
     with suppress(FileNotFoundError):
         names = os.listdir(saved)
-        if _PLAN not in names or json.loads((saved / _PLAN).read_text())["key"] not in names:
+        if _PLAN not in names or _plan(saved).get("key") not in names:
             raise FileExistsError(
-                f"{saved} is of an earlier save, and files have been taken out of it: move what is left of "
+                f"{saved} is of an earlier save, and files in it are gone or changed: move what is left of "
                 "them to where you want it, remove the folder, and save again"
             )
+
+
+def _plan(saved: Path) -> dict[str, str]:
+    """What is left to do for `.saved`. Empty, if that is damaged."""
+    try:
+        plan = json.loads((saved / _PLAN).read_bytes())
+        re.compile(plan["outdated"])
+    except (ValueError, LookupError, TypeError, RecursionError, re.error):
+        return {}
+    return plan
 
 
 def _install(directory: Path, trash: Path) -> None:
@@ -453,7 +466,7 @@ def _install(directory: Path, trash: Path) -> None:
     """
     saved = directory / _SAVED
     _sync(directory)  # the commit is on the disk before an old file goes
-    plan = json.loads((saved / _PLAN).read_text())
+    plan = _plan(saved)
     new = sorted({*os.listdir(saved)} - {_PLAN}, key=lambda name: name == plan["key"])
     old = [name for name in os.listdir(directory) if name in new or re.fullmatch(plan["outdated"], name)]
     for name in sorted(old, key=lambda name: name != plan["key"]):

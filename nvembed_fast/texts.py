@@ -67,6 +67,7 @@ def read_texts(file: str, field: str | None = None, format: Format | None = None
         ValueError: no such file, no text in it, or a record that cannot be read. Names the file, the line (of
             JSON the item) and the key.
         OSError: the file cannot be read. Names it.
+        MemoryError: it is too large. Names it.
     """
     return read_records(file, field, format)[0]
 
@@ -133,6 +134,8 @@ def _opened(file: str, name: str) -> Iterator[Iterable[bytes]]:
         raise ValueError(f"no text file {name}; - reads standard input") from None
     except OSError as error:
         raise OSError(f"cannot read {name}: {error.strerror or error}") from error
+    except MemoryError:
+        raise MemoryError(f"{name} does not fit in memory: cut it into several files") from None
 
 
 def _lines(stream: Iterable[bytes], name: str) -> Iterator[str]:

@@ -203,6 +203,28 @@ def test_a_saved_folder_from_which_files_were_taken_removes_nothing(tmp_path, le
     assert sorted(os.listdir(tmp_path / ".saved")) == sorted(left)
 
 
+@pytest.mark.parametrize(
+    "plan", ["", "[1]", '{"key": "key"}', '{"key": "key", "outdated": "("}', "[" * 99999]
+)
+def test_a_saved_folder_with_a_damaged_plan_removes_nothing(tmp_path, plan):
+    save(tmp_path, key="1", old_part="1")
+    (tmp_path / ".saved").mkdir()
+    (tmp_path / ".saved" / "key").write_text("2")
+    (tmp_path / ".saved" / ".plan").write_text(plan)
+    with pytest.raises(FileExistsError, match=r"\.saved is of an earlier save.*save again"):
+        save(tmp_path, key="3")
+    assert visible(tmp_path) == {"key": "1", "old_part": "1"}
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.symlink_to("nowhere")])
+def test_what_lies_in_the_place_of_the_saved_folder_is_told(tmp_path, make):
+    save(tmp_path, key="1")
+    make(tmp_path / ".saved")
+    with pytest.raises(FileExistsError, match=r"\.saved is no folder of a save: move it away"):
+        save(tmp_path, key="2")
+    assert sorted(os.listdir(tmp_path)) == [".saved", "key"] and visible(tmp_path) == {"key": "1"}
+
+
 @pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_modes_takes_files(tmp_path, monkeypatch, code):
     def refused(*_):

@@ -215,3 +215,13 @@ def test_lines_of_text_have_no_ids(tmp_path):
     (tmp_path / "x").write_text("a")
     with pytest.raises(ValueError, match="lines of text have no field '_id'"):
         read_records(str(tmp_path / "x"), format="text", ids="_id")
+
+
+def test_a_file_that_does_not_fit_in_memory_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise MemoryError
+
+    (tmp_path / "x.txt").write_text("a")
+    monkeypatch.setattr("nvembed_fast.texts._lines", full)
+    with pytest.raises(MemoryError, match=r"x\.txt does not fit in memory"):
+        read_texts(str(tmp_path / "x.txt"))
