@@ -44,6 +44,17 @@ def device() -> str:
     return "cuda" if HAS_GPU else "cpu"
 
 
+@pytest.fixture(params=[80] if HAS_GPU else [80, 90], ids=lambda c: f"sm_{c}")
+def path(request, monkeypatch) -> int:
+    """Off a GPU both ways to load run in the interpreter. On a GPU the machine's own runs.
+
+    For a test file that imports its kernel's file as `module`.
+    """
+    if not HAS_GPU:
+        monkeypatch.setattr(request.module.module, "capability", lambda device: request.param)
+    return request.param
+
+
 @pytest.fixture(params=KERNEL_DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request) -> torch.dtype:
     return request.param

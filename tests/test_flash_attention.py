@@ -25,14 +25,6 @@ CASES = small(ATTENTION_CASES)
 PACK = AttentionCase("pack", (150, 7, 0, 1, 33), 6, 2, 32)
 
 
-@pytest.fixture(params=[80] if HAS_GPU else [80, 90], ids=lambda c: f"sm_{c}")
-def path(request, monkeypatch):
-    """Off a GPU both ways to load run in the interpreter. On a GPU the machine's own runs."""
-    if not HAS_GPU:
-        monkeypatch.setattr(module, "capability", lambda device: request.param)
-    return request.param
-
-
 def _with_oracle(case, dtype, device, causal=None, **kwargs):
     q, k, v, layout = case.inputs(device, dtype)
     kwargs |= {"causal": case.causal if causal is None else causal, "return_lse": True}

@@ -29,14 +29,6 @@ PACK = AttentionCase("pack", (150, 7, 0, 1, 33), 6, 2, 32)
 SHORT = AttentionCase("short", (20, 7, 0, 1), 6, 2, 32)
 
 
-@pytest.fixture(params=[80] if HAS_GPU else [80, 90], ids=lambda c: f"sm_{c}")
-def path(request, monkeypatch):
-    """Off a GPU both ways to load run in the interpreter. On a GPU the machine's own runs."""
-    if not HAS_GPU:
-        monkeypatch.setattr(module, "capability", lambda device: request.param)
-    return request.param
-
-
 # one token alone has no gradient but rounding, so there are many of them: one would be judged by luck
 GRADIENT_CASES = [dataclasses.replace(CASES[0], lengths=(1,) * 40), *CASES[1:]]
 

@@ -35,14 +35,6 @@ CASES = small(LATENT_CASES)
 RAGGED = LatentCase("ragged", 150, 300, 2, 24, 72)
 
 
-@pytest.fixture(params=[80] if HAS_GPU else [80, 90], ids=lambda c: f"sm_{c}")
-def path(request, monkeypatch):
-    """Off a GPU both ways to load run in the interpreter; on a GPU, the machine's own."""
-    if not HAS_GPU:
-        monkeypatch.setattr(module, "capability", lambda device: request.param)
-    return request.param
-
-
 def _double(args):
     return [t.double() if torch.is_tensor(t) else t for t in args]
 
