@@ -94,7 +94,7 @@ class NVEmbed(nn.Module):
         self.max_seq_length = 4096
         self._transformers_tokenizer = None
         self._tells_untrained = model.config.is_untrained
-        # fingerprints of the weights: as they were loaded, and of their files
+        # names of the weights, if loading rounded them: as they were loaded, and of their files
         self._weights_loaded: tuple[str, str] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -157,9 +157,9 @@ class NVEmbed(nn.Module):
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
             show_progress: a progress bar. None shows it in a terminal only.
             old_keywords: pretrained_model_name_or_path, torch_dtype and device_map are the old names of
-                path_or_id, dtype and device. trust_remote_code
-                is accepted and not needed: code from a checkpoint never runs. The same holds for
-                low_cpu_mem_usage, use_safetensors and attn_implementation.
+                path_or_id, dtype and device. trust_remote_code is accepted and not needed: code from a
+                checkpoint never runs. The same holds for low_cpu_mem_usage, use_safetensors and
+                attn_implementation.
 
         Raises:
             TypeError: a keyword is unknown, or asks for quantised or offloaded weights.
@@ -192,9 +192,10 @@ class NVEmbed(nn.Module):
         model = checkpoint.load_model(
             directory, config, device=placement.device, dtype=placement.dtype, progress=show_progress
         )
-        stored = fingerprint.of_weights(checkpoint.stored_samples(directory, config))
         encoder = cls(model, tokenizer, placement).eval().requires_grad_(False)
-        encoder._weights_loaded = fingerprint.of_weights(checkpoint.model_samples(model)), stored
+        if checkpoint.loses_digits(directory, config, placement.dtype):
+            loaded, stored = checkpoint.model_samples(model), checkpoint.stored_samples(directory, config)
+            encoder._weights_loaded = fingerprint.of_weights(loaded), fingerprint.of_weights(stored)
         return encoder
 
     def save_pretrained(self, directory: str | PathLike, *, dtype: torch.dtype | None = None) -> None:

@@ -18,11 +18,19 @@ from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import DTYPES
 
-__all__ = ["model_samples", "stored_samples"]
+__all__ = ["loses_digits", "model_samples", "stored_samples"]
 
 _ROWS = 8
 
 Sample = tuple[str, tuple[int, ...], np.ndarray]
+
+
+def loses_digits(directory: Path, config: NVEmbedConfig, dtype: torch.dtype) -> bool:
+    """Whether a weight of a checkpoint that loads has values that `dtype` has not."""
+    table = published_tensors(config)
+    headers = stored_tensors(directory).values()
+    stored = {DTYPES[kind] for tensors in headers for name, (kind, _) in tensors.items() if name in table}
+    return any(torch.promote_types(one, dtype) != dtype for one in stored)
 
 
 def stored_samples(directory: Path, config: NVEmbedConfig) -> Iterator[Sample]:
