@@ -309,5 +309,4 @@ def _refuse_unknown(function: Callable, keywords: dict[str, Any]) -> None:
         near = difflib.get_close_matches(keyword, [*known, *old], n=1, cutoff=0.8)
         right = _RIGHT_KEYWORDS.get(keyword) or (near[0] if near else None)
         hint = f"use {right}" if right else f"it knows {', '.join([*known, *old])}"
-        hint = _NOT_HERE.get(keyword, hint)
-        raise TypeError(f"{name}() does not know the keyword {keyword!r}: {hint}")
+        raise TypeError(f"{name}() does not know the keyword {keyword!r}: {_NOT_HERE.get(keyword, hint)}")

@@ -57,13 +57,13 @@ class Partial:
                 raise FileExistsError(f"{self.path} is no ordinary file: remove it, or choose another output")
             self._file = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b")  # noqa: SIM115
             self._lock()
-            size = os.fstat(self._file.fileno()).st_size
+            size, marked = os.fstat(self._file.fileno()).st_size, self._whole + shape[0]
             # new, or its process died while it made it
-            if size in (0, self._whole + shape[0]) and not self._read(0, 8).strip(b"\0"):
-                self._make(head, tail_at, tail, self._whole + shape[0])
-            size = os.fstat(self._file.fileno()).st_size
+            if size in (0, marked) and not self._read(0, 8).strip(b"\0"):
+                self._make(head, tail_at, tail, marked)
+                size = marked
             same = self._read(0, len(head)) == head and self._read(tail_at, len(tail)) == tail
-            if not same or size not in (self._whole, self._whole + shape[0]):
+            if not same or size not in (self._whole, marked):
                 raise FileExistsError(
                     f"{self.path} holds rows of another model, of other texts or of other options: run the "
                     "command that made it, remove it, or choose another output"
