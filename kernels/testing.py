@@ -74,6 +74,10 @@ ATTENTION_CASES = (
     AttentionCase("nvembed-4x4096", (4096,) * 4, 32, 8, 128, bench=True),
     AttentionCase("nvembed-2x8192", (8192,) * 2, 32, 8, 128, bench=True),
 )
+# several tiles of keys on either path, an empty sequence, a group padded from three heads to four
+ATTENTION_PACK = AttentionCase("pack", (150, 7, 0, 1, 33), 6, 2, 32)
+# for what does not depend on the number of tiles
+ATTENTION_SHORT = AttentionCase("short", (20, 7, 0, 1), 6, 2, 32)
 
 
 # for the benches alone: what a length costs at one number of tokens, and a batch as texts come

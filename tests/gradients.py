@@ -5,7 +5,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import Tensors, gradients
+
+
+def bound(function: Callable, layout: SeqLayout, causal: bool = False) -> Callable:
+    """A function of q, k and v alone, with both outputs of an attention."""
+    return lambda q, k, v: function(q, k, v, layout, causal=causal, return_lse=True)
 
 
 def spy_on_launches(monkeypatch, module, *kernels: str) -> list[tuple[str, dict]]:

@@ -13,6 +13,7 @@ from nvembed_fast.kernels.flash_attention import flash_attention
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import (
     ATTENTION_CASES,
+    ATTENTION_PACK,
     AttentionCase,
     assert_parity,
     small,
@@ -21,8 +22,6 @@ from nvembed_fast.kernels.testing import (
 HAS_GPU = torch.cuda.is_available()
 
 CASES = small(ATTENTION_CASES)
-# several tiles of keys on either path, an empty sequence, a group padded from three heads to four
-PACK = AttentionCase("pack", (150, 7, 0, 1, 33), 6, 2, 32)
 
 
 def _with_oracle(case, dtype, device, causal=None, **kwargs):
@@ -51,7 +50,7 @@ def test_matches_the_reference_at_full_length(case, dtype, device):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_matches_the_reference_over_several_tiles(causal, path, device):
-    for name, got, low, high in _with_oracle(PACK, torch.float16, device, causal=causal):
+    for name, got, low, high in _with_oracle(ATTENTION_PACK, torch.float16, device, causal=causal):
         assert_parity(name, got, low, high)
 
 
@@ -93,12 +92,12 @@ def test_any_group_size(group, path, device):
 
 
 def test_scale_is_used(path, device):
-    for name, got, low, high in _with_oracle(PACK, torch.float16, device, scale=0.5):
+    for name, got, low, high in _with_oracle(ATTENTION_PACK, torch.float16, device, scale=0.5):
         assert_parity(name, got, low, high)
 
 
 def test_without_lse_it_is_the_output_alone(path, device):
-    q, k, v, layout = PACK.inputs(device, torch.float16)
+    q, k, v, layout = ATTENTION_PACK.inputs(device, torch.float16)
     out = flash_attention(q, k, v, layout)
     assert out.shape == q.shape and out.is_contiguous()
     assert torch.equal(out, flash_attention(q, k, v, layout, return_lse=True)[0])
@@ -106,7 +105,7 @@ def test_without_lse_it_is_the_output_alone(path, device):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_nan_in_a_neighbour_does_not_matter(causal, path, device):
-    q, k, v, layout = PACK.inputs(device, torch.float16)
+    q, k, v, layout = ATTENTION_PACK.inputs(device, torch.float16)
     clean = flash_attention(q, k, v, layout, causal=causal, return_lse=True)
     first, last = 150, 157  # the second sequence: neighbours on both sides
     for t in (q, k, v):
@@ -124,7 +123,7 @@ def test_nan_in_a_neighbour_does_not_matter(causal, path, device):
 @pytest.mark.parametrize("width", [24, 32])
 def test_nan_around_the_pack_does_not_matter(width, causal, path, device):
     # rows before the first and after the last token, heads beside and columns right of the ones in use
-    q, k, v, layout = dataclasses.replace(PACK, head_width=width).inputs(device, torch.float16)
+    q, k, v, layout = dataclasses.replace(ATTENTION_PACK, head_width=width).inputs(device, torch.float16)
     clean = flash_attention(q, k, v, layout, causal=causal)
     views = []
     for t in (q, k, v):
@@ -137,7 +136,7 @@ def test_nan_around_the_pack_does_not_matter(width, causal, path, device):
 
 
 def test_nan_in_a_later_token_does_not_matter_when_causal(path, device):
-    q, k, v, layout = PACK.inputs(device, torch.float16)
+    q, k, v, layout = ATTENTION_PACK.inputs(device, torch.float16)
     clean = flash_attention(q, k, v, layout, causal=True)
     # the rest of the row's key block holds NaN in k alone: a NaN in v times p = 0 is NaN by IEEE rules
     k[100:150] = float("nan")
@@ -146,7 +145,7 @@ def test_nan_in_a_later_token_does_not_matter_when_causal(path, device):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_alone_equals_in_a_pack(causal, path, device):
-    q, k, v, layout = PACK.inputs(device, torch.float16)
+    q, k, v, layout = ATTENTION_PACK.inputs(device, torch.float16)
     how = {"causal": causal, "return_lse": True}
     packed, packed_lse = flash_attention(q, k, v, layout, **how)
     start = 0
@@ -164,7 +163,7 @@ def test_alone_equals_in_a_pack(causal, path, device):
 @pytest.mark.parametrize("causal", [False, True])
 def test_doubling_the_batch_changes_no_row(causal, path, device, monkeypatch):
     launches = spy_on_launches(monkeypatch, module, "_flash_attention_fwd_kernel")
-    q, k, v, layout = PACK.inputs(device, torch.float16)
+    q, k, v, layout = ATTENTION_PACK.inputs(device, torch.float16)
     once = flash_attention(q, k, v, layout, causal=causal)
     twice = SeqLayout(layout.lengths * 2, device)
     both = flash_attention(*(torch.cat([t, t]) for t in (q, k, v)), twice, causal=causal)
@@ -182,7 +181,7 @@ def test_permuting_keys_changes_nothing(path, device):
 
 
 def test_huge_scores_stay_finite(path, device):
-    q, k, v, layout = PACK.inputs(device, torch.float32)
+    q, k, v, layout = ATTENTION_PACK.inputs(device, torch.float32)
     out, lse = flash_attention(100 * q, 100 * k, v, layout, return_lse=True)
     assert out.isfinite().all() and lse.isfinite().all()
 
@@ -203,7 +202,7 @@ def test_descriptors_only_where_they_can_be_made(path, device, monkeypatch):
 
     real = module._launch_config
     monkeypatch.setattr(module, "_launch_config", spy)
-    q, k, v, layout = PACK.inputs(device, torch.float16)
+    q, k, v, layout = ATTENTION_PACK.inputs(device, torch.float16)
     odd = torch.zeros(len(k), k.shape[1], k.shape[2] + 1, dtype=k.dtype, device=device)[..., :-1].copy_(k)
     shifted = torch.zeros(v.numel() + 1, dtype=v.dtype, device=device)[1:].view(v.shape).copy_(v)
     base = flash_attention(q, k, v, layout)
@@ -247,7 +246,7 @@ def test_signature_is_the_reference_signature():
 
 def test_scores_far_below_zero(path, device):
     # exp2 of each alone is zero: only the running maximum keeps them apart
-    q, k, v, layout = PACK.inputs(device, torch.float32)
+    q, k, v, layout = ATTENTION_PACK.inputs(device, torch.float32)
     args = (q.abs(), k - 60, v)
     high = reference.flash_attention(*(t.double() for t in args), layout)
     assert_parity("out", flash_attention(*args, layout), reference.flash_attention(*args, layout), high)

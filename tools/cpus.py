@@ -89,11 +89,16 @@ def cpu_flags() -> set[str]:
     return {flag for line in lines if line.startswith("flags") for flag in line.split(":")[1].split()}
 
 
+def tests_of(stem: str) -> list[str]:
+    """The test files of a kernel: the first, and those of its backward where they stand apart."""
+    names = [f"tests/test_{stem}{part}.py" for part in ("", "_gradients", "_backward")]
+    return [name for name in names if (ROOT / name).exists()]
+
+
 def kernel_tests() -> list[str]:
     """The test files of every kernel."""
     stems = sorted(path.stem for path in (ROOT / "kernels").glob("*.py"))
-    names = [f"tests/test_{stem}{part}.py" for stem in stems for part in ("", "_backward")]
-    return [name for name in names if (ROOT / name).exists()]
+    return [name for stem in stems for name in tests_of(stem)]
 
 
 def _child(command: list[str], env: dict[str, str]) -> subprocess.CompletedProcess:

@@ -34,6 +34,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tools.cpus import tests_of
+
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 530.0  # seconds: a machine that ends every command after ten minutes shall not end ours
 GRACE = 10.0  # seconds between Ctrl-C and the end of a slice that does not stop
@@ -78,12 +80,6 @@ class Slice:
     needs: str | None = None
 
 
-def _tests(stem: str) -> list[str]:
-    """The test file of a kernel, and that of its backward where it has one."""
-    names = (f"tests/test_{stem}.py", f"tests/test_{stem}_backward.py")
-    return [name for name in names if (ROOT / name).exists()]
-
-
 def slices() -> list[Slice]:
     """The list, most valuable first."""
     python, pytest = ("{python}",), ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -91,7 +87,7 @@ def slices() -> list[Slice]:
         (*python, "-m", "tools.gpu_checks"),
         (*python, "-m", "tools.tuning", "--commit", "{commit}"),
     )
-    rest = [f"--ignore={name}" for stem in (*KERNELS, "gpu") for name in _tests(stem)]
+    rest = [f"--ignore={name}" for stem in (*KERNELS, "gpu") for name in tests_of(stem)]
     bench = (
         *python,
         "-m",
@@ -110,7 +106,7 @@ def slices() -> list[Slice]:
 
     return [
         Slice("environment", (*check, "environment"), 0.5),
-        *(Slice(f"parity-{stem}", (*pytest, "-m", "gpu", *_tests(stem)), 3) for stem in KERNELS),
+        *(Slice(f"parity-{stem}", (*pytest, "-m", "gpu", *tests_of(stem)), 3) for stem in KERNELS),
         Slice("parity-model", (*pytest, "-m", "gpu", "tests/test_gpu.py"), 2),
         Slice("parity-rest", (*pytest, "-m", "gpu", "tests", *rest), 4),
         *(Slice(f"repeats-{stem}", (*check, "repeats", stem), 2) for stem in KERNELS),
@@ -133,7 +129,7 @@ def slices() -> list[Slice]:
                     "--tool",
                     "memcheck",
                     *pytest,
-                    *_tests(stem),
+                    *tests_of(stem),
                     "-k",
                     "not full_size",
                 ),
