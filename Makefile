@@ -1,7 +1,6 @@
 # PYTHON makes the virtual environment: make test PYTHON=python3.12
 PYTHON ?= python3
-# make test: limits of CPU time for all files, and for one (tests/tiers.py). A file aims at 120 s. The limit of 180 s
-# leaves room for slow and busy processors
+# make test: limits of CPU time for all files, and for one (tests/tiers.py)
 # tests run in so many processes, one thread each: most of their time is Triton's interpreter, which uses one
 JOBS ?= 2
 PY := .venv/bin/python
@@ -40,7 +39,7 @@ demo: $(STAMP)
 	$(PY) examples/demo.py
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --file-seconds 180 --all-seconds 1800
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --file-seconds 120 --all-seconds 1800
 
 test-long: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist load --long
