@@ -9,11 +9,13 @@ import triton.language as tl
 # passed to every launch: the default of enable_fp_fusion differs between Triton versions
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
 LOG2E = tl.constexpr(1.4426950408889634)
+# the interpreter plays the older part: no descriptors
+INTERPRETED_CAPABILITY = 80
 
 
 def capability(device: torch.device) -> int:
-    """80 for compute capability 8.0, 90 for 9.0. The interpreter plays the older part: no descriptors."""
-    return 80 if device.type == "cpu" else cuda_capability(device.index)
+    """80 for compute capability 8.0, 90 for 9.0."""
+    return INTERPRETED_CAPABILITY if device.type == "cpu" else cuda_capability(device.index)
 
 
 @functools.cache

@@ -46,12 +46,9 @@ def device() -> str:
 
 @pytest.fixture(params=[80] if HAS_GPU else [80, 90], ids=lambda c: f"sm_{c}")
 def path(request, monkeypatch) -> int:
-    """Off a GPU both ways to load run in the interpreter. On a GPU the machine's own runs.
-
-    For a test file that imports its kernel's file as `module`.
-    """
+    """Off a GPU both ways to load run in the interpreter. On a GPU the machine's own runs."""
     if not HAS_GPU:
-        monkeypatch.setattr(request.module.module, "capability", lambda device: request.param)
+        monkeypatch.setattr("nvembed_fast.kernels._common.INTERPRETED_CAPABILITY", request.param)
     return request.param
 
 
