@@ -11,6 +11,8 @@ COMPILE_OPTIONS = {"enable_fp_fusion": True}
 LOG2E = tl.constexpr(1.4426950408889634)
 # the interpreter plays the older part: no descriptors
 INTERPRETED_CAPABILITY = 80
+# the parts that load by descriptors: those with rows in tools/resource_snapshots
+WITH_DESCRIPTORS = (90, 100)
 
 
 def capability(device: torch.device) -> int:
@@ -44,10 +46,11 @@ def allow_descriptors() -> None:
 def use_descriptors(capability: int, *tensors: torch.Tensor) -> bool:
     """Whether kernels load these through tensor descriptors (TMA): sm_90 and sm_100.
 
-    sm_120 has them too, but not the shared memory for the tiles that go with them. Bases, and all strides but
-    the last, must be positive multiples of 16 bytes. Without tensors they are taken to be.
+    sm_120 has them too, but not the shared memory for the tiles that go with them. sm_103 and sm_110 take
+    pointers until their code has been compiled and read. Bases, and all strides but the last, must be
+    positive multiples of 16 bytes. Without tensors they are taken to be.
     """
-    return 90 <= capability < 120 and all(
+    return capability in WITH_DESCRIPTORS and all(
         t.data_ptr() % 16 == 0 and all(step > 0 and step * t.itemsize % 16 == 0 for step in t.stride()[:-1])
         for t in tensors
     )

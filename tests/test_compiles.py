@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import triton
 
+from nvembed_fast.kernels._common import use_descriptors
 from tools import resources
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,6 +148,23 @@ def test_sm_100_has_its_tensor_units(path):
         assert not row["spills"] or not name.startswith("flash_attention"), name
 
 
+@pytest.mark.parametrize("path", sorted(resources.SNAPSHOTS.glob("*.json")), ids=lambda p: p.stem)
+def test_every_part_with_descriptors_is_in_the_snapshots(path):
+    """A part without rows has code that nobody has read."""
+    rows = json.loads(path.read_text())
+    loads = {name.rsplit(" sm_", 1)[0] for name in rows if rows[name]["tma"]}
+    stems = {name.split(":")[0] for name in loads}
+    assert stems == {"absorbed_latent_attention", "flash_attention", "latent_attention"}
+    parts = [part for part in range(80, 200) if use_descriptors(part)]
+    assert parts, "no part, so this test would prove nothing"
+    for part in parts:
+        there = [name for name in loads if rows.get(f"{name} sm_{part}", {}).get("tma")]
+        assert {name.split(":")[0] for name in there} == stems, part
+        # forward and both gradients
+        assert {f"flash_attention: {kernel} bf16" for kernel in ("forward", "dq", "dkv")} <= set(there), part
+        assert part in resources.SHARED_LIMIT
+
+
 def test_both_snapshots_are_kept():
     names = {path.name for path in resources.SNAPSHOTS.glob("*.json")}
     assert names == {"triton-3.6.0.json", "triton-3.7.1.json"}
@@ -203,3 +221,14 @@ def test_a_row_beyond_shared_memory_is_flagged():
     rows = {"a: b sm_80": GOOD | {"shared": 200 * 1024}, "a: b sm_90": GOOD | {"shared": 200 * 1024}}
     (problem,) = resources.beyond_limits(rows)
     assert problem.startswith("a: b sm_80: 204800 bytes")
+
+
+def test_a_65th_register_is_flagged_where_64_are_the_limit():
+    """Under any Triton, also one without a snapshot."""
+    names = ("mean_pool: mean_pool_geglu fp32", "rms_norm: backward bf16", "flash_attention: dq bf16")
+    wider = "mean_pool: mean_pool_geglu backward fp32"
+    rows = {f"{name} sm_90": GOOD | {"registers": 65} for name in (*names, wider)}
+    assert resources.beyond_limits(rows) == [
+        f"{name} sm_90: 65 registers, the limit is 64" for name in names[:2]
+    ]
+    assert not resources.beyond_limits({f"{names[1]} sm_90": GOOD | {"registers": 64}})

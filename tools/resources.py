@@ -12,7 +12,7 @@
    `unbarred`, `touched` and `overlap` are facts of `tools/sass.py` about the
    order of the instructions.
 
-A kernel beyond the shared memory of its GPU always fails. Where
+A kernel beyond the shared memory of its GPU always fails, and so does one beyond MAX_REGISTERS. Where
 `resource_snapshots/triton-<version>.json` exists for the running Triton, a row
 that got worse fails too. With any other version, for other GPUs and for a choice
 of rows the table is only printed.
@@ -56,6 +56,10 @@ from tools import sass
 SNAPSHOTS = Path(__file__).parent / "resource_snapshots"
 # bytes that one program may take
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# they wait for memory, and hide that behind 1024 threads on an SM. One register more leaves 512 of rms_norm's
+MAX_REGISTERS = {"mean_pool": 64, "rms_norm": 64}
+# both halves of a GEGLU and its slope at once: it was never below
+WIDER = "mean_pool: mean_pool_geglu backward"
 TARGETS = (80, 90)  # those of the snapshots, beside the rows ON_SM_100
 # it takes the tiles of sm_90: one row of each kernel that loads by descriptors
 ON_SM_100 = (
@@ -365,12 +369,15 @@ def labelled(rows: Sequence[Row]) -> dict[str, Figures]:
 
 
 def beyond_limits(rows: dict[str, Figures]) -> list[str]:
-    """One line per row that does not fit the shared memory of its GPU."""
-    return [
-        f"{name}: {row['shared']} bytes of shared memory, the limit is {limit}"
-        for name, row in rows.items()
-        if row["shared"] > (limit := SHARED_LIMIT[int(name.rsplit("_", 1)[1])])
-    ]
+    """One line per row that does not fit the shared memory of its GPU, or takes more than MAX_REGISTERS."""
+    problems = []
+    for name, row in rows.items():
+        if row["shared"] > (limit := SHARED_LIMIT[int(name.rsplit("_", 1)[1])]):
+            problems.append(f"{name}: {row['shared']} bytes of shared memory, the limit is {limit}")
+        limit = MAX_REGISTERS.get(name.split(":")[0])
+        if limit is not None and row["registers"] > limit and not name.startswith(WIDER):
+            problems.append(f"{name}: {row['registers']} registers, the limit is {limit}")
+    return problems
 
 
 def worsened(rows: dict[str, Figures], snapshot: dict[str, Figures]) -> list[str]:
