@@ -274,6 +274,8 @@ class NVEmbed(nn.Module):
                 `query_instruction` and `encode_query`.
             max_length: tokens per text, instruction included. Left out, it is `max_seq_length`. A longer
                 text is cut at the right. One warning (`stream.TextsCut`) says how many were.
+                Another one (`stream.TextsBeyondPositions`) says how many have more tokens than the model has
+                positions.
             max_batch_tokens: tokens per batch. None: 16384 on a GPU, 2048 on a CPU.
             show_progress: a progress bar. None shows it in a terminal only.
             output: "torch" for a tensor on the model's device, "numpy" for an array on the host.
@@ -321,7 +323,14 @@ class NVEmbed(nn.Module):
     @property
     def stream(self) -> TextStream:
         """`encode` batch by batch, for a caller that takes the vectors as they come."""
-        return TextStream(self.text_tokenizer, self.embed, self.device, start=self.refresh, dtype=self.dtype)
+        return TextStream(
+            self.text_tokenizer,
+            self.embed,
+            self.device,
+            start=self.refresh,
+            dtype=self.dtype,
+            max_positions=self.config.text_config.max_position_embeddings,
+        )
 
     def refresh(self) -> None:
         """Drop what was built from weights whose content has changed. `encode` and `forward` begin with it.

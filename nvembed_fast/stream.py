@@ -32,6 +32,7 @@ __all__ = [
     "Progress",
     "Result",
     "TextStream",
+    "TextsBeyondPositions",
     "TextsCut",
     "Window",
     "check_counts",
@@ -76,6 +77,10 @@ class TextsCut(UserWarning):
     """Texts were longer than max_length."""
 
 
+class TextsBeyondPositions(UserWarning):
+    """Texts have more tokens than the model has seen positions. Their vectors may be poor."""
+
+
 @dataclass(frozen=True)
 class TextStream:
     """Texts in, (indices, vectors) out.
@@ -87,6 +92,7 @@ class TextStream:
         dtype: in which `embed` computes.
         window: how many texts are tokenized at a time.
         start: called once, before the first batch.
+        max_positions: of the model's config. None warns of no text.
     """
 
     tokenizer: TextTokenizer
@@ -95,6 +101,7 @@ class TextStream:
     window: Window = field(default_factory=lambda: WINDOW)
     start: Callable[[], None] | None = None
     dtype: torch.dtype = torch.float32
+    max_positions: int | None = None
 
     def __call__(
         self,
@@ -113,7 +120,8 @@ class TextStream:
 
         Returns:
             An iterator over (indices into texts, their vectors), in which every text comes once. It ends with
-            a warning (`TextsCut`) if texts were longer than max_length.
+            a warning (`TextsCut`) if texts were longer than max_length, and with one
+            (`TextsBeyondPositions`) if any were longer than max_positions.
 
         Raises:
             TypeError, ValueError: an argument is wrong. The call raises it.
@@ -157,12 +165,14 @@ class TextStream:
         self, windows: Iterable[tuple[int, TokenizedTexts]], budget: int, max_length: int
     ) -> Iterator[tuple[list[int], torch.Tensor]]:
         """(indices, vectors) of every batch. One that does not fit in memory halves the budget."""
-        order, finite, num_cut = [], [], 0
+        order, finite, num_cut, beyond = [], [], 0, []
         for number, (first, window) in enumerate(windows):
             if number == 0 and self.start is not None:
                 self.start()
             num_cut += window.num_cut
             lengths = window.lengths()
+            if self.max_positions is not None:
+                beyond += [length for length in lengths if length > self.max_positions]
             pending = deque(token_budget_batches(lengths, budget))
             while pending:
                 rows = pending.popleft()
@@ -190,6 +200,12 @@ class TextStream:
             message = f"{num_cut} of {len(order)} texts were cut at max_length={max_length} tokens"
             # at the line that calls encode
             warnings.warn(message, TextsCut, stacklevel=3)
+        if beyond:
+            message = (
+                f"{len(beyond)} of {len(order)} texts have more tokens than the model has positions: up to "
+                f"{max(beyond)}, and max_position_embeddings is {self.max_positions}. Lower max_length"
+            )
+            warnings.warn(message, TextsBeyondPositions, stacklevel=3)
 
     def _check_finite(self, order: list[int], finite: list[torch.Tensor]) -> None:
         """ValueError for a vector that is not finite. Waits for the device."""

@@ -214,3 +214,22 @@ def test_texts_cut_at_max_length_are_counted_and_told_once(model, monkeypatch):
         model.encode(texts[3], max_length=longest)
     with pytest.warns(stream.TextsCut, match="^1 of 1 texts"):
         model.encode(texts[3], max_length=longest - 1)
+
+
+def test_texts_longer_than_the_models_positions_are_told_once(model, monkeypatch):
+    monkeypatch.setattr(stream, "WINDOW", Window(1, 1))
+    texts = ["one two three", "a", "one two three four"]
+    lengths = model.text_tokenizer(texts, "", 64).lengths()
+    positions = lengths[1]
+    assert max(lengths) > lengths[0] > positions
+    few = replace(model.config.text_config, max_position_embeddings=positions)
+    monkeypatch.setattr(model.model, "config", replace(model.config, text_config=few))
+    wanted = (
+        f"^2 of 3 texts have .* positions: up to {max(lengths)}, and max_position_embeddings is {positions}"
+    )
+    with pytest.warns(stream.TextsBeyondPositions, match=wanted) as told:
+        model.encode(texts)
+    assert len(told) == 1 and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.encode(texts[1])

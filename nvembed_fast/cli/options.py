@@ -141,11 +141,11 @@ def note_empty(texts: list[str]) -> None:
 
 @contextmanager
 def note_cut() -> Iterator[None]:
-    """Inside, a warning that texts were cut, or the model is untrained, is one line on standard error."""
+    """Inside, a warning about long texts, or an untrained model, is one line on standard error."""
     from nvembed_fast.encoder import UntrainedModel
-    from nvembed_fast.stream import TextsCut
+    from nvembed_fast.stream import TextsBeyondPositions, TextsCut
 
-    advice = {TextsCut: "; --max-length raises it", UntrainedModel: ""}
+    advice = {TextsCut: "; --max-length raises it", TextsBeyondPositions: "", UntrainedModel: ""}
     with warnings.catch_warnings():
         for category in advice:
             warnings.simplefilter("always", category)
