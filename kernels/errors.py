@@ -1,11 +1,11 @@
 """What every operation refuses.
 
-`check_<operation>` stands in front of the reference and in front of the kernel,
-so both refuse the same input with the same words. The limits of one kernel stay
-in its own file, because `impl="auto"` takes the reference there. It stands inside
-the registered operation once more, and `check_<operation>_bwd` inside that of the
-backward, because anyone may call those: a kernel that reads a wild address ends
-the process.
+`check_<operation>` stands in front of the reference, of the library's function
+and of the kernel, so all refuse the same input with the same words. The limits of
+one kernel stay in its own file, because `impl="auto"` takes the library path
+there. It stands inside the registered operation once more, and
+`check_<operation>_bwd` inside that of the backward, because anyone may call those:
+a kernel that reads a wild address ends the process.
 
 This file needs no Triton. No check waits for a device.
 """
@@ -41,7 +41,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Unsupported(ValueError):
-    """A well-posed problem that a kernel is not written for: `impl="auto"` takes the reference instead."""
+    """A well-posed problem that a kernel is not written for: `impl="auto"` takes the library path."""
 
 
 def mismatch(name: str, wanted: str, got: torch.Tensor) -> ValueError:

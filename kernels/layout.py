@@ -18,7 +18,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-__all__ = ["Run", "SeqLayout", "layout_of", "to_device"]
+__all__ = ["Order", "Run", "SeqLayout", "layout_of", "to_device"]
+
+# the four tensors that attention moves cost about as many launches as two runs
+MIN_RUNS_SAVED = 4
 
 
 class Run(NamedTuple):
@@ -36,6 +39,20 @@ class Run(NamedTuple):
     @property
     def rows(self) -> slice:
         return slice(self.first_row, self.first_row + self.num_seqs * self.length)
+
+
+class Order(NamedTuple):
+    """The sequences of a layout sorted by length.
+
+    Attributes:
+        layout: of the sorted sequences.
+        rows: [T] int32. Token i of the sorted pack is token rows[i] of the pack.
+        places: [T] int32. Token i of the pack is token places[i] of the sorted pack.
+    """
+
+    layout: "SeqLayout"
+    rows: torch.Tensor
+    places: torch.Tensor
 
 
 class SeqLayout:
@@ -101,6 +118,21 @@ class SeqLayout:
                     runs.append(Run(seq, 1, length, start))
             self._cache["runs"] = runs
         return self._cache["runs"]
+
+    def by_length(self) -> Order | None:
+        """The sequences sorted by length, or None where sorting would save less than MIN_RUNS_SAVED runs."""
+        if len(self.runs()) - len(set(self.lengths) - {0}) < MIN_RUNS_SAVED:
+            return None
+        if "order" not in self._cache:
+            self._cache["order"] = self._order()
+        return self._cache["order"]
+
+    def _order(self) -> Order:
+        seqs = np.argsort(self.lengths, kind="stable")
+        lengths = np.asarray(self.lengths, dtype=np.int64)[seqs]
+        first_places = np.cumsum(lengths) - lengths
+        rows = np.arange(self.num_tokens) + np.repeat(self._starts[seqs] - first_places, lengths)
+        return Order(SeqLayout(lengths, self.device), *map(self._to_device, (rows, np.argsort(rows))))
 
     def _tiles(self, block: int) -> np.ndarray:
         lengths = np.asarray(self.lengths, dtype=np.int64)

@@ -150,7 +150,7 @@ class NVEmbed(nn.Module):
             device: where the weights go, tensor by tensor. None: the GPU if there is one, else the CPU.
             dtype: of the weights and the computation, as torch.dtype or by name. None: the checkpoint's on a
                 GPU, float32 on a CPU. Pooling and the result are float32 always.
-            impl: "triton" kernels, plain "torch", or "auto": Triton on a GPU.
+            impl: "triton" kernels, PyTorch's "library" operations, plain "torch", or "auto": see `ops`.
             latents: "absorbed", "direct" (the strict order of the original), or "auto": the cheaper one.
             cuda_graphs: a text of at most 256 tokens that comes alone replays a CUDA graph, captured once for
                 each power of two of tokens: less latency, some more memory. For Triton kernels on a GPU.

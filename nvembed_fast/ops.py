@@ -1,10 +1,15 @@
 """The only place that chooses between Triton and PyTorch.
 
-`auto` takes the Triton kernel for tensors on a GPU of compute capability 8.0 or
-later, in a dtype that the kernels are written for. It takes the PyTorch
-reference everywhere else, also for a shape beyond a kernel's limits. `triton`
-and `torch` force one, and raise an error if it cannot run. Nothing falls back to
-another meaning.
+There are three implementations of every operation, with one contract:
+
+- `triton`: the kernel. It needs a GPU of compute capability 8.0 or later.
+- `library`: PyTorch's own operations, in the form that is fast on a GPU.
+- `torch`: the plain reference. It is the CPU path.
+
+`auto` takes the kernel for tensors on a GPU, in a dtype that it is written for.
+Where a kernel cannot run on a GPU, also for a shape beyond its limits, `auto`
+takes the library path. On a CPU it takes the reference. Each name forces one, and
+`triton` raises an error if it cannot run. Nothing falls back to another meaning.
 
 Under autocast an operation takes its tensors in one dtype, as PyTorch's own do.
 An operation built on matrix products takes autocast's dtype. A norm takes the
@@ -24,11 +29,12 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from torch import nn
 
-from nvembed_fast.kernels import reference
+from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels.errors import Unsupported
 from nvembed_fast.kernels.layout import SeqLayout
 
-Impl = Literal["auto", "triton", "torch"]
+Implementation = Literal["triton", "library", "torch"]
+Impl = Literal["auto", "triton", "library", "torch"]
 Result = TypeVar("Result")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -68,21 +74,21 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
     return contextlib.nullcontext(), use_impl(_state.impl)
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> tuple[Literal["triton", "torch"], str]:
+def choose(device: torch.device, dtype: torch.dtype) -> tuple[Implementation, str]:
     """The implementation that tensors of this device and dtype take under the current `use_impl`, and why.
 
     Raises:
         ValueError: `triton` is asked for and cannot run here.
     """
     impl = _state.impl
-    if impl == "torch":
-        return "torch", "it was asked for"
+    if impl in ("library", "torch"):
+        return cast(Implementation, impl), "it was asked for"
     obstacle = _triton_obstacle(device, dtype)
     if obstacle is None and (impl == "triton" or device.type == "cuda"):
         return "triton", "it was asked for" if impl == "triton" else "the kernels are written for this GPU"
     if impl == "triton":
         raise ValueError(f"impl='triton' cannot run here: {obstacle}. Use impl='auto' or impl='torch'.")
-    return "torch", obstacle or "tensors are on the CPU"
+    return "library" if device.type == "cuda" else "torch", obstacle or "tensors are on the CPU"
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -152,20 +158,23 @@ def _is_compiler_imported() -> bool:
 
 
 def _run(reference_fn: Callable[..., Result], x: torch.Tensor, *args) -> Result:
-    """`reference_fn`, or the kernel of the same name, for a first tensor like x."""
-    if choose(x.device, x.dtype)[0] == "torch":
+    """`reference_fn`, or the kernel or the library's function of that name, for a first tensor like x."""
+    name = reference_fn.__name__
+    chosen, _ = choose(x.device, x.dtype)
+    if chosen == "torch":
         return reference_fn(x, *args)
-    kernel = _kernel(reference_fn.__name__)
-    try:
-        if not x.is_cuda or torch.compiler.is_compiling():
-            return kernel(x, *args)
-        # Triton launches on the current device, whatever device the tensors are on
-        with torch.cuda.device(x.device):
-            return kernel(x, *args)
-    except Unsupported:
-        if _state.impl == "triton":
-            raise
-        return reference_fn(x, *args)
+    if chosen == "triton":
+        kernel = _kernel(name)
+        try:
+            if not x.is_cuda or torch.compiler.is_compiling():
+                return kernel(x, *args)
+            # Triton launches on the current device, whatever device the tensors are on
+            with torch.cuda.device(x.device):
+                return kernel(x, *args)
+        except Unsupported:
+            if _state.impl == "triton":
+                raise
+    return getattr(library, name)(x, *args)
 
 
 def _in_lower_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

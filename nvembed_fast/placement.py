@@ -1,7 +1,6 @@
 """Where a model runs and how it computes: decided once, checked once, before any weight is read."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -49,7 +48,7 @@ class Placement:
             config: the parsed config.json.
             device: None takes the GPU if there is one, else the CPU. A number is that of a GPU.
             dtype: None takes float32 on a CPU and the dtype of the stored weights elsewhere.
-            impl: "auto", "triton" or "torch".
+            impl: "auto", "triton", "library" or "torch".
             latents: "absorbed", "direct", or "auto" for the cheaper one of the two.
             cuda_graphs: needs Triton kernels on a GPU.
 
@@ -70,7 +69,7 @@ class Placement:
             raise ValueError(f"cuda_graphs=True needs Triton kernels on a GPU: {obstacle}")
         return placement
 
-    def implementation(self) -> tuple[Literal["triton", "torch"], str]:
+    def implementation(self) -> tuple[ops.Implementation, str]:
         """The implementation that the operations take here, and the reason.
 
         Raises:

@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from nvembed_fast import ops
-from nvembed_fast.kernels import reference
+from nvembed_fast.kernels import library, reference
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_SUPPORT = {"_common", "errors", "layout", "reference", "testing", "tuned"}
+KERNEL_SUPPORT = {"_common", "errors", "layout", "library", "reference", "testing", "tuned"}
 KERNELS = sorted(p.stem for p in ROOT.glob("kernels/*.py") if p.stem not in KERNEL_SUPPORT)
 
 # kernels/: what a file may import from the project, and what it does import from outside the standard library
@@ -25,6 +25,7 @@ KERNEL_FILES = {
     "errors": ({"layout"}, {"torch"}),
     "layout": (set(), {"numpy", "torch"}),
     "reference": ({"errors", "layout"}, {"einops", "torch"}),
+    "library": ({"errors", "layout", "reference"}, {"torch"}),
     "_common": (set(), {"torch", "triton"}),
     "tuned": (set(), set()),
     "testing": ({"layout", "reference"}, {"numpy", "torch"}),
@@ -158,7 +159,7 @@ def test_every_package_file_is_in_a_room():
 def test_a_room_imports_only_what_its_wall_allows(room):
     allowed, packages = WALLS[room]
     # ops is the only place that chooses an implementation; everyone else knows the layout alone
-    kernels = {"errors", "layout", "reference", *KERNELS} if room == "ops" else {"layout"}
+    kernels = {"errors", "layout", "library", "reference", *KERNELS} if room == "ops" else {"layout"}
     # an integration may import no other, and kinds of rooms below another know no sibling
     theirs = set()
     for path in ROOMS[room]:
@@ -258,7 +259,8 @@ def test_a_kernel_has_its_reference_test_and_bench(stem):
     assert module.__all__ == sorted(module.__all__) and module.__all__
     for name in module.__all__:
         signature = inspect.signature(getattr(reference, name))
-        assert inspect.signature(getattr(module, name)) == signature, name
+        for owner in (module, library):
+            assert inspect.signature(getattr(owner, name)) == signature, name
         assert inspect.signature(getattr(ops, name)) == signature, name
     assert (ROOT / f"tests/test_{stem}.py").exists()
     assert (ROOT / f"bench/bench_{stem}.py").exists()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nvembed_fast import ops
-from nvembed_fast.kernels import reference
+from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RowCase
 
@@ -19,6 +19,13 @@ def test_torch_and_auto_on_a_cpu_take_the_reference():
         assert ops.choose(x.device, x.dtype) == ("torch", "it was asked for")
     assert ops.choose(x.device, x.dtype)[0] == "torch"
     assert torch.equal(ops.swiglu(x), torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
+
+
+def test_library_is_taken_on_any_device_where_it_is_asked_for(monkeypatch):
+    monkeypatch.setattr(library, "swiglu", lambda x: "by the library")
+    with ops.use_impl("library"):
+        assert ops.choose(torch.device("cuda", 0), torch.float64) == ("library", "it was asked for")
+        assert ops.swiglu(torch.randn(3, 8)) == "by the library"
 
 
 def test_use_impl_is_undone_also_after_an_error():
@@ -45,7 +52,9 @@ def test_checkpoint_contexts_carry_the_impl_into_another_thread():
 
 def test_an_unknown_impl_names_the_choices():
     with (
-        pytest.raises(ValueError, match="impl must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        pytest.raises(
+            ValueError, match="impl must be one of 'auto', 'triton', 'library', 'torch', got 'cuda'"
+        ),
         ops.use_impl("cuda"),
     ):
         pass
@@ -77,9 +86,12 @@ def test_the_interpreter_asked_for_after_triton_was_imported_is_told(monkeypatch
     assert ops.swiglu(torch.ones(3, 8)).shape == (3, 4)  # by "auto", without triton
 
 
-def test_triton_in_float64_raises_and_auto_takes_the_reference():
+def test_triton_in_float64_raises_and_auto_takes_what_the_device_has():
     with ops.use_impl("triton"), pytest.raises(ValueError, match="not written for torch.float64"):
         ops.swiglu(torch.randn(3, 8, dtype=torch.float64))
+    for device, wanted in (("cpu", "torch"), ("cuda:0", "library")):
+        impl, why = ops.choose(torch.device(device), torch.float64)
+        assert impl == wanted and "not written for torch.float64" in why
 
 
 @pytest.mark.skipif(GPU, reason="patches the interpreter's part")
@@ -88,15 +100,15 @@ def test_a_missing_triton_is_said(monkeypatch):
     with ops.use_impl("triton"), pytest.raises(ValueError, match="the package triton is not installed"):
         ops.swiglu(torch.randn(3, 8))
     assert ops.choose(torch.device("cuda", 0), torch.float16) == (
-        "torch",
+        "library",
         "the package triton is not installed",
     )
 
 
-def test_an_old_gpu_takes_the_reference_and_says_why(monkeypatch):
+def test_an_old_gpu_takes_the_library_and_says_why(monkeypatch):
     monkeypatch.setattr(ops, "_capability", lambda index: (7, 5))
     impl, why = ops.choose(torch.device("cuda", 0), torch.float16)
-    assert impl == "torch" and "8.0 or later, got 7.5" in why
+    assert impl == "library" and "8.0 or later, got 7.5" in why
 
 
 @pytest.mark.parametrize(
@@ -108,7 +120,7 @@ def test_an_old_gpu_takes_the_reference_and_says_why(monkeypatch):
         ("absorbed_latent_attention", LatentCase("many", 3, 1040, 1, 8, 16).absorbed_inputs),
     ],
 )
-def test_a_shape_beyond_a_kernels_limits_takes_the_reference_under_auto_alone(
+def test_a_shape_beyond_a_kernels_limits_takes_the_library_under_auto_alone(
     name, inputs, device, monkeypatch
 ):
     op, args = getattr(ops, name), inputs(device, torch.float32)
@@ -116,6 +128,8 @@ def test_a_shape_beyond_a_kernels_limits_takes_the_reference_under_auto_alone(
         op(*args)
     monkeypatch.setattr(ops, "choose", lambda *_: ("triton", "as on a GPU"))
     torch.testing.assert_close(op(*args), getattr(reference, name)(*args))
+    monkeypatch.setattr(library, name, lambda *_: "by the library")
+    assert op(*args) == "by the library"
 
 
 def _valid(name, device) -> dict[str, object]:
@@ -235,28 +249,26 @@ WRONG = [
 @pytest.mark.parametrize(
     "name, argument, spoil, message", WRONG, ids=[f"{name}-{argument}" for name, argument, *_ in WRONG]
 )
-def test_both_implementations_refuse_a_wrong_input_with_the_same_words(
-    name, argument, spoil, message, device
-):
+def test_all_implementations_refuse_a_wrong_input_with_the_same_words(name, argument, spoil, message, device):
     arguments = _valid(name, device)
     arguments[argument] = spoil(arguments.get(argument))
     errors = []
-    # the function of either path itself: `ops` might choose the same one twice
-    for operation in (getattr(reference, name), ops._kernel(name)):
+    # the function of each path itself: `ops` might choose the same one twice
+    for operation in (getattr(reference, name), getattr(library, name), ops._kernel(name)):
         with pytest.raises(ValueError, match=f"^{message}") as error:
             operation(**arguments)
         errors.append(str(error.value))
-    assert errors[0] == errors[1]
+    assert len(set(errors)) == 1
 
 
 @pytest.mark.parametrize("name", ops.OPERATIONS)
 def test_every_operation_takes_keywords_and_has_a_wrong_input(name, device):
     assert name in {wrong for wrong, *_ in WRONG}
     results = []
-    for impl in ("torch", "triton"):
+    for impl in ("torch", "triton", "library"):
         with ops.use_impl(impl):
             results.append(getattr(ops, name)(**_valid(name, device)))
-    torch.testing.assert_close(*results)
+    torch.testing.assert_close(results[1:], [results[0]] * 2)
 
 
 @pytest.mark.skipif(GPU, reason="the values are known on a CPU alone")
@@ -264,7 +276,7 @@ def test_every_operation_takes_keywords_and_has_a_wrong_input(name, device):
 def test_a_position_beyond_the_tables_is_refused_on_a_cpu(position, device):
     arguments = _valid("rotary", device)
     arguments["positions"] = arguments["positions"].clone().fill_(position)
-    for operation in (reference.rotary, ops._kernel("rotary")):
+    for operation in (reference.rotary, library.rotary, ops._kernel("rotary")):
         with pytest.raises(
             ValueError, match=f"positions must be from 0 to 3, .* got {position} to {position}"
         ):
@@ -282,7 +294,7 @@ def test_every_tensor_follows_the_autocast_rule(name, by_keyword, device):
         if isinstance(t, torch.Tensor) and key != last:
             arguments[key] = t.to(low)
     parameters = [p for p in inspect.signature(getattr(ops, name)).parameters if p in arguments]
-    for impl in ("torch", "triton"):
+    for impl in ("torch", "triton", "library"):
         with ops.use_impl(impl), torch.autocast(kind, low):
             op = getattr(ops, name)
             out = op(**arguments) if by_keyword else op(*(arguments[p] for p in parameters))

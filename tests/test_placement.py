@@ -13,7 +13,7 @@ from nvembed_fast.placement import Placement, check_device
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"impl": "cuda"}, "impl must be one of 'auto', 'triton', 'torch', got 'cuda'"),
+        ({"impl": "cuda"}, "impl must be one of 'auto', 'triton', 'library', 'torch', got 'cuda'"),
         ({"latents": "fast"}, "latents must be one of 'auto', 'direct', 'absorbed', got 'fast'"),
         ({"device": "cuda:77"}, "device 'cuda:77' is not there"),
         ({"device": "nowhere"}, "device 'nowhere' is not a device"),
@@ -93,7 +93,11 @@ def test_what_is_not_asked_for_is_decided_by_device_and_config(gpu, monkeypatch)
 def test_graphs_need_triton_on_a_gpu(gpu, monkeypatch):
     config = NVEmbedConfig()
     assert Placement.decide(config, cuda_graphs=True).cuda_graphs
-    for options, obstacle in (({"impl": "torch"}, "it was asked for"), ({"dtype": "float64"}, "float64")):
+    for options, obstacle in (
+        ({"impl": "torch"}, "it was asked for"),
+        ({"impl": "library"}, "it was asked for"),
+        ({"dtype": "float64"}, "float64"),
+    ):
         with pytest.raises(ValueError, match=f"cuda_graphs=True needs Triton kernels on a GPU: .*{obstacle}"):
             Placement.decide(config, cuda_graphs=True, **options)
     monkeypatch.setattr("nvembed_fast.placement.check_device", check_device)

@@ -87,8 +87,8 @@ def gradients_of(model, batch, impl: str, loss=loss_of) -> dict[str, torch.Tenso
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-def assert_every_gradient_matches(head, dtype, device) -> None:
-    """Parity of the Triton path's gradients with the reference's, for every parameter of a model."""
+def assert_every_gradient_matches(head, dtype, device, impl="triton") -> None:
+    """Parity of an implementation's gradients with the reference's, for every parameter of a model."""
     # wide, and three batches side by side: the RMS error over the few elements of a norm would be luck
     model = make_model(head, device, dtype, width=464)
     batches = [make_batch(device, seed=seed) for seed in range(3)]
@@ -97,7 +97,7 @@ def assert_every_gradient_matches(head, dtype, device) -> None:
         each = [gradients_of(model, batch, impl) for batch in batches]
         return {name: torch.stack([g[name] for g in each]) for name in each[0]}
 
-    got, low = gradients(model, "triton"), gradients(model, "torch")
+    got, low = gradients(model, impl), gradients(model, "torch")
     high = gradients(oracle_of(model), "torch")
     assert got.keys() == dict(model.named_parameters()).keys()
     for name, gradient in got.items():

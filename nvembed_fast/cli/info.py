@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
     for device, facts in _devices():
         print(f"\n{device}: {facts}")
         _print_implementations(device)
-    print("\nMatrix products are the library's. A shape beyond a kernel's limits takes torch.")
+    print("\nMatrix products are the library's. A shape beyond a kernel's limits takes library.")
     if config:
         _print_model(arguments.model, config, placement)
 

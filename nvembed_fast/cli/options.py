@@ -76,7 +76,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", help="float16, bfloat16, float32, float64 (default: the checkpoint's; float32 on a CPU)"
     )
-    parser.add_argument("--impl", default="auto", help="auto, triton or torch (default: auto)")
+    parser.add_argument("--impl", default="auto", help="auto, triton, library or torch (default: auto)")
     parser.add_argument("--latents", default="auto", help="auto, direct or absorbed (default: auto)")
     add_hub_options(parser)
 
