@@ -5,13 +5,16 @@
 2. Everything that depends on the text lies in one int32 buffer on the device: its ids, its end, its pool mask
    and the kernels' tile lists. The model is captured once per bucket, and reads from that buffer.
 3. A text is one copy into that buffer and one replay.
-4. Graphs share scratch memory, and a bucket has one buffer. So a lock lets one thread at a time copy, replay
+4. While the device computes, the host looks whether the model is still the one that was captured. If not, the
+   vector is dropped, and the text runs again by a new capture.
+5. Graphs share scratch memory, and a bucket has one buffer. So a lock lets one thread at a time copy, replay
    and take its result, and the device does them in this order, whatever streams the threads are on.
 
 The invariant: a captured launch depends on the bucket alone. So a tile list has the same length for all texts
 of a bucket. If a text needs fewer tiles, one tile is computed twice, to the same values.
 
-A graph holds the addresses it was captured with. It is captured anew when a weight has changed or moved.
+A graph holds the addresses it was captured with. It is captured anew when a weight has changed or moved. A
+replay needs all weights at their addresses, even one whose result is dropped, so these are looked at before.
 Code that was added to the model, such as an adapter or a hook, decides anew in every call. A model that holds
 any runs without graphs.
 """
@@ -26,7 +29,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from nvembed_fast.kernels.layout import SeqLayout, to_device
+from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.network.pooling_heads import runs_as_written
 from nvembed_fast.packing import PackedBatch
@@ -38,6 +41,8 @@ T = TypeVar("T")
 # a text fits one tile of mean_pool, whose second kernel would go by the host's lists
 MAX_TOKENS = 256
 MIN_BUCKET = 16
+# int32 elements: kernels compile once more for an address that is no multiple of 16 bytes
+_ALIGNMENT = 4
 
 
 class BucketLayout(SeqLayout):
@@ -59,43 +64,70 @@ class BucketLayout(SeqLayout):
         """
         super().__init__((bucket, 0), device)
         self.blocks = blocks
-        shapes = [(bucket,), (bucket,), (3,), (bucket,), *((self._num_tiles(b), 2) for b in blocks)]
-        sizes = [math.prod(shape) for shape in shapes]
-        self._buffer = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
-        chunks = self._buffer.split(sizes)
-        views = [chunk.view(shape) for chunk, shape in zip(chunks, shapes, strict=True)]
+        self._shapes = [(bucket,), (bucket,), (3,), (bucket,), *((self._num_tiles(b), 2) for b in blocks)]
+        self._size = sum(map(_aligned_size, self._shapes))
+        self._buffer = torch.zeros(self._size, dtype=torch.int32, device=device)
+        views = (
+            part.view(shape) for part, shape in zip(self._parts(self._buffer), self._shapes, strict=True)
+        )
         self.input_ids, self.keep, self.cu_seqlens, self.positions, *tiles = views
         self._cache = {("tiles", block): tile for block, tile in zip(blocks, tiles, strict=True)}
+        # of a text that fills the bucket. A shorter one takes the first of them
+        self._counts = np.arange(bucket, dtype=np.int32)
+        self._firsts = [self._counts[: self._num_tiles(block) - 1] * block for block in blocks]
 
     def put(self, ids: np.ndarray, first_pooled: int) -> None:
         """Write a text of at most T tokens into the buffer, without waiting for the device."""
-        bucket = self.num_tokens
-        rest = np.zeros(bucket - len(ids), dtype=np.int32)
-        places = np.arange(bucket)
-        layout = SeqLayout((len(ids), bucket - len(ids)))
-        keep = (places >= first_pooled) & (places < len(ids))
-        parts = [ids, rest, keep, layout.cu_seqlens.numpy(), layout.positions.numpy()]
-        for block in self.blocks:
-            tiles = layout.tiles(block).numpy()
-            again = np.broadcast_to(tiles[:1], (self._num_tiles(block) - len(tiles), 2))
-            parts += [tiles.ravel(), again.ravel()]
-        host = torch.from_numpy(np.concatenate(parts).astype(np.int32))
-        self._buffer.copy_(to_device(host, self.device))
+        length, rest = len(ids), self.num_tokens - len(ids)
+        # PyTorch gives pinned memory to nobody else before the copy out of it is done
+        host = torch.empty(self._size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
+        into_ids, keep, cu_seqlens, positions, *tiles = self._parts(host.numpy())
+        into_ids[:length], into_ids[length:] = ids, 0
+        keep[:] = 0
+        keep[first_pooled:length] = 1
+        cu_seqlens[:] = 0, length, self.num_tokens
+        positions[:length], positions[length:] = self._counts[:length], self._counts[:rest]
+        for block, firsts, tile in zip(self.blocks, self._firsts, tiles, strict=True):
+            of_text, of_both = -(-length // block), -(-length // block) - (-rest // block)
+            # [tiles, 2]: sequence, its first token. The list is filled up with one of them
+            tile = tile.reshape(-1, 2)
+            tile[:] = 0 if length else 1, 0
+            tile[:of_text, 1] = firsts[:of_text]
+            tile[of_text:of_both, 0] = 1
+            tile[of_text:of_both, 1] = firsts[: of_both - of_text]
+        self._buffer.copy_(host, non_blocking=True)
 
     def split_seqs(self, block: int) -> torch.Tensor:
         raise AssertionError(f"a bucket of {self.num_tokens} tokens is cut into {block}: lower MAX_TOKENS")
+
+    def _parts(self, buffer):
+        """The parts of a buffer, of a tensor or an array, each flat and from a multiple of 16 bytes."""
+        start = 0
+        for shape in self._shapes:
+            yield buffer[start : start + math.prod(shape)]
+            start += _aligned_size(shape)
 
     def _num_tiles(self, block: int) -> int:
         """The max number of tiles of a text and the rest of its bucket together."""
         return -(-self.num_tokens // block) + 1
 
 
+def _aligned_size(shape: tuple[int, ...]) -> int:
+    return -(-math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
+
+
 @dataclasses.dataclass(frozen=True)
 class _Graph:
     layout: BucketLayout
     replay: Callable[[], torch.Tensor]
+    addresses: list[int]
     state: tuple
     held: object  # tensors that a replay reads and that nothing else need keep alive
+
+    def __call__(self, ids: np.ndarray, first_pooled: int) -> torch.Tensor:
+        self.layout.put(ids, first_pooled)
+        # the next replay overwrites its result
+        return self.replay()[:1].clone()
 
 
 class SingleTextGraphs:
@@ -104,6 +136,7 @@ class SingleTextGraphs:
     def __init__(self, model: NVEmbedModel):
         self.model = model
         self._modules = tuple(model.modules())
+        self._children = _children(self._modules)
         self._start()
 
     def _start(self) -> None:
@@ -121,17 +154,20 @@ class SingleTextGraphs:
             first_pooled: the number of leading tokens that are not pooled.
         """
         device = self._device()
-        if not self._is_as_built():
-            return self.model(PackedBatch.from_ids([ids], [first_pooled], device))
         bucket = max(MIN_BUCKET, 1 << (len(ids) - 1).bit_length())
         with self._turn(device):
-            state = self._state()
-            graph = self._graphs.get(bucket)
-            if graph is None or graph.state != state:
-                graph = self._graphs[bucket] = self._capture(bucket, state)
-            graph.layout.put(ids, first_pooled)
-            # the next replay overwrites its result
-            return graph.replay()[:1].clone()
+            graph, weights = self._graphs.get(bucket), self._weights()
+            if graph is not None and graph.addresses == _addresses(weights):
+                vector = graph(ids, first_pooled)
+                # while the device computes it
+                if self._is_as_built() and self._state(weights) == graph.state:
+                    return vector
+            if self._is_as_built():
+                graph = self._graphs[bucket] = self._capture(bucket)
+                return graph(ids, first_pooled)
+            # until the added code has gone, no text is computed in vain
+            self._graphs.clear()
+        return self.model(PackedBatch.from_ids([ids], [first_pooled], device))
 
     def forget(self) -> None:
         """Drop all graphs: they read tensors that are out of date."""
@@ -157,20 +193,22 @@ class SingleTextGraphs:
         return next((w.device for w in self.model.parameters()), torch.device("cpu"))
 
     def _is_as_built(self) -> bool:
-        modules = tuple(self.model.modules())
-        return modules == self._modules and all(map(runs_as_written, modules))
+        # modules compare by identity
+        return _children(self._modules) == self._children and runs_as_written(*self._modules)
 
-    def _state(self) -> tuple:
-        weights = tuple(
-            # inference tensors cannot change
-            (w.data_ptr(), 0 if w.is_inference() else w._version)
-            for w in self.model.parameters()
-        )
+    def _weights(self) -> list[torch.Tensor]:
+        """Those of the model as it was built, in flat loops: `model.parameters` takes ten times as long."""
+        return [w for module in self._modules for w in module._parameters.values() if w is not None]
+
+    def _state(self, weights: list[torch.Tensor]) -> tuple:
+        # inference tensors cannot change
+        versions = [0 if weight.is_inference() else weight._version for weight in weights]
         head = self.model.head
-        return weights, getattr(head, "mode", None), getattr(head, "output_normalize", None)
+        return versions, getattr(head, "mode", None), getattr(head, "output_normalize", None)
 
-    def _capture(self, bucket: int, state: tuple) -> _Graph:
-        device = self._device()
+    def _capture(self, bucket: int) -> _Graph:
+        device, weights = self._device(), self._weights()
+        addresses, state = _addresses(weights), self._state(weights)
         ids = np.zeros(bucket, dtype=np.int32)
         # an ordinary run shows which tile lists the kernels ask for
         plain = PackedBatch.from_ids([ids, ids[:0]], [0, 0], device)
@@ -185,15 +223,24 @@ class SingleTextGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         replay = captured(run, self._pool)
         held = self.model.embedding_model.rotary_tables(bucket), self.model.head.cached()
-        return _Graph(layout, replay, state, held)
+        return _Graph(layout, replay, addresses, state, held)
 
     def __getstate__(self) -> dict:
         # copies and pickles capture their own
-        return {"model": self.model, "_modules": self._modules}
+        return {"model": self.model, "_modules": self._modules, "_children": self._children}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
         self._start()
+
+
+def _children(modules: tuple[torch.nn.Module, ...]) -> list[torch.nn.Module | None]:
+    """The children of all modules. Equal lists mean equal trees."""
+    return [child for module in modules for child in module._modules.values()]
+
+
+def _addresses(weights: list[torch.Tensor]) -> list[int]:
+    return [weight.data_ptr() for weight in weights]
 
 
 def captured(run: Callable[[], T], pool=None) -> Callable[[], T]:

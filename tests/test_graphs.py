@@ -19,7 +19,7 @@ from nvembed_fast.kernels import mean_pool
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
-from tools import tuning
+from tools import host_time, tuning
 
 BUCKETS = {1: 16, 16: 16, 17: 32, 65: 128}
 
@@ -46,6 +46,15 @@ def test_a_text_is_in_front_and_its_instruction_is_not_pooled():
     layout.put(np.array([5, 6, 7]), 1)
     assert layout.input_ids.tolist() == [5, 6, 7, 0, 0, 0, 0, 0]
     assert layout.keep.tolist() == [0, 1, 1, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("bucket", [16, 64, 256])
+def test_every_part_of_a_bucket_lies_at_16_bytes(bucket):
+    """Of another address a kernel would be compiled once more."""
+    layout = BucketLayout(bucket, torch.device("cpu"), (16, 32, 512))
+    parts = [layout.input_ids, layout.keep, layout.cu_seqlens, layout.positions]
+    parts += [layout.tiles(block) for block in layout.blocks]
+    assert [part.data_ptr() % 16 for part in parts] == [0] * 7
 
 
 @pytest.fixture
@@ -141,9 +150,9 @@ def test_graphs_of_two_threads_do_not_mix(captures, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         found = pool.submit(lambda: run(np.array([5, 6, 7]), 1).item()), pool.submit(second)
     assert [f.result() for f in found] == [13, 24]
-    before = run._state()
+    before = run._state([])
     monkeypatch.setattr(Sum.head, "output_normalize", False)
-    assert run._state() != before
+    assert run._state([]) != before
     # a copy has a lock of its own
     assert copy.deepcopy(run)._lock is not run._lock
 
@@ -196,6 +205,64 @@ def test_a_changed_weight_or_form_is_captured_anew(tiny_directory, captures):
         assert run._graphs[16] is not graph
 
 
+def test_the_host_looks_while_the_device_computes(monkeypatch):
+    """Addresses alone are looked at before a replay: it reads them, even if its vector is dropped."""
+    seen = []
+
+    def captured(run, pool):
+        return lambda: seen.append("replay") or run()
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    for name in ("_state", "_is_as_built"):
+        look = getattr(SingleTextGraphs, name)
+        monkeypatch.setattr(
+            SingleTextGraphs, name, lambda *args, look=look, name=name: seen.append(name) or look(*args)
+        )
+    addresses = graphs._addresses
+    monkeypatch.setattr(graphs, "_addresses", lambda weights: seen.append("addresses") or addresses(weights))
+    run = SingleTextGraphs(Sum())
+    run(np.array([5, 6, 7]), 0)
+    seen.clear()
+    assert run(np.array([5, 6, 8]), 0).item() == 19
+    assert seen == ["addresses", "replay", "_is_as_built", "_state"]
+
+
+@pytest.mark.parametrize("change", ["moved", "replaced", "larger"])
+def test_nothing_is_replayed_with_a_weight_that_has_moved(captures, change):
+    """Its old memory may be gone."""
+    model = Sum()
+    model.inner = torch.nn.Linear(2, 2).requires_grad_(False)
+    run, ids = SingleTextGraphs(model), np.array([5, 6, 7])
+    run(ids, 0)
+    [graph] = run._graphs.values()
+    object.__setattr__(graph, "replay", lambda: pytest.fail("memory of a weight that has moved was read"))
+    if change == "moved":
+        kept = model.inner.weight.data
+        model.inner.weight.data = kept.clone()
+    elif change == "replaced":
+        kept, model.inner.bias = model.inner.bias, torch.nn.Parameter(torch.zeros(2), requires_grad=False)
+    else:
+        model.inner.register_parameter("more", torch.nn.Parameter(torch.zeros(1), requires_grad=False))
+    assert run(ids, 0).item() == 18
+    assert run._graphs[16] is not graph
+
+
+def test_a_vector_of_weights_that_change_under_the_replay_is_dropped(captures, monkeypatch):
+    model = Sum()
+    model.inner = torch.nn.Linear(2, 2).requires_grad_(False)
+    run, ids = SingleTextGraphs(model), np.array([5, 6, 7])
+    run(ids, 0)
+    [graph] = run._graphs.values()
+
+    def replay():
+        model.inner.weight.add_(1)
+        return torch.full((2, 1), -1.0)
+
+    object.__setattr__(graph, "replay", replay)
+    assert run(ids, 0).item() == 18 and run._graphs[16] is not graph
+
+
 def test_added_code_runs_without_graphs(tiny_directory, captures):
     """A replay would not call it, and it may decide anew in every call."""
     model = model_of(tiny_directory, "latent")
@@ -205,10 +272,12 @@ def test_added_code_runs_without_graphs(tiny_directory, captures):
         for number, module in enumerate((model.head.to_q, model.embedding_model.layers[1].mlp)):
             handle = module.register_forward_hook(lambda module, args, output: -output)
             assert (run(ids, 0) - before).abs().max() > 1e-3, number
+            assert not run._graphs
             handle.remove()
         model.head.to_out = torch.nn.Sequential(model.head.to_out, torch.nn.Tanh())
         assert (run(ids, 0) - before).abs().max() > 1e-6
-    assert len(captures) == again
+    # the hook was seen while the device computed, and that vector was dropped
+    assert len(captures) == again + 1
 
 
 def test_written_content_is_captured_anew(tiny_directory, captures):
@@ -269,3 +338,10 @@ def test_no_bucket_starts_the_second_kernel_of_mean_pool():
         assert config["TOKENS"] >= graphs.MAX_TOKENS
     with pytest.raises(AssertionError, match="lower MAX_TOKENS"):
         BucketLayout(64, torch.device("cpu")).split_seqs(32)
+
+
+def test_host_time_is_that_of_a_model_like_nv_embed(monkeypatch, capsys):
+    monkeypatch.setattr(host_time, "ROUNDS", 1)
+    assert host_time.main() == 0
+    modules, query = capsys.readouterr().out.splitlines()
+    assert modules == "302 modules, 208 weights" and "all but the replay" in query
