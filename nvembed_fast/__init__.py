@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from nvembed_fast.network.model import NVEmbedModel
     from nvembed_fast.ops import use_impl
 
-__all__ = ["NVEmbed", "NVEmbedConfig", "NVEmbedModel", "query_instruction", "use_impl"]
+__all__ = ["NVEmbed", "NVEmbedConfig", "NVEmbedModel", "query_instruction", "register", "use_impl"]
 __version__ = "0.2.0"
 
 # modules are imported at the first use of their names: `nvembed-fast --help` does not wait for torch
@@ -20,6 +20,17 @@ _MODULES = {
     "query_instruction": "encoder",
     "use_impl": "ops",
 }
+
+
+def register() -> None:
+    """Make transformers' own classes use this package. It may be called again.
+
+    AutoConfig, AutoModel and AutoTokenizer then load NV-Embed models without code from a checkpoint, and
+    `attn_implementation="nvembed_fast"` is our attention for other encoders: see `integrations.transformers`.
+    """
+    from nvembed_fast.integrations import transformers
+
+    transformers.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Public code around the original, written anew from its calls. Only the class is another one."""
+"""Public code around the original, written anew from its calls, loaded by our class and by transformers."""
 
 import functools
 import warnings
@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.nn import DataParallel
 
+import nvembed_fast
 from nvembed_fast import NVEmbed, query_instruction
 
 QUERIES = ["are judo throws allowed?", "how to become a technician?"]
@@ -19,7 +21,12 @@ TASK = "Given a question, retrieve passages that answer the question"
 class AutoModel:
     """In the place of transformers' class of this name."""
 
-    from_pretrained = staticmethod(functools.partial(NVEmbed.from_pretrained, device="cpu"))
+
+@pytest.fixture(params=[NVEmbed, transformers.AutoModel], ids=["NVEmbed", "AutoModel"], autouse=True)
+def model_class(request, monkeypatch):
+    nvembed_fast.register()
+    load = functools.partial(request.param.from_pretrained, device="cpu")
+    monkeypatch.setattr(AutoModel, "from_pretrained", load, raising=False)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def prose(text: str) -> str:
 
 def sources() -> dict[str, str]:
     """File -> its prose."""
-    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
     modules = (p for folder in FOLDERS for p in ROOT.glob(f"{folder}/**/*.py"))
     # nvembed_fast/kernels is a link to kernels/
     modules = {p.resolve(): None for p in modules}
