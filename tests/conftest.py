@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiers
 import torch
+from fake_driver import fake_gpu  # noqa: F401 - a fixture
 from tiers import pytest_addoption, pytest_configure  # noqa: F401 - hooks
 
 HAS_GPU = torch.cuda.is_available()
