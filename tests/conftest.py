@@ -20,14 +20,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 with torch.device("meta"):
     assert torch.empty(1).is_meta
 
-# the Triton interpreter is silently wrong in bf16, so bf16 parity is checked on a GPU alone
-KERNEL_DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if HAS_GPU else [])
-
-
+# the interpreter alone is silently wrong in bf16
+BF16 = pytest.param(torch.bfloat16)
 if not HAS_GPU and importlib.util.find_spec("triton"):
+    import exact_bf16
     import exact_products
 
     exact_products.install()
+    if exact_bf16.IS_EXACT:
+        exact_bf16.install()
+    else:
+        BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.skip(reason=exact_bf16.WHY_NOT))
+KERNEL_DTYPES = [torch.float32, torch.float16, BF16]
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m selects

@@ -11,12 +11,14 @@ The same holds for a sum over a tile of fp32: numpy adds its rows one after anot
 16-bit numbers stays in 16 bits, because that would be a wrong accumulator.
 """
 
+import exact_bf16
 import numpy as np
 from triton.runtime import interpreter
 
 
 def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
-    product = np.matmul(a.data, b.data, dtype=np.float64).astype(d.data.dtype)
+    a, b = exact_bf16.widened(a), exact_bf16.widened(b)
+    product = np.matmul(a, b, dtype=np.float64).astype(d.data.dtype)
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
