@@ -22,6 +22,7 @@ __all__ = [
     "LatentConfig",
     "LatentForm",
     "Latents",
+    "DEFAULT_TASK",
     "NVEmbedConfig",
     "PoolingHeadName",
     "PoolingStart",
@@ -30,11 +31,14 @@ __all__ = [
     "check_integer",
     "check_latents",
     "check_object",
+    "query_instruction",
     "stored_dtype",
 ]
 
 PoolingStart = Literal["token_count", "text_offset"]
 PoolingHeadName = Literal["latent", "mean", "eos", "self_attention"]
+# of queries whose caller names none
+DEFAULT_TASK = "Given a question, retrieve passages that answer the question"
 # how the latent head computes: see `network.latent_head`
 LatentForm = Literal["direct", "absorbed"]
 Latents = Literal["auto", "direct", "absorbed"]
@@ -43,6 +47,17 @@ Latents = Literal["auto", "direct", "absorbed"]
 _MUST_BE_ABSENT = ("attention_bias", "mlp_bias", "rope_scaling", "quantization_config")
 _DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
 MAX_SIZE, MAX_LAYERS = 2**31 - 1, 1024
+
+
+def query_instruction(task: str) -> str:
+    """The published query template: "Instruct: {task}", a new line, "Query: "."""
+    if not isinstance(task, str):
+        raise TypeError(
+            f"task must be a string, got {type(task).__name__}: without a task use encode_document"
+        )
+    if not task.strip():
+        raise ValueError("task is empty: describe it, or embed without an instruction (encode_document)")
+    return f"Instruct: {task}\nQuery: "
 
 
 def check_integer(name: str, value: Any, low: int = 1, high: int = MAX_SIZE) -> int:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from nvembed_fast import checkpoint, files, fingerprint, legacy, ops
-from nvembed_fast.config import Latents, NVEmbedConfig
+from nvembed_fast.config import Latents, NVEmbedConfig, query_instruction
 from nvembed_fast.graphs import MAX_TOKENS, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.mistral import MistralBackbone
@@ -46,17 +46,6 @@ _TRANSFORMERS = threading.Lock()
 
 class UntrainedModel(UserWarning):
     """A model that `init_model` made embeds texts before its training. Told once per loaded model."""
-
-
-def query_instruction(task: str) -> str:
-    """The published query template: "Instruct: {task}", a new line, "Query: "."""
-    if not isinstance(task, str):
-        raise TypeError(
-            f"task must be a string, got {type(task).__name__}: without a task use encode_document"
-        )
-    if not task.strip():
-        raise ValueError("task is empty: describe it, or embed without an instruction (encode_document)")
-    return f"Instruct: {task}\nQuery: "
 
 
 class NVEmbed(nn.Module):
@@ -198,17 +187,28 @@ class NVEmbed(nn.Module):
             encoder._weights_loaded = fingerprint.of_weights(loaded), fingerprint.of_weights(stored)
         return encoder
 
-    def save_pretrained(self, directory: str | PathLike, *, dtype: torch.dtype | None = None) -> None:
+    def save_pretrained(
+        self,
+        directory: str | PathLike,
+        *,
+        dtype: torch.dtype | None = None,
+        beside: Iterable[str | PathLike] = (),
+    ) -> None:
         """Write weights, config and tokenizer in the published layout, for `from_pretrained`.
 
         The tokenizer is written as it was loaded, even if its files are gone. See `save_model`.
+
+        Args:
+            directory: created if it is not there.
+            dtype: the stored dtype. None keeps the model's.
+            beside: other files to write beside them, such as the config of sentence-transformers.
 
         Raises:
             FileExistsError: another model lies in the directory. Nothing was written.
         """
         with tempfile.TemporaryDirectory() as aside:
             written = self.text_tokenizer.write(Path(aside))
-            checkpoint.save_model(self.model, directory, dtype=dtype, tokenizer_files=written)
+            checkpoint.save_model(self.model, directory, dtype=dtype, other_files=[*written, *beside])
 
     @property
     def config(self) -> NVEmbedConfig:
@@ -354,7 +354,7 @@ class NVEmbed(nn.Module):
             ids: token ids, one int array per text.
             first_pooled: per text, the number of leading tokens that are not pooled.
         """
-        with self._computing():
+        with self.computing():
             if self.graphs is not None and len(ids) == 1 and len(ids[0]) <= MAX_TOKENS:
                 return self.graphs(ids[0], first_pooled[0])
             return self.model(PackedBatch.from_ids(ids, first_pooled, self.device))
@@ -414,12 +414,17 @@ class NVEmbed(nn.Module):
             ValueError: an argument has a wrong shape, dtype, device or value, or a row pools nothing.
         """
         self.refresh()
-        with self._computing():
+        with self.computing():
             result = legacy.padded_forward(self.model, input_ids, attention_mask, pool_mask)
         return {"sentence_embeddings": result} if return_dict else (result,)
 
     @contextlib.contextmanager
-    def _computing(self) -> Iterator[None]:
-        """The model's own implementation and dtype, even inside the caller's autocast."""
-        with ops.use_impl(self._placement.impl), torch.autocast(self.device.type, enabled=False):
+    def computing(self, *, autocast: bool = False) -> Iterator[None]:
+        """Around a call of `model`: its own implementation, and its own dtype even in the caller's autocast.
+
+        Args:
+            autocast: leave the caller's autocast on, as in training.
+        """
+        own = contextlib.nullcontext() if autocast else torch.autocast(self.device.type, enabled=False)
+        with ops.use_impl(self._placement.impl), own:
             yield

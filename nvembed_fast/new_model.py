@@ -87,7 +87,7 @@ def init_model(
     model.load_state_dict(values, assign=True)
     with tempfile.TemporaryDirectory() as aside:
         tokenizer_files = decoder.write_tokenizer(Path(aside))
-        return save_model(model, output_directory, tokenizer_files=tokenizer_files, move_aside=force)
+        return save_model(model, output_directory, other_files=tokenizer_files, move_aside=force)
 
 
 def _fresh_head(head: nn.Module, generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor]]:

@@ -101,6 +101,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "cli.process": set(),
     "cli.search": {"numpy"},
     "integrations.__init__": set(),
+    "integrations.sentence_transformers": {"numpy", "sentence_transformers", "torch"},
     "integrations.transformers": {"torch", "transformers"},
     "network.__init__": set(),
     "network.latent_head": {"einops", "torch"},

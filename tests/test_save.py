@@ -25,7 +25,7 @@ from tiny_checkpoint import (
 
 from nvembed_fast import files
 from nvembed_fast.checkpoint import load_model, save, save_model, tokenizer_files
-from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.config import DEFAULT_TASK, NVEmbedConfig, query_instruction
 from nvembed_fast.network.model import NVEmbedModel
 
 SHARDED = {"max_shard_bytes": 400_000}
@@ -96,7 +96,17 @@ def test_sentence_transformers_is_told_whose_vectors_these_are(tmp_path):
     (module,) = json.loads((tmp_path / "modules.json").read_text())
     assert module["type"].startswith("nvembed_fast.") and module["path"] == ""
     settings = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
-    assert settings["model_type"] == "SentenceTransformer" and settings["prompts"] == {}
+    assert settings["model_type"] == "SentenceTransformer"
+    assert settings["prompts"] == {"query": query_instruction(DEFAULT_TASK), "document": ""}
+
+
+def test_a_config_of_the_caller_is_written_in_the_place_of_ours(tmp_path):
+    """sentence-transformers writes its own before the model, also into a new directory."""
+    own = tmp_path / "config_sentence_transformers.json"
+    own.write_text('{"prompts": {"query": "mine"}}')
+    for _ in range(2):
+        save_model(load_model(TINY), tmp_path, other_files=[own])
+        assert json.loads(own.read_text())["prompts"] == {"query": "mine"}
 
 
 def test_saving_states_the_dtype_it_stored(tmp_path):
@@ -113,10 +123,10 @@ def test_tokenizer_files_are_copied(tmp_path, tiny):
     (tiny / "tokenizer_config.json").write_text("{ }")
     found = tokenizer_files(tiny)
     assert [p.name for p in found] == ["tokenizer.json", "tokenizer_config.json"]
-    save_model(load_model(tiny), tmp_path / "out", tokenizer_files=found)
+    save_model(load_model(tiny), tmp_path / "out", other_files=found)
     assert (tmp_path / "out" / "tokenizer_config.json").read_text() == "{ }"
     # in place: a file onto itself
-    save_model(load_model(tiny), tiny, tokenizer_files=found)
+    save_model(load_model(tiny), tiny, other_files=found)
     assert (tiny / "tokenizer_config.json").read_text() == "{ }"
 
 
@@ -182,7 +192,7 @@ def test_an_interruption_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, 
         for p in other.parameters():
             p.neg_()
     (tmp_path / "tokenizer.json").write_text("new")
-    new = new | {"tokenizer_files": [tmp_path / "tokenizer.json"]}
+    new = new | {"other_files": [tmp_path / "tokenizer.json"]}
 
     def prepared(name: str) -> tuple[Path, Path]:
         """The root of everything that a save may touch, and the directory in it to save to."""
@@ -304,7 +314,7 @@ def test_links_of_a_hub_snapshot_are_put_back(sharded, monkeypatch):
 def test_parents_made_for_a_save_that_fails_are_removed(tmp_path):
     (tmp_path / "mine").mkdir()
     with pytest.raises(FileNotFoundError, match=r"no\.json"):
-        save_model(load_model(TINY), tmp_path / "mine" / "a" / "b", tokenizer_files=[tmp_path / "no.json"])
+        save_model(load_model(TINY), tmp_path / "mine" / "a" / "b", other_files=[tmp_path / "no.json"])
     assert everything(tmp_path) == {"mine": None}
 
 

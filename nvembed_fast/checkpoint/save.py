@@ -19,6 +19,7 @@ from nvembed_fast import files
 from nvembed_fast.checkpoint import names
 from nvembed_fast.checkpoint.load import empty_parameters
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Slot, published_tensors
+from nvembed_fast.config import DEFAULT_TASK, query_instruction
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_dtype, dtype_name
 
@@ -29,9 +30,7 @@ _ANY_MODEL = re.compile(
     r"config\.json|modules\.json|(config_)?sentence_(transformers|bert_config)\.json|.*\.(safetensors|bin|pt|pth|ckpt)(\.index\.json)?"
     r"|tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
 )
-# without modules.json that library pools by the plain mean, in silence. The class named here does not exist
-# yet, so that the library refuses the directory
-# TODO: write its prompts when nvembed_fast.integrations.sentence_transformers exists
+# without modules.json that library pools by the plain mean, in silence
 _SENTENCE_TRANSFORMERS: dict[str, dict | list] = {
     "modules.json": [
         {
@@ -43,7 +42,7 @@ _SENTENCE_TRANSFORMERS: dict[str, dict | list] = {
     ],
     "config_sentence_transformers.json": {
         "model_type": "SentenceTransformer",
-        "prompts": {},
+        "prompts": {"query": query_instruction(DEFAULT_TASK), "document": ""},
         "default_prompt_name": None,
         "similarity_fn_name": "cosine",
     },
@@ -56,7 +55,7 @@ def save_model(
     *,
     dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    tokenizer_files: Iterable[str | os.PathLike] = (),
+    other_files: Iterable[str | os.PathLike] = (),
     move_aside: bool = False,
 ) -> Path | None:
     """Write a model as a published checkpoint directory. `load_model` gives it back bit for bit.
@@ -70,8 +69,8 @@ def save_model(
         directory: created if it is not there.
         dtype: the stored dtype. None keeps the model's.
         max_shard_bytes: the max size of one file's tensors. A single tensor may exceed it.
-        tokenizer_files: files to copy beside the weights, see `names.tokenizer_files`. Those that lie in the
-            directory stay where none replaces them.
+        other_files: files to copy beside the weights, such as the tokenizer's (`names.tokenizer_files`). The
+            tokenizer's files that lie in the directory stay where none replaces them.
         move_aside: move the files of any model in the directory to a new folder in it, `replaced-*`.
 
     Returns:
@@ -85,7 +84,7 @@ def save_model(
             the folder that holds them.
     """
     directory = files.expanded(directory)
-    copies = [Path(p) for p in tokenizer_files]
+    copies = [Path(p) for p in other_files]
     if not move_aside:
         check_no_other_model(directory, except_for=copies)
     table = published_tensors(model.config)
@@ -108,10 +107,10 @@ def save_model(
                 total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
                 _write_json(aside / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
             kept = [] if move_aside else names.tokenizer_files(directory)
-            for path in (*kept, *copies):  # what stays is a part of the whole too
-                shutil.copyfile(path, aside / path.name)
             for name, content in _SENTENCE_TRANSFORMERS.items():
                 _write_json(aside / name, content)
+            for path in (*kept, *copies):  # what stays is a part of the whole too
+                shutil.copyfile(path, aside / path.name)
             _write_json(aside / CONFIG_FILE, config.to_dict())
             if leaving:
                 moved = files.link_aside(directory, leaving)

@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from nvembed_fast.cli import options, process
+from nvembed_fast.config import DEFAULT_TASK
 from nvembed_fast.texts import read_records
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from nvembed_fast.encoder import NVEmbed
     from nvembed_fast.vectors import Record
 
-DEFAULT_TASK = "Given a question, retrieve passages that answer the question"
 SUMMARY = "Rank the texts of a file by their likeness to each question."
 EXAMPLES = """\
 examples:

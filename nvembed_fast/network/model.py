@@ -3,12 +3,16 @@
 Source: "NV-Embed: Improved Techniques for Training LLMs as Generalist Embedding Models", arXiv 2405.17428.
 """
 
+from functools import partial
+from typing import Any, cast
+
 import torch
 from torch import nn
 
+from nvembed_fast import ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.latent_head import LatentHead
-from nvembed_fast.network.mistral import MistralBackbone
+from nvembed_fast.network.mistral import DecoderLayer, MistralBackbone
 from nvembed_fast.network.pooling_heads import EOSHead, MeanHead, PoolingHead, SelfAttentionHead
 from nvembed_fast.packing import PackedBatch
 
@@ -36,6 +40,36 @@ class NVEmbedModel(nn.Module):
     def token_states(self, batch: PackedBatch) -> torch.Tensor:
         """[T, D] token states behind the head, before pooling."""
         return self.head.token_states(self.embedding_model(batch), batch.layout)
+
+    def checkpoint_layers(self, *, use_reentrant: bool = False, **options: Any) -> None:
+        """Keep of each layer its input alone, and compute the layer again in the backward.
+
+        Args:
+            use_reentrant: must be False.
+            options: others of `torch.utils.checkpoint.checkpoint`.
+
+        Raises:
+            ValueError: use_reentrant is True. That form cannot compute in the same implementation again.
+        """
+        if use_reentrant:
+            raise ValueError("use_reentrant=True is not supported: leave it out, or pass False")
+        for layer in self.embedding_model.layers:
+            layer.forward = partial(_checkpointed, layer, options)  # type: ignore[method-assign]
+
+    def keep_layers(self) -> None:
+        """Undo `checkpoint_layers`."""
+        for layer in self.embedding_model.layers:
+            layer.__dict__.pop("forward", None)
+
+
+def _checkpointed(layer: nn.Module, options: dict[str, Any], *arguments: Any) -> Any:
+    # of the class: the attribute of the object is this function
+    if not torch.is_grad_enabled():
+        return DecoderLayer.forward(cast(DecoderLayer, layer), *arguments)
+    from torch.utils.checkpoint import checkpoint
+
+    options = {"context_fn": ops.checkpoint_contexts, **options}
+    return checkpoint(DecoderLayer.forward, layer, *arguments, use_reentrant=False, **options)
 
 
 def _make_head(config: NVEmbedConfig) -> PoolingHead:
