@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench.baselines.encoders import ENCODERS, GPU_ONLY, GRAPHED
+from bench.baselines.encoders import ENCODERS, GPU_ONLY, GRAPHED, WITHOUT_BATCH_SIZE
 from bench.baselines.parity import PARITY_LAYERS, Parity, ParityCheck
 from bench.measure.comparison import Prepared
 from bench.measure.limits import Limits
@@ -107,7 +107,7 @@ class EncoderBench:
                 continue
             encode = functools.partial(_encode, encoder, instruction)
             warm_up(encode, texts)
-            is_ours = name in (OURS, GRAPHED)
+            is_ours = name in WITHOUT_BATCH_SIZE
             runs = search_runs(self.workload, texts, who.scale, getattr(encoder, "by_length", True))
             sizes = fitting_batch_sizes(encode, runs, [NO_SIZE] if is_ours else who.scale.batch_sizes)
             say(f"{self.case}: {name}" + ("" if is_ours else f", batch sizes from the best {sizes}"))
@@ -157,7 +157,7 @@ class EncoderBench:
         for metric, count in rates.items():
             share = limit_ms / times.median if metric == "tokens_rate" else None
             figures.append(figure(metric, 1e3 * count / times.median, metric.replace("_rate", "/s"), share))
-        if name not in (OURS, GRAPHED):
+        if name not in WITHOUT_BATCH_SIZE:
             figures.append(figure("batch_size", entry.sizes[0], "texts"))
         if entry.peak is not None:
             figures.append(figure("peak_memory", entry.peak, "MiB"))

@@ -4,7 +4,7 @@ from functools import partial
 from bench.measure.comparison import Experiment, KernelBench, Work
 from bench.suites import Setting
 from nvembed_fast import ops
-from nvembed_fast.kernels import reference
+from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels.testing import POOL_CASES, POOL_CPU, PoolCase
 
 GPU = [c for c in POOL_CASES if c.bench]
@@ -26,7 +26,10 @@ def _experiment(setting: Setting, case: PoolCase, name: str) -> Experiment:
     def wanted(x):
         return exact(x, *rest)
 
-    return Experiment([x], lambda x: op(x, *rest), wanted, setting.baselines.plain(wanted))
+    def by_library(x):
+        return getattr(library, name)(x, *rest)
+
+    return Experiment([x], lambda x: op(x, *rest), wanted, setting.baselines.plain(wanted, by_library))
 
 
 def bench_mean_pool(bench, timed):

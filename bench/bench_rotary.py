@@ -31,11 +31,12 @@ def _experiment(setting: Setting, case: RotaryCase, inplace: bool) -> Experiment
         tables = (t.to(torch.promote_types(x.dtype, torch.float32)) for t in (cos, sin))
         return reference.rotary(x, *tables, positions, turned)
 
+    heads = case.num_heads, case.num_kv_heads
     return Experiment(
         [qkv],
         ours=lambda x: ops.rotary(x, cos, sin, positions, turned, inplace),
         reference=wanted,
-        baselines=setting.baselines.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads),
+        baselines=setting.baselines.rotary(wanted, cos, sin, positions, *heads, inplace),
     )
 
 

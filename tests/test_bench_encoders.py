@@ -73,7 +73,7 @@ def test_the_workloads_of_a_gpu_are_the_stated_ones():
     assert lengths[:6] == (145, 112, 243, 142, 75, 184) and sum(lengths) == 847_900
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if name not in encoders.GPU_ONLY])
+@pytest.mark.parametrize("name", sorted(set(ENCODERS) - encoders.GPU_ONLY.keys() | {encoders.BY_LIBRARY}))
 def test_every_encoder_agrees_with_fp32(fp32, bf16, name):
     assert fp32.of(ENCODERS[name]).obstacle is None
     found = bf16.of(ENCODERS[name])
@@ -303,7 +303,7 @@ def test_the_bench_writes_a_row_for_each_goes_on_where_it_was_and_times_nothing_
             ms, rate = (float(found[metric]["value"]) for metric in ("time_p50", "tokens_rate"))
             assert rate == pytest.approx(1e3 * workload.num_tokens / ms, rel=1e-4)
             assert float(found["tokens_rate"]["share_of_limit"]) > 0
-            assert ("batch_size" in found) == (name != encoders.OURS)
+            assert ("batch_size" in found) == (name not in encoders.WITHOUT_BATCH_SIZE)
 
 
 def test_scales_are_frozen_and_follow_the_device():

@@ -37,6 +37,8 @@ def test_every_suite_runs_and_goes_on_where_it_was(tmp_path):
         assert timed, f"no time of {suite}"
         ours = {row["case"] for row in rows if row["suite"] == suite and row["impl"] == OURS}
         assert ours == {row["case"] for row in rows if row["suite"] == suite}
+    with_library = {row["suite"] for row in rows if row["impl"] == "library" and row["metric"] == "time_p50"}
+    assert with_library == {"flash_attention", "mean_pool", "rms_norm", "rotary"}
     assert "skipped" not in first.stdout, first.stdout[-2000:]
 
     again = run(tmp_path, "--suites", "rms_norm", "encode")
@@ -85,7 +87,7 @@ def test_pytest_benchmark_times_ours_and_the_baselines_as_a_group(tmp_path):
         groups[row["group"]].append(row["name"])
         # a call of PyTorch takes over a microsecond, and no two samples of a clock are equal for long
         assert 1e-6 < row["stats"]["min"] < row["stats"]["max"] and row["stats"]["rounds"] >= 5
-    assert set(groups["rms_norm: rms_norm one-token forward"]) == {OURS, "F.rms_norm"}
+    assert set(groups["rms_norm: rms_norm one-token forward"]) == {OURS, "library", "F.rms_norm"}
     assert len(groups) == 4 and len({row["fullname"] for row in rows}) == len(rows)
     assert "skipped in 4 benches: liger-kernel: " in timed.stdout
 

@@ -205,7 +205,7 @@ def _varlen_by_the_reference(
     q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa
 ):
     assert starts is starts_k and longest == longest_k == max(starts.diff()) and enable_gqa
-    layout = SeqLayout(starts.diff().tolist())
+    layout = SeqLayout(starts.diff().tolist(), q.device)
     return reference.flash_attention(q, k, v, layout, scale, window_size == (-1, 0))
 
 
@@ -248,7 +248,7 @@ def test_varlen_attn_is_taken_once_it_has_proven_itself(ragged, attended, monkey
     # one run is SDPA's
     q, k, v, _ = ragged
     attended.clear()
-    library.flash_attention(q[:150], k[:150], v[:150], SeqLayout([150]))
+    library.flash_attention(q[:150], k[:150], v[:150], SeqLayout([150], q.device))
     assert len(attended) == 1
     # causal attention too, and another shape is another check
     library.flash_attention(*ragged, causal=True)

@@ -11,6 +11,7 @@ thread, while the device computes. The weights of the baselines are views of our
   equal lengths has no mask at all, keys and values of the latents are kept, and the head sees no padding.
 - `Compiled`: the same under torch.compile, layer by layer. All layers share one compiled graph.
 - `Ours`: `NVEmbed.encode`.
+- `ByLibrary`: the same with impl="library", PyTorch's own operations in the place of the kernels.
 
 Shape suffixes: B texts, S tokens of the longest one, T tokens without padding, D model width.
 """
@@ -197,6 +198,14 @@ class Ours:
         return torch.as_tensor(self.ours.encode(texts, instruction, MAX_LENGTH, show_progress=False))
 
 
+class ByLibrary(Ours):
+    """`NVEmbed.encode` with impl="library"."""
+
+    def __init__(self, ours: NVEmbed):
+        placement = dataclasses.replace(ours.placement, impl="library")
+        super().__init__(NVEmbed(ours.model, ours.text_tokenizer, placement))
+
+
 class Graphed:
     """`NVEmbed.encode` text by text, by CUDA graphs: for one query."""
 
@@ -212,16 +221,20 @@ class Graphed:
         return torch.cat([torch.as_tensor(vector) for vector in vectors])
 
 
-GRAPHED = f"{OURS}, CUDA graphs"
+GRAPHED, BY_LIBRARY = f"{OURS}, CUDA graphs", f"{OURS}, library"
+# they cut batches by tokens themselves
+WITHOUT_BATCH_SIZE = (OURS, GRAPHED, BY_LIBRARY)
 # impl of a figure -> its encoder; ours is the last
 ENCODERS: dict[str, type[PaddedEncoder] | type[Ours] | type[Graphed]] = {
     "original": Original,
     "MistralModel, sorted": Sorted,
     "MistralModel, sorted, compiled": Compiled,
     GRAPHED: Graphed,
+    BY_LIBRARY: ByLibrary,
     OURS: Ours,
 }
 GPU_ONLY = {
     "MistralModel, sorted, compiled": "timed on a GPU alone",
     GRAPHED: "needs a GPU",
+    BY_LIBRARY: "timed on a GPU alone",
 }

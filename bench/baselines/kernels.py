@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.measure.comparison import Implementation
+from nvembed_fast.kernels import library
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.packing import pad_rows
 
@@ -39,9 +40,15 @@ class Baselines:
         self._why_not = "" if compiles else "not asked for on a CPU: --compile"
         self._gpu = "" if device == "cuda" else NEEDS_GPU
 
-    def plain(self, reference: Callable) -> list[Implementation]:
-        """The reference in plain PyTorch, as it is and compiled. On a CPU ours is the reference."""
+    def plain(self, reference: Callable, by_library: Callable | None = None) -> list[Implementation]:
+        """The reference in plain PyTorch, as it is and compiled. On a CPU ours is the reference.
+
+        Args:
+            by_library: the same by `kernels/library.py`, where that is another function.
+        """
         as_it_is = [Implementation("torch", reference)] if self.device == "cuda" else []
+        if by_library is not None:
+            as_it_is.append(Implementation("library", by_library))
         return [*as_it_is, self.compiled("torch.compile", reference)]
 
     def compiled(self, name: str, fn: Callable) -> Implementation:
@@ -94,7 +101,7 @@ class Baselines:
         ragged = not padded.is_full
         no_mask = self._gpu or ("takes no padding mask" if ragged else "")
         places: dict[str, Any] = {"arrange": padded.arrange, "restore": padded.restore}
-        baselines = self.plain(reference)
+        baselines = self.plain(reference, functools.partial(library.flash_attention, layout=layout))
         for name, backend, masked, obstacle in (
             ("SDPA flash", SDPBackend.FLASH_ATTENTION, False, no_mask),
             ("SDPA cuDNN", SDPBackend.CUDNN_ATTENTION, ragged, self._gpu),
@@ -152,6 +159,8 @@ class Baselines:
             h = x + other
             return functional(h, weight), h
 
+        by_library = library.add_rms_norm if residual else library.rms_norm
+
         def liger():
             from liger_kernel.transformers import functional as liger
 
@@ -162,7 +171,7 @@ class Baselines:
             return lambda x, weight: liger.liger_rms_norm(x, weight, eps, in_place=False)
 
         return [
-            *self.plain(reference),
+            *self.plain(reference, functools.partial(by_library, eps=eps)),
             Implementation("F.rms_norm", add_functional if residual else functional),
             self._library("liger-kernel", "liger_kernel", "liger-kernel", liger),
         ]
@@ -187,7 +196,11 @@ class Baselines:
         positions: torch.Tensor,
         q_heads: int,
         kv_heads: int,
+        inplace: bool = False,
     ) -> list[Implementation]:
+        def by_library(x):
+            return library.rotary(x, cos, sin, positions, q_heads + kv_heads, inplace)
+
         def liger():
             from liger_kernel.transformers.functional import liger_rope
 
@@ -205,7 +218,7 @@ class Baselines:
             ),
             "restore": lambda out: torch.cat([t[0].transpose(0, 1) for t in out], dim=1),
         }
-        return self.plain(reference) + [
+        return self.plain(reference, by_library) + [
             self._library("liger-kernel, in place", "liger_kernel", "liger-kernel", liger, **places)
         ]
 
