@@ -68,6 +68,33 @@ def test_activation_checkpointing_changes_no_bit(use_reentrant, device):
         assert torch.equal(gradient, wanted[name]), name
 
 
+def test_checkpointed_layers_run_again_as_they_ran(monkeypatch):
+    model, batch = make_model(), make_batch()
+    seen, real = [], ops.flash_attention
+    monkeypatch.setattr(ops, "flash_attention", lambda *a, **k: seen.append(ops._state.impl) or real(*a, **k))
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        seen.clear()
+        with ops.use_impl("torch"):
+            loss = model(batch)[:, 0].sum()
+        loss.backward()  # outside, as autograd's own thread is on a GPU
+        return [weight.grad.clone() for weight in model.parameters()]
+
+    wanted, layers = gradients(), len(model.embedding_model.layers)
+    for step, runs in ((1, 2 * layers), (2, layers + -(-layers // 2)), (None, layers)):
+        model.keep_layers() if step is None else model.checkpoint_layers(every_n_layers=step)
+        assert all(map(torch.equal, gradients(), wanted))
+        assert seen == ["torch"] * runs
+    model.checkpoint_layers()
+    seen.clear()
+    with torch.no_grad():
+        model(batch)
+    assert len(seen) == layers
+    with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
+        model.checkpoint_layers(use_reentrant=True)
+
+
 def test_one_model_twice_in_one_graph(device):
     """Query and passages go through the same weights before one backward."""
     model, first, second = make_model(device=device), make_batch(device), make_batch(device, (4, 6), seed=1)

@@ -192,17 +192,25 @@ class NVEmbedModule(InputModule):
         }
 
     def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
-        """Compute each layer again in the backward, instead of keeping what is in it.
+        """See `NVEmbedModel.checkpoint_layers`.
 
         Args:
             gradient_checkpointing_kwargs: of `torch.utils.checkpoint.checkpoint`.
+            every_n_layers: 1 for all layers.
+            offload: must be False.
 
         Raises:
-            ValueError: they ask for the reentrant form, which cannot compute a layer as it was computed.
+            ValueError: they ask for the reentrant form or for offload.
         """
-        self.network.checkpoint_layers(**(gradient_checkpointing_kwargs or {}))
+        if offload:
+            raise ValueError("offload=True is not supported: leave it out")
+        options = gradient_checkpointing_kwargs or {}
+        self.network.checkpoint_layers(every_n_layers=every_n_layers, **options)
 
     def gradient_checkpointing_disable(self) -> None:
         self.network.keep_layers()

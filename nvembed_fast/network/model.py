@@ -41,10 +41,13 @@ class NVEmbedModel(nn.Module):
         """[T, D] token states behind the head, before pooling."""
         return self.head.token_states(self.embedding_model(batch), batch.layout)
 
-    def checkpoint_layers(self, *, use_reentrant: bool = False, **options: Any) -> None:
-        """Keep of each layer its input alone, and compute the layer again in the backward.
+    def checkpoint_layers(
+        self, *, every_n_layers: int = 1, use_reentrant: bool = False, **options: Any
+    ) -> None:
+        """Keep of a layer its input alone, and compute the layer again in the backward.
 
         Args:
+            every_n_layers: 1 for all layers, 2 for every second.
             use_reentrant: must be False.
             options: others of `torch.utils.checkpoint.checkpoint`.
 
@@ -53,7 +56,8 @@ class NVEmbedModel(nn.Module):
         """
         if use_reentrant:
             raise ValueError("use_reentrant=True is not supported: leave it out, or pass False")
-        for layer in self.embedding_model.layers:
+        self.keep_layers()
+        for layer in self.embedding_model.layers[::every_n_layers]:
             layer.forward = partial(_checkpointed, layer, options)  # type: ignore[method-assign]
 
     def keep_layers(self) -> None:

@@ -125,3 +125,105 @@ def test_code_of_others_is_not_run(saved, tmp_path):
     (strange / "modules.json").write_text(json.dumps(modules))
     with pytest.raises(ValueError, match="names somewhere.X, which is of neither this package"):
         load(strange)
+
+
+def test_token_embeddings_are_the_states_behind_the_head(model, encoder):
+    got = model.encode(TEXTS, output_value="token_embeddings", batch_size=3)
+    tokens = encoder.text_tokenizer(TEXTS, "", 4096)
+    for ids, states in zip(tokens.ids, got, strict=True):
+        row = torch.from_numpy(ids.astype(np.int64))[None]
+        torch.testing.assert_close(states, encoder(row, return_dict=False)[0][0], rtol=0, atol=1e-5)
+
+
+def test_all_outputs_of_a_text(model):
+    rows = model.encode(TEXTS, output_value=None)
+    wanted = model.encode(TEXTS)
+    np.testing.assert_array_equal(np.stack([row["sentence_embedding"].numpy() for row in rows]), wanted)
+
+
+@pytest.mark.parametrize("number", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_processes_with_a_model_each(number, model, encoder):
+    got = model.encode(TEXTS, prompt=PROMPT, device=["cpu"] * number, chunk_size=3)
+    np.testing.assert_allclose(got, encoder.encode(TEXTS, PROMPT, output="numpy"), rtol=0, atol=1e-6)
+
+
+def test_data_parallel_is_refused(model):
+    with pytest.raises(ValueError, match="DataParallel cannot cut a packed batch"):
+        model[0]._replicate_for_data_parallel()
+    features = model.preprocess(TEXTS)
+    for cut in (
+        {**features, "input_ids": features["input_ids"][:, :-1]},
+        {**features, "cu_seq_lens_q": features["cu_seq_lens_q"][1:]},
+    ):
+        with pytest.raises(ValueError, match="a packed batch must not be cut or stacked"):
+            model(cut)
+    with pytest.raises(ValueError, match="no pool_mask: make them with model.preprocess"):
+        model({"input_ids": features["input_ids"]})
+
+
+def test_nothing_is_ignored_in_silence(saved):
+    for keywords in (
+        {"processor_kwargs": {"padding_side": "left"}},
+        {"config_kwargs": {"is_causal": True}},
+        {"model_kwargs": {"cuda_graphs": True}},
+        {"backend": "onnx"},
+    ):
+        with pytest.raises(ValueError, match="NVEmbedModule|cuda_graphs"):
+            load(saved, **keywords)
+    with pytest.raises(TypeError, match="quantization_config"):
+        load(saved, model_kwargs={"quantization_config": object()})
+    model = load(saved, model_kwargs={"dtype": "bfloat16", "impl": "torch", "latents": "direct"})
+    placement = model[0].encoder.placement
+    assert (placement.dtype, placement.impl, placement.latents) == (torch.bfloat16, "torch", "direct")
+    with pytest.raises(ValueError, match="NVEmbedModule takes no processing_kwargs"):
+        model.encode(TEXTS, processing_kwargs={"text": {"max_length": 3}})
+    with pytest.raises(ValueError, match=r"prompts\[0\] must be a string"):
+        model.preprocess([3], prompt=None)
+
+
+def test_a_vector_that_is_not_finite_is_an_error(model):
+    with torch.no_grad():
+        model[0].network.embedding_model.norm.weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match="a vector is NaN or Inf in torch.float32"):
+        model.encode(TEXTS)
+
+
+def test_changed_weights_change_the_vectors_and_unchanged_ones_are_built_once(model, monkeypatch):
+    head = model[0].network.head
+    built, real = [], type(head)._build
+    monkeypatch.setattr(type(head), "_build", lambda self: built.append(1) or real(self))
+    before = model.encode(TEXTS, batch_size=1)
+    assert len(built) == 1 and all(weight.requires_grad for weight in model.parameters())
+    head.to_out.weight.data.mul_(3)
+    assert np.abs(model.encode(TEXTS) - before).max() > 1e-3
+
+
+def test_information_retrieval(model):
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+
+    corpus = {str(index): text for index, text in enumerate(TEXTS)}
+    evaluate = InformationRetrievalEvaluator({"q": "one"}, corpus, {"q": {"0"}}, write_csv=False)
+    scores = model.evaluate(evaluate)
+    assert scores["cosine_ndcg@10"] > 0
+
+
+def test_similarity_evaluator_equals_our_cosines(model, encoder):
+    from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
+
+    first, second = encoder.encode(TEXTS, output="numpy"), encoder.encode(TEXTS[::-1], output="numpy")
+    scores = (first * second).sum(1).tolist()
+    evaluate = EmbeddingSimilarityEvaluator(
+        TEXTS, TEXTS[::-1], scores, main_similarity="cosine", write_csv=False
+    )
+    assert model.evaluate(evaluate)["spearman_cosine"] == pytest.approx(1.0)
+
+
+def test_hard_negatives(model):
+    from datasets import Dataset
+    from sentence_transformers.util import mine_hard_negatives
+
+    pairs = Dataset.from_dict({"query": ["one", "two"], "answer": ["first text", "second text"]})
+    mined = mine_hard_negatives(
+        pairs, model, corpus=["a", "b", "c"], num_negatives=1, query_prompt=PROMPT, verbose=False
+    )
+    assert len(mined) == 2 and set(mined["negative"]) <= {"a", "b", "c", "first text", "second text"}
