@@ -1,8 +1,8 @@
 """The one list of shapes, the one input factory per kernel and the one tolerance rule.
 
-Imported by tests/ and bench/, never by nvembed_fast. A case is a frozen problem:
-`name` is the pytest id and the row label of the benchmark, `bench` marks the
-sizes of the real model, too large for the interpreter.
+Imported by tests/, bench/ and the self-check, by nothing that computes. A case is
+a frozen problem: `name` is the pytest id and the row label of the benchmark,
+`bench` marks the sizes of the real model, too large for the interpreter.
 """
 
 import math
@@ -342,14 +342,28 @@ def assert_parity(name: str, got: torch.Tensor, low: torch.Tensor, high: torch.T
     The bound of the largest error (2x eager, and 2 eps of the largest value) catches one wrong element. The
     bound of the RMS error (1x eager, 1.25x in fp32, and an eighth of eps) catches a wrong accumulator.
     """
+    for norm, error, bound in errors(name, got, low, high):
+        assert error <= bound, f"{name}: {norm} error {error:.2e} > {bound:.2e}"
+
+
+def errors(
+    name: str, got: torch.Tensor, low: torch.Tensor, high: torch.Tensor
+) -> list[tuple[str, float, float]]:
+    """(norm, error, bound) of the two norms that `assert_parity` compares.
+
+    Raises:
+        AssertionError: there is nothing to compare, or the result is not finite.
+    """
     assert got.shape == low.shape == high.shape and got.dtype == low.dtype, f"{name}: shape or dtype"
     assert got.numel() > 0, f"{name}: nothing to compare, so this test proves nothing"
     assert torch.isfinite(high).all(), f"{name}: the oracle is not finite, so this test proves nothing"
     assert torch.isfinite(got).all(), f"{name}: non-finite result"
     error, cost, eps = got.double() - high, low.double() - high, torch.finfo(got.dtype).eps
+    found = []
     for norm, slack, floor in ((_max, 2.0, 2.0), (_rms, 1.25 if got.dtype == torch.float32 else 1.0, 0.125)):
         bound = slack * norm(cost) + floor * eps * norm(high)
-        assert norm(error) <= bound, f"{name}: {norm.__name__} error {norm(error):.2e} > {bound:.2e}"
+        found.append((norm.__name__, norm(error).item(), bound.item()))
+    return found
 
 
 def _max(t: torch.Tensor) -> torch.Tensor:
@@ -414,15 +428,29 @@ def assert_gradient_parity(
             (inputs, upstream) -> gradients, in the order of the inputs. None runs `reference`.
         frozen: inputs that need no gradient, by index. The kernel must not compute one.
     """
+    compared = compared_gradients(kernel, reference, inputs, low, frozen, contiguous, upstream)
+    for i, (g, lo, hi) in enumerate(compared):
+        if i in frozen:
+            assert g is None, f"{name}: gradient {i} is not needed but was given"
+        else:
+            assert g is not None and hi is not None, f"{name}: gradient {i} is missing"
+            assert_parity(f"{name}: gradient {i}", g, lo, hi)
+
+
+def compared_gradients(
+    kernel: Callable,
+    reference: Callable,
+    inputs: Tensors,
+    low: Callable | None = None,
+    frozen: Sequence[int] = (),
+    contiguous: bool = True,
+    upstream: Tensors | None = None,
+) -> list[tuple]:
+    """(got, low, high) for the gradient of every input. See `assert_gradient_parity`."""
     with torch.no_grad():
         outputs = as_tuple(reference(*inputs))
     upstream = upstream_of(outputs, contiguous=contiguous) if upstream is None else upstream
     _, got = gradients(kernel, inputs, upstream, frozen)
     low_grads = low(inputs, upstream) if low else gradients(reference, inputs, upstream)[1]
     _, high = gradients(reference, [t.double() for t in inputs], upstream)
-    for i, (g, lo, hi) in enumerate(zip(got, low_grads, high, strict=True)):
-        if i in frozen:
-            assert g is None, f"{name}: gradient {i} is not needed but was given"
-        else:
-            assert g is not None and hi is not None, f"{name}: gradient {i} is missing"
-            assert_parity(f"{name}: gradient {i}", g, lo, hi)
+    return list(zip(got, low_grads, high, strict=True))

@@ -6,10 +6,17 @@ There are three implementations of every operation, with one contract:
 - `library`: PyTorch's own operations, in the form that is fast on a GPU.
 - `torch`: the plain reference. It is the CPU path.
 
-`auto` takes the kernel for tensors on a GPU, in a dtype that it is written for.
-Where a kernel cannot run on a GPU, also for a shape beyond its limits, `auto`
-takes the library path. On a CPU it takes the reference. Each name forces one, and
-`triton` raises an error if it cannot run. Nothing falls back to another meaning.
+`auto` takes the kernel for tensors on a GPU, in a dtype that it is written for, once
+it is proven there. Where a kernel is not proven or cannot run on a GPU, also for a
+shape beyond its limits, `auto` takes the library path. On a CPU it takes the
+reference. Each name forces one, and `triton` raises an error if it cannot run.
+Nothing falls back to another meaning.
+
+A kernel is proven by the self-check of `self_check.py`. It runs when a model is
+loaded, or at an operation's first call, and its verdict is kept (`verdicts.py`).
+Where gradients are recorded the backward must be proven, too. torch.compile cannot
+run it while it traces. So what was not proven before is not taken there: load the
+model by `NVEmbed.from_pretrained`, or call `prove`, before compiling.
 
 Under autocast an operation takes its tensors in one dtype, as PyTorch's own do.
 An operation built on matrix products takes autocast's dtype. A norm takes the
@@ -22,6 +29,7 @@ import importlib.util
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Literal, TypeVar, cast, get_args
@@ -29,6 +37,7 @@ from typing import Literal, TypeVar, cast, get_args
 import torch
 from torch import nn
 
+from nvembed_fast import verdicts
 from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels.errors import Unsupported
 from nvembed_fast.kernels.layout import SeqLayout
@@ -40,6 +49,10 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # the interpreter is silently wrong in bf16. The tests mend it (tests/exact_bf16.py)
 INTERPRETED_DTYPES = (torch.float16, torch.float32)
+
+
+class UnprovenKernel(UserWarning):
+    """A kernel did not pass its self-check on this GPU, so that the library path takes its place."""
 
 
 class _State(threading.local):
@@ -76,8 +89,16 @@ def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManage
     return contextlib.nullcontext(), use_impl(_state.impl)
 
 
-def choose(device: torch.device, dtype: torch.dtype) -> tuple[Implementation, str]:
+def choose(
+    device: torch.device, dtype: torch.dtype, operation: str | None = None, is_recorded: bool = False
+) -> tuple[Implementation, str]:
     """The implementation that tensors of this device and dtype take under the current `use_impl`, and why.
+
+    Args:
+        device: of the first tensor, as is dtype.
+        dtype: see above.
+        operation: one of OPERATIONS, which must be proven. None: what `auto` takes where all are proven.
+        is_recorded: autograd records it, so its backward must be proven, too.
 
     Raises:
         ValueError: `triton` is asked for and cannot run here.
@@ -86,11 +107,78 @@ def choose(device: torch.device, dtype: torch.dtype) -> tuple[Implementation, st
     if impl in ("library", "torch"):
         return cast(Implementation, impl), "it was asked for"
     obstacle = _triton_obstacle(device, dtype)
+    if obstacle is None and impl == "auto" and device.type == "cuda" and operation is not None:
+        obstacle = _unproven(device, dtype, operation, is_recorded)
     if obstacle is None and (impl == "triton" or device.type == "cuda"):
         return "triton", "it was asked for" if impl == "triton" else "the kernels are written for this GPU"
     if impl == "triton":
         raise ValueError(f"impl='triton' cannot run here: {obstacle}. Use impl='auto' or impl='torch'.")
     return "library" if device.type == "cuda" else "torch", obstacle or "tensors are on the CPU"
+
+
+def prove(device: torch.device, dtype: torch.dtype, *, training: bool = False) -> dict[str, str]:
+    """Let the self-check decide which kernels `auto` takes on a GPU, if that is not known yet.
+
+    It takes a while once for each GPU, driver, torch and Triton, and runs in a process of its own. With
+    NVEMBED_FAST_SELF_CHECK=0 in the environment all kernels count as proven. One warning (`UnprovenKernel`)
+    tells of those that are not.
+
+    Args:
+        device: of the tensors. On a CPU there is nothing to prove.
+        dtype: of the tensors.
+        training: prove the backward, too.
+
+    Returns:
+        Operation -> why its kernel is not taken. Empty: all are.
+    """
+    if device.type != "cuda" or _triton_obstacle(device, dtype) is not None:
+        return {}
+    index = torch.cuda.current_device() if device.index is None else device.index
+    if (index, OPERATIONS[0], dtype, training) not in _obstacles:
+        _look(torch.device("cuda", index), dtype, training)
+    found = {name: _obstacles[index, name, dtype, training] for name in OPERATIONS}
+    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
+
+
+def _look(device: torch.device, dtype: torch.dtype, training: bool) -> None:
+    """Fill `_obstacles` for all operations, and warn of what was not known to be wrong."""
+    directions = verdicts.DIRECTIONS if training else verdicts.DIRECTIONS[:1]
+    name = str(dtype).removeprefix("torch.")
+    found: dict[verdicts.Item, verdicts.Finding] = {}
+    if os.environ.get("NVEMBED_FAST_SELF_CHECK", "1").lower() not in ("0", "false", "off", "n", "no"):
+        items = [(operation, name, direction) for operation in OPERATIONS for direction in directions]
+        found, why_here = verdicts.prove(device, items)
+        if why_here:
+            warnings.warn(
+                f"the self-check of the kernels ran in this process, without a time limit: {why_here}",
+                UnprovenKernel,
+                stacklevel=4,
+            )
+    new = []
+    for operation in OPERATIONS:
+        red = [f for d in directions if (f := found.get((operation, name, d))) is not None and not f.ok]
+        obstacle = f"its self-check failed ({red[0].direction}): {red[0].reason}" if red else None
+        if obstacle is not None and _obstacles.get((device.index, operation, dtype, False)) is None:
+            new.append(f"{operation} ({red[0].direction}: {red[0].reason})")
+        _obstacles[device.index, operation, dtype, training] = obstacle
+    if new:
+        more = f" and {len(new) - 1} more" if len(new) > 1 else ""
+        warnings.warn(
+            f"PyTorch's library path takes the place of kernels that failed their self-check on {device} in "
+            f"{name}: {new[0]}{more}. `nvembed-fast check` shows all",
+            UnprovenKernel,
+            stacklevel=4,
+        )
+
+
+def _unproven(device: torch.device, dtype: torch.dtype, operation: str, is_recorded: bool) -> str | None:
+    """Why a kernel is not taken. In the steady state it is one look into a dictionary."""
+    key = device.index, operation, dtype, is_recorded
+    if key not in _obstacles:
+        if torch.compiler.is_compiling():
+            return "no self-check has run before torch.compile"
+        return prove(device, dtype, training=is_recorded).get(operation)
+    return _obstacles[key]
 
 
 def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -115,6 +203,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
 # plain dictionaries, because torch.compile warns of functools.cache
 _kernels: dict[str, Callable] = {}
 _capabilities: dict[int | None, tuple[int, int]] = {}
+# (GPU, operation, dtype, whether its backward counts) -> why its kernel is not taken, None if it is
+_obstacles: dict[tuple[int | None, str, torch.dtype, bool], str | None] = {}
 
 
 def _kernel(name: str) -> Callable:
@@ -164,7 +254,7 @@ def _is_compiler_imported() -> bool:
 def _run(reference_fn: Callable[..., Result], x: torch.Tensor, *args) -> Result:
     """`reference_fn`, or the kernel or the library's function of that name, for a first tensor like x."""
     name = reference_fn.__name__
-    chosen, _ = choose(x.device, x.dtype)
+    chosen, _ = choose(x.device, x.dtype, name, _is_recorded(x, *args))
     if chosen == "torch":
         return reference_fn(x, *args)
     if chosen == "triton":
@@ -179,6 +269,10 @@ def _run(reference_fn: Callable[..., Result], x: torch.Tensor, *args) -> Result:
             if _state.impl == "triton":
                 raise
     return getattr(library, name)(x, *args)
+
+
+def _is_recorded(*args: object) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in args)
 
 
 def _in_lower_dtype(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

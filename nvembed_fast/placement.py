@@ -13,6 +13,10 @@ __all__ = ["DTYPES", "Placement", "check_device", "check_dtype", "dtype_name"]
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
+# the operation that a model with this form of the latents does not call
+_OTHER_FORM = {"absorbed": "latent_attention", "direct": "absorbed_latent_attention"}
+
+
 @dataclass(frozen=True)
 class Placement:
     """Where a model runs and how it computes.
@@ -42,7 +46,7 @@ class Placement:
         latents: Latents = "auto",
         cuda_graphs: bool = False,
     ) -> "Placement":
-        """The placement of a model with this config.
+        """The placement of a model with this config. The kernels of a GPU are proven for inference.
 
         Args:
             config: the parsed config.json.
@@ -67,6 +71,15 @@ class Placement:
         if cuda_graphs and (device.type != "cuda" or implementation != "triton"):
             obstacle = reason if implementation != "triton" else "tensors are on the CPU"
             raise ValueError(f"cuda_graphs=True needs Triton kernels on a GPU: {obstacle}")
+        if impl == "auto":
+            unproven = ops.prove(placement.device, placement.dtype)
+            unproven.pop(_OTHER_FORM.get(form or "", ""), None)
+            if cuda_graphs and unproven:
+                name, reason = next(iter(unproven.items()))
+                raise ValueError(
+                    f"cuda_graphs=True needs proven kernels: of {name} {reason}. `nvembed-fast check` shows "
+                    "more, and impl='triton' takes the kernels all the same"
+                )
         return placement
 
     def implementation(self) -> tuple[ops.Implementation, str]:

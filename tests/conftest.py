@@ -13,6 +13,8 @@ from tiers import pytest_addoption, pytest_configure  # noqa: F401 - hooks
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # before the first `import triton`: kernels then run on the CPU
+# a test of a kernel shall fail with it, and not pass by another path
+os.environ["NVEMBED_FAST_SELF_CHECK"] = "0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 
 # torch.device("meta") as a context knows the functions it redirects from a list made on first use: made

@@ -34,7 +34,7 @@ KERNEL_FILES = {
 # nvembed_fast/: a room is a file, or a folder with all below it. Per room: what it may import of the package
 # beside itself, and what it does import from elsewhere. A folder's files have a line each in FOLDER_FILES
 GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement"}
-GROUND |= {"texts", "tokenization", "topk", "vectors"}
+GROUND |= {"self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
 INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream"}
 TRAINING = {"checkpoint", "files", "network", "ops", "packing", "placement", "config", "tokenization"}
@@ -60,10 +60,12 @@ WALLS = {
     "ops": (GROUND, {"torch"}),
     "packing": (GROUND, {"numpy", "torch"}),
     "placement": (GROUND, {"torch"}),
+    "self_check": (GROUND, {"torch"}),
     "texts": (GROUND, set()),
     "tokenization": (GROUND, {"numpy", "tokenizers"}),
     "topk": (GROUND, None),
     "vectors": (GROUND, {"numpy"}),
+    "verdicts": (GROUND, {"filelock", "torch"}),
     "network": ({"config", "ops", "packing"}, None),
     "checkpoint": ({"config", "files", "network", "placement", "tokenization"}, None),
     "corpus": (BELOW_ENCODER | INFERENCE, None),
@@ -171,8 +173,10 @@ def test_every_package_file_is_in_a_room():
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_a_room_imports_only_what_its_wall_allows(room):
     allowed, packages = WALLS[room]
-    # ops is the only place that chooses an implementation; everyone else knows the layout alone
-    kernels = {"errors", "layout", "library", "reference", *KERNELS} if room == "ops" else {"layout"}
+    # ops is the only place that chooses an implementation; everyone else knows the layout alone, and the
+    # self-check what results are compared with
+    chosen, compared = {"errors", "library", "reference", *KERNELS}, {"reference", "testing"}
+    kernels = {"layout"} | {"ops": chosen, "self_check": compared}.get(room, set())
     # an integration may import no other, and kinds of rooms below another know no sibling
     theirs = set()
     for path in ROOMS[room]:

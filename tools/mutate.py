@@ -4,6 +4,7 @@
     python -m tools.mutate gated rotary     these files
     python -m tools.mutate --number 3       three at random (--seed N repeats a draw)
     python -m tools.mutate --check          run nothing: does every mutation still fit the code?
+    python -m tools.mutate --self-check     those of kernels, against the self-check's cases
 
 A mutation is an entry of tests/mutations/<stem>.toml:
 
@@ -173,7 +174,7 @@ def copy_tree(root: Path, target: Path) -> Path:
 
 @dataclass(frozen=True)
 class Run:
-    """How pytest ended: its exit status, or None beyond the time limit, and its output."""
+    """How a child ended: its exit status, or None beyond the time limit, and its output."""
 
     status: int | None
     output: str
@@ -183,8 +184,12 @@ class Run:
 
 
 def run_pytest(root: Path, options: Sequence[str], limit: float) -> Run:
-    """pytest in a child of its own session, so that nothing it started outlives the limit."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    return _run(root, ["-m", "pytest", "-q", "-p", "no:cacheprovider", *options], limit)
+
+
+def _run(root: Path, arguments: Sequence[str], limit: float) -> Run:
+    """Python in a child of its own session, so that nothing it started outlives the limit."""
+    command = [sys.executable, *arguments]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env |= {"PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as out:
@@ -253,6 +258,73 @@ def try_out(root: Path, mutation: Mutation, limit: float) -> tuple[str, str]:
         return verdict(run_pytest(copy, ["-x", "--tb=short", mutation.red], limit))
 
 
+# what the self-check compares with, and what refuses wrong inputs, is no kernel
+NO_KERNELS = ("errors", "reference", "testing", "tuned")
+# in a copy: the operations of a file, in the part of a GPU without and with descriptors. bf16 is a GPU's
+SELF_CHECK = """
+import os, sys, torch
+os.environ["TRITON_INTERPRET"] = "1"
+torch.set_num_threads(1)
+from nvembed_fast import ops, self_check
+from nvembed_fast.kernels import _common
+for dtype in ("float16", "float32"):
+    for _common.INTERPRETED_CAPABILITY in (90, 80):
+        for operation in sys.argv[1:] or ops.OPERATIONS:
+            for direction in ("forward", "backward"):
+                finding = self_check.check((operation, dtype, direction), "cpu")
+                if not finding.ok:
+                    part = f"sm_{_common.INTERPRETED_CAPABILITY}"
+                    sys.exit(f"{operation} {dtype} {direction} {part}: {finding.reason}")
+"""
+
+
+def of_kernels(mutations: Sequence[Mutation]) -> list[Mutation]:
+    """Those that change what runs on a GPU, or how it is launched."""
+    paths = ((mutation, Path(mutation.file)) for mutation in mutations)
+    return [m for m, path in paths if path.parts[0] == "kernels" and path.stem not in NO_KERNELS]
+
+
+def run_self_check(root: Path, mutation: Mutation | None, operations: Sequence[str], limit: float) -> Run:
+    """The self-check's cases in a copy with the mutation in it. None: as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_tree(root, Path(folder) / "tree")
+        if mutation is not None:
+            (copy / mutation.file).write_text(mutation.apply(copy), encoding="utf-8")
+        return _run(copy, ["-c", SELF_CHECK, *operations], limit)
+
+
+def self_check_all(root: Path, mutations: Sequence[Mutation], jobs: int, limit: float) -> int:
+    """Print for each mutation whether the self-check catches it. Returns the number of missed ones."""
+    operations = {m: _operations(root, m.file) for m in mutations}
+    for names in sorted(set(operations.values())):
+        run = run_self_check(root, None, names, 10 * limit)
+        if run.status != 0:
+            print(f"the self-check of {', '.join(names)} is not green without a mutation\n{run.last_lines()}")
+            return 1
+    missed = 0
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(run_self_check, root, m, operations[m], limit): m for m in mutations}
+        for done, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            run = future.result()
+            missed += (is_missed := run.status in (0, None))
+            note = "" if is_missed else run.last_lines(1).strip()
+            print(
+                f"[{done}/{len(mutations)}] {'missed' if is_missed else 'caught'} {futures[future]}  {note}",
+                flush=True,
+            )
+    print(f"{len(mutations) - missed} caught, {missed} missed")
+    return missed
+
+
+def _operations(root: Path, file: str) -> tuple[str, ...]:
+    """The operations that a file of kernels/ offers. Those of a shared file are all: ()."""
+    for node in ast.parse((root / file).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            names = ast.literal_eval(node.value)
+            return tuple(names) if Path(file).stem not in ("layout", "_common") else ()
+    return ()
+
+
 def check(root: Path, mutations: Sequence[Mutation]) -> list[str]:
     """One line for every mutation that does not fit the code, and for every test that is not there."""
     problems = []
@@ -319,6 +391,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument(
         "--check", action="store_true", help="run no test, only ask whether all mutations fit the code"
     )
+    parser.add_argument(
+        "--self-check", action="store_true", help="do the self-check's cases catch the mutations of kernels?"
+    )
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="at a time [%(default)s]")
     parser.add_argument(
         "--limit", type=float, default=LIMIT, metavar="S", help="seconds for one mutation [%(default)s]"
@@ -331,6 +406,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         parser.error(str(error))
     if args.only:
         mutations = [m for m in mutations if args.only in m.breaks]
+    if args.self_check:
+        return 1 if self_check_all(root, of_kernels(mutations), args.jobs, args.limit) else 0
     if args.check:
         problems = check(root, mutations)
         print("\n".join([*problems, f"{len(mutations)} mutations, {len(problems)} problems"]))

@@ -1,0 +1,368 @@
+"""Which kernels are proven on which GPU: the kept verdicts, and the child processes that reach them.
+
+1. A verdict holds for what could change it: the GPU, its driver, torch, triton, and the sources of the
+   kernels and of their cases. It is kept in a file of the cache folder under all of these. If one has
+   changed, there is another file, which is not there yet.
+2. What the file lacks is checked by a child process that runs `self_check.main`. An operation that hangs, or
+   ends its process, is marked. Another child checks the rest.
+3. Of several processes that start at once one checks, and the others wait for its file.
+4. If no child can check anything, for a reason that is not a kernel's (a GPU in exclusive mode, no memory),
+   this process does it, without a time limit, and says so.
+
+A file that cannot be read or written is no error: the check runs again next time.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from nvembed_fast import files
+
+__all__ = ["DIRECTIONS", "Finding", "Item", "cache_folder", "check_anew", "facts", "prove"]
+
+DIRECTIONS = ("forward", "backward")
+START_SECONDS, ITEM_SECONDS, ALL_SECONDS = 180.0, 120.0, 900.0
+_CODE = (
+    "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+    "from nvembed_fast import self_check; self_check.main()"
+)
+
+Item = tuple[str, str, str]  # operation, dtype by name, direction
+Checked = Literal["triton", "library", "torch"]  # an implementation of `ops`
+Tell = Callable[["Finding"], None]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check found.
+
+    Attributes:
+        name: of the operation.
+        dtype: by name.
+        direction: "forward" or "backward".
+        path: the implementation that was checked.
+        ok: it is right.
+        error: of the comparison nearest to its tolerance, or farthest beyond it. None: nothing was compared.
+        tolerance: the bound of this error.
+        reason: why it is not right. "" if it is.
+        time_ms: of one call at NV-Embed's widths, if it was timed.
+        library_ms: of the library path, likewise.
+        is_decided: False if nothing was found out, for a reason that is not the kernel's.
+    """
+
+    name: str
+    dtype: str
+    direction: str
+    path: str
+    ok: bool
+    error: float | None = None
+    tolerance: float | None = None
+    reason: str = ""
+    time_ms: float | None = None
+    library_ms: float | None = None
+    is_decided: bool = True
+
+    @property
+    def item(self) -> Item:
+        return self.name, self.dtype, self.direction
+
+
+class _NoChild(Exception):
+    """No child process can check anything. The message is the reason, which is not a kernel's."""
+
+
+def facts(device: torch.device) -> dict[str, str]:
+    """What a verdict on a GPU holds for."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "sources": _sources(),
+    }
+
+
+def _driver() -> str:
+    """The version of the kernel module where the system tells it, and that of the CUDA driver."""
+    module = ""
+    with suppress(OSError):
+        module = Path("/proc/driver/nvidia/version").read_text(errors="replace").partition("\n")[0].strip()
+    # a build of torch without CUDA has no such function
+    version = getattr(torch._C, "_cuda_getDriverVersion", lambda: "")()
+    return f"{version} {module}".strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _sources() -> str:
+    """A hash of the kernels, of their launch configurations and of the cases that check them."""
+    package = Path(__file__).parent
+    kernels = package / "kernels"
+    digest = hashlib.sha256()
+    for path in (*sorted(kernels.glob("*.py")), kernels / "tuned.toml", package / "self_check.py"):
+        digest.update(path.name.encode() + b"\0")
+        with suppress(FileNotFoundError):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def cache_folder() -> Path:
+    """$NVEMBED_FAST_CACHE, or nvembed_fast in the user's cache directory."""
+    if home := os.environ.get("NVEMBED_FAST_CACHE"):
+        return Path(home).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nvembed_fast"
+
+
+_turn = threading.Lock()
+
+
+def _renew_turn() -> None:
+    # a thread that held it does not live on in the child of a fork
+    global _turn
+    _turn = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_turn)
+
+
+def prove(device: torch.device, items: Iterable[Item]) -> tuple[dict[Item, Finding], str]:
+    """The findings for these items on a GPU, from the cache folder where they are kept.
+
+    Returns:
+        (findings, why the check ran in this process). The second is "" if it did not.
+    """
+    wanted = list(items)
+    with _turn:
+        known = facts(device)
+        path = _path(known)
+        found = _read(path, known)
+        if all(item in found for item in wanted):
+            return {item: found[item] for item in wanted}, ""
+        with _alone(path):
+            found = _read(path, known)  # of another process, meanwhile
+            missing = [item for item in wanted if item not in found]
+            new, why_here = _check(device, missing, known) if missing else ([], "")
+            found |= {finding.item: finding for finding in new}
+            if new:
+                _write(path, known, found.values())
+    return {item: found[item] for item in wanted}, why_here
+
+
+def check_anew(
+    device: torch.device, items: Sequence[Item], tell: Tell, *, path: Checked = "triton", timed: bool = False
+) -> tuple[list[Finding], str]:
+    """As `prove`, without asking the cache folder. What is found on a GPU replaces what it holds."""
+    with _turn:
+        known = facts(device) if device.type == "cuda" else {}
+        new, why_here = _check(device, list(items), known, tell, path, timed)
+        if known and path == "triton":
+            file = _path(known)
+            with _alone(file):
+                found = _read(file, known) | {finding.item: finding for finding in new}
+                _write(file, known, found.values())
+    return new, why_here
+
+
+def _path(known: dict[str, str]) -> Path:
+    name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
+    return cache_folder() / "self_check" / f"{name}.json"
+
+
+def _read(path: Path, known: dict[str, str]) -> dict[Item, Finding]:
+    """The kept findings. None, if the file is not there, damaged or about something else."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        content = files.read_json(path)
+        if content["facts"] == known:
+            findings = [Finding(**entry) for entry in content["findings"]]
+            return {finding.item: finding for finding in findings if type(finding.ok) is bool}
+    return {}
+
+
+def _write(path: Path, known: dict[str, str], findings: Iterable[Finding]) -> None:
+    kept = [
+        # times are of one moment
+        dataclasses.asdict(dataclasses.replace(finding, time_ms=None, library_ms=None))
+        for finding in findings
+        if finding.is_decided
+    ]
+    with suppress(OSError), files.replacing(path) as aside:
+        aside.write_text(json.dumps({"facts": known, "findings": kept}, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Inside, no other process checks for this file. Where files cannot be locked, each does so."""
+    import filelock
+
+    with contextlib.ExitStack() as stack:
+        with suppress(OSError, NotImplementedError, filelock.Timeout):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(filelock.FileLock(f"{path}.lock", timeout=2 * ALL_SECONDS))
+        yield
+
+
+def _check(
+    device: torch.device,
+    items: Sequence[Item],
+    known: dict[str, str],
+    tell: Tell = lambda finding: None,
+    path: Checked = "triton",
+    timed: bool = False,
+) -> tuple[list[Finding], str]:
+    """Check by child processes, and in this process what they cannot."""
+    found: list[Finding] = []
+    why_here = ""
+    try:
+        for finding in _from_children(device, items, known, path, timed):
+            if finding.is_decided:
+                found.append(finding)
+                tell(finding)
+            else:
+                why_here = finding.reason
+    except _NoChild as obstacle:
+        why_here = str(obstacle)
+    done = {finding.item for finding in found}
+    if left := [item for item in items if item not in done]:
+        from nvembed_fast import self_check
+
+        for finding in self_check.run(left, device, path, timed):
+            found.append(finding)
+            tell(finding)
+    return found, why_here
+
+
+def _from_children(
+    device: torch.device, items: Sequence[Item], known: dict[str, str], path: Checked, timed: bool
+) -> Iterator[Finding]:
+    waiting, deadline = list(items), time.monotonic() + ALL_SECONDS
+    while waiting:
+        request = {
+            "device": str(device),
+            "items": waiting,
+            "facts": known,
+            "path": path,
+            "timed": timed,
+            # if this process is killed, it ends by itself
+            "seconds": int(deadline - time.monotonic() + ITEM_SECONDS) + 1,
+        }
+        begun: Item | None = None
+        is_ready = has_found = False
+        with _Child(request) as child:
+            while waiting:
+                limit = ITEM_SECONDS if is_ready else START_SECONDS
+                limit = min(limit, max(deadline - time.monotonic(), 1.0))
+                message = child.next(limit)
+                if message is None:
+                    break
+                if "begun" in message:
+                    operation, dtype, direction = message["begun"]
+                    is_ready, begun = True, (operation, dtype, direction)
+                else:
+                    finding = Finding(**message)
+                    waiting.remove(finding.item)
+                    has_found, begun = True, None
+                    yield finding
+            how = child.end(limit)
+        if begun is None and not has_found:
+            raise _NoChild(how)
+        if begun is not None:
+            waiting.remove(begun)
+            yield Finding(*begun, path, False, reason=how)
+        if waiting and time.monotonic() > deadline:
+            for item in waiting:
+                yield Finding(*item, path, False, reason=f"no time was left after {ALL_SECONDS:.0f} s")
+            return
+
+
+class _Child:
+    """A process that runs `self_check.main`. The end of the block is its end, whatever it does."""
+
+    def __init__(self, request: dict[str, Any]):
+        self._request = request
+        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._is_late = False
+
+    def __enter__(self) -> "_Child":
+        if getattr(sys, "frozen", False) or not sys.executable:
+            raise _NoChild("this program has no Python interpreter to start")
+        self._errors = tempfile.TemporaryFile()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _CODE, json.dumps(sys.path)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                env=os.environ | {"NVEMBED_FAST_SELF_CHECK": "0"},
+                start_new_session=True,
+                text=True,
+                encoding="utf-8",
+            )
+        except OSError as error:
+            self._errors.close()
+            raise _NoChild(f"no process can be started: {error.strerror}") from error
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps(self._request) + "\n")
+            self._process.stdin.flush()
+        threading.Thread(target=self._listen, daemon=True).start()
+        return self
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with suppress(ValueError):  # closed
+            for line in self._process.stdout:
+                self._messages.put(line)
+        self._messages.put("")
+
+    def next(self, seconds: float) -> dict[str, Any] | None:
+        """Its next message. None: it has ended, or says nothing for so long."""
+        try:
+            line = self._messages.get(timeout=seconds)
+        except queue.Empty:
+            self._is_late = True
+            return None
+        return json.loads(line) if line.endswith("\n") else None
+
+    def end(self, seconds: float) -> str:
+        """How it ended before it was done."""
+        if self._is_late:
+            return f"it did not end within {seconds:.0f} s"
+        status = self._process.wait()
+        if status < 0:
+            return f"its process was ended by {signal.Signals(-status).name}"
+        self._errors.seek(0)
+        lines = self._errors.read().decode(errors="replace").strip().splitlines()
+        return f"its process ended with status {status}" + (f": {lines[-1]}" if lines else "")
+
+    def __exit__(self, *_) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            with suppress(OSError, ValueError):
+                assert stream is not None
+                stream.close()

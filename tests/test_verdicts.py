@@ -1,0 +1,293 @@
+"""Kept verdicts on kernels, and the processes that reach them. A script plays the process that checks."""
+
+import io
+import json
+import os
+import threading
+import types
+
+import filelock
+import pytest
+import torch
+
+from nvembed_fast import self_check, verdicts
+from nvembed_fast.verdicts import Finding
+
+GPU = torch.device("cuda", 0)
+ITEMS = [(name, "float16", "forward") for name in ("flash_attention", "rotary", "swiglu")]
+# finds all items right, but does to "rotary" what CASE says
+CHILD = """
+import json, os, sys, time
+request = json.loads(sys.stdin.readline())
+with open({log!r}, "a") as log:
+    print(os.getpid(), file=log)
+def tell(message):
+    print(json.dumps(message), flush=True)
+start, rotary = {start!r}, {rotary!r}
+exec(start)
+for name, dtype, direction in request["items"]:
+    tell(dict(begun=[name, dtype, direction]))
+    found = dict(name=name, dtype=dtype, direction=direction, path="triton")
+    found |= dict(ok=True, error=0.5, tolerance=1.0)
+    if name == "rotary":
+        exec(rotary)
+    tell(found)
+"""
+
+
+@pytest.fixture
+def children(tmp_path, monkeypatch):
+    """`children(start, rotary)` sets what a child runs first, and at "rotary". `.pids()` of all."""
+    log = tmp_path / "children"
+
+    def play(start: str = "", rotary: str = "") -> None:
+        monkeypatch.setattr(verdicts, "_CODE", CHILD.format(log=str(log), start=start, rotary=rotary))
+
+    def pids() -> list[int]:
+        return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+    play.pids = pids
+    monkeypatch.setenv("NVEMBED_FAST_CACHE", str(tmp_path / "cache"))
+    properties = types.SimpleNamespace(name="a GPU", major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    play()
+    return play
+
+
+def _prove() -> dict[str, Finding]:
+    found, why_here = verdicts.prove(GPU, ITEMS)
+    assert why_here == ""
+    return {name: finding for (name, *_), finding in found.items()}
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_verdict_is_kept_and_read_again(children):
+    children(rotary="found |= dict(ok=False, reason='wrong')")
+    first = _prove()
+    assert [finding.ok for finding in first.values()] == [True, False, True]
+    assert first["rotary"].reason == "wrong"
+    assert _prove() == first and len(children.pids()) == 1
+    # what the file lacks is checked, and nothing else
+    more = [*ITEMS, ("swiglu", "float16", "backward")]
+    assert verdicts.prove(GPU, more)[0].keys() == set(more)
+    assert len(children.pids()) == 2 and _prove() == first
+
+
+CHANGES = {
+    "gpu": lambda m: torch.cuda.get_device_properties(0).__dict__.update(name="another GPU"),
+    "capability": lambda m: torch.cuda.get_device_properties(0).__dict__.update(minor=1),
+    "driver": lambda m: m.setattr(verdicts, "_driver", lambda: "13000 580.1"),
+    "torch": lambda m: m.setattr(torch, "__version__", "99.0"),
+    "triton": lambda m: m.setattr(verdicts, "_version", lambda package: "99.0"),
+    "sources": lambda m: m.setattr(verdicts, "_sources", lambda: "edited"),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_verdict_is_not_reused_after_a_key_has_changed(key, children, monkeypatch):
+    before = verdicts.facts(GPU)
+    _prove()
+    CHANGES[key](monkeypatch)
+    after = verdicts.facts(GPU)
+    assert [name for name in before if before[name] != after[name]] == [key]
+    _prove()
+    assert len(children.pids()) == 2
+    assert set(CHANGES) == set(after), "a key without a test"
+
+
+@pytest.mark.parametrize("file", ["kernels/gated.py", "kernels/tuned.toml", "self_check.py"])
+def test_an_edited_kernel_or_case_is_another_source(file, tmp_path, monkeypatch):
+    for name in ("kernels/gated.py", "kernels/tuned.toml", "self_check.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("as it was")
+    monkeypatch.setattr(verdicts, "__file__", str(tmp_path / "verdicts.py"))
+    before = verdicts._sources()
+    assert before == verdicts._sources()
+    (tmp_path / file).write_text("edited")
+    assert before != verdicts._sources()
+
+
+ENDS = [
+    ("sys.exit(3)", "its process ended with status 3"),
+    ("raise RuntimeError('no such instruction')", "status 1: RuntimeError: no such instruction"),
+    ("os.kill(os.getpid(), 11)", "its process was ended by SIGSEGV"),
+    ("time.sleep(60)", "it did not end within 1 s"),
+    # an error of CUDA that stays: told, then the process ends
+    ("tell(found | dict(ok=False, reason='illegal access')); sys.exit(1)", "illegal access"),
+]
+
+
+@pytest.mark.parametrize(("end", "reason"), ENDS, ids=["exit", "raise", "kill", "hang", "context"])
+def test_an_operation_that_ends_its_process_is_marked_and_the_others_are_checked(
+    end, reason, children, monkeypatch
+):
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 1.0)
+    children(rotary=end)
+    found = _prove()
+    assert [finding.ok for finding in found.values()] == [True, False, True]
+    assert reason in found["rotary"].reason
+    assert len(children.pids()) == 2 and not any(map(_is_alive, children.pids()))
+    assert _prove() == found and len(children.pids()) == 2, "it is kept, too"
+
+
+def test_when_the_time_is_up_the_rest_counts_as_not_checked(children, monkeypatch):
+    monkeypatch.setattr(verdicts, "ALL_SECONDS", 0.0)
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 1.0)
+    children(rotary="time.sleep(60)")
+    found = _prove()
+    assert [finding.ok for finding in found.values()] == [True, False, False]
+    assert "no time was left" in found["swiglu"].reason
+
+
+@pytest.mark.parametrize("start", ["sys.exit('CUDA is busy')", "time.sleep(60)", "no python at all ("])
+def test_where_no_child_can_check_this_process_does_and_says_why(start, children, monkeypatch):
+    monkeypatch.setattr(verdicts, "START_SECONDS", 1.0)
+    children(start=start)
+    checked = []
+
+    def run(items, device, path, timed):
+        checked.extend(items)
+        return (Finding(*item, path, True, 0.0, 1.0) for item in items)
+
+    monkeypatch.setattr(self_check, "run", run)
+    found, why_here = verdicts.prove(GPU, ITEMS)
+    assert checked == ITEMS and all(finding.ok for finding in found.values())
+    assert {"sys": "CUDA is busy", "tim": "did not end within 1 s", "no ": "SyntaxError"}[
+        start[:3]
+    ] in why_here
+    assert verdicts.prove(GPU, ITEMS) == (found, "") and len(children.pids()) == 1
+
+
+def test_a_program_without_an_interpreter_checks_in_its_own_process(children, monkeypatch):
+    monkeypatch.setattr("sys.executable", "")
+    monkeypatch.setattr(
+        self_check, "run", lambda items, *_: (Finding(*item, "triton", True) for item in items)
+    )
+    assert "no Python interpreter" in verdicts.prove(GPU, ITEMS)[1]
+
+
+def test_what_was_not_decided_is_tried_here_and_not_kept(children, monkeypatch):
+    children(rotary="found |= dict(ok=False, reason='no memory', is_decided=False)")
+    tried = []
+
+    def run(items, device, path, timed):
+        tried.append(list(items))
+        return (Finding(*item, path, False, reason="no memory", is_decided=False) for item in items)
+
+    monkeypatch.setattr(self_check, "run", run)
+    found, why_here = verdicts.prove(GPU, ITEMS)
+    assert why_here == "no memory" and tried == [[ITEMS[1]]] and not found[ITEMS[1]].ok
+    verdicts.prove(GPU, ITEMS)
+    assert len(tried) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"facts": {}}', "NAN", "KEYS"])
+def test_a_damaged_file_is_checked_anew(content, children):
+    first = _prove()
+    (path,) = (verdicts.cache_folder() / "self_check").glob("*.json")
+    kept = path.read_text()
+    path.write_text(
+        {"NAN": kept.replace("0.5", "NaN"), "KEYS": kept.replace('"ok"', '"fine"')}.get(content, content)
+    )
+    assert _prove() == first and len(children.pids()) == 2
+    assert path.read_text() == kept
+
+
+@pytest.mark.parametrize("folder", ["file/below", "file"])
+def test_a_folder_that_cannot_be_written_is_no_error(folder, children, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(verdicts, "cache_folder", lambda: tmp_path / folder)
+    assert _prove() == _prove() and len(children.pids()) == 2
+
+
+def test_one_of_several_processes_checks_and_the_others_wait_for_it(children):
+    _prove()
+    (path,) = (verdicts.cache_folder() / "self_check").glob("*.json")
+    kept = path.read_text()
+    path.unlink()
+    held, found = filelock.FileLock(f"{path}.lock"), []
+    with held:  # as another process that checks
+        waiting = threading.Thread(target=lambda: found.append(_prove()))
+        waiting.start()
+        waiting.join(0.3)
+        assert waiting.is_alive()
+        path.write_text(kept)
+    waiting.join(20)
+    assert len(found) == 1 and len(children.pids()) == 1
+
+
+def test_ctrl_c_leaves_no_process_behind(children, monkeypatch):
+    children(rotary="time.sleep(60)")
+    told = []
+
+    def interrupt(finding):
+        told.append(finding)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verdicts.check_anew(GPU, ITEMS, interrupt)
+    assert len(told) == 1 and not _is_alive(children.pids()[0])
+    assert len(_prove_again(children)) == 3, "nothing is locked"
+
+
+def _prove_again(children):
+    children()
+    return _prove()
+
+
+def test_check_anew_asks_no_file_and_replaces_it(children):
+    children(rotary="found |= dict(ok=False, reason='wrong', time_ms=1.0)")
+    _prove()
+    children()
+    told = []
+    findings, _ = verdicts.check_anew(GPU, ITEMS, told.append)
+    assert [finding.ok for finding in findings] == [True] * 3 and told == findings
+    assert _prove()["rotary"].ok and len(children.pids()) == 2
+
+
+def test_the_cache_folder_is_the_one_of_the_project(monkeypatch):
+    monkeypatch.setenv("NVEMBED_FAST_CACHE", "/somewhere")
+    assert str(verdicts.cache_folder()) == "/somewhere"
+    monkeypatch.delenv("NVEMBED_FAST_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert str(verdicts.cache_folder()) == "/cache/nvembed_fast"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", "/home/me")
+    assert str(verdicts.cache_folder()) == "/home/me/.cache/nvembed_fast"
+
+
+def test_a_forked_process_is_not_locked_out(children):
+    with verdicts._turn:  # as a thread that checks while another one forks
+        pid = os.fork()
+        if pid == 0:
+            os._exit(0 if verdicts._turn.acquire(timeout=5) else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_the_real_child_answers(monkeypatch, tmp_path):
+    """From a checkout that is not installed, in any folder. Off a GPU it is the interpreter's kernel."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    item = ("swiglu", "float32", "forward")
+    (finding,), why_here = verdicts.check_anew(torch.device("cpu"), [item], lambda finding: None)
+    assert why_here == "" and finding.item == item and finding.ok and finding.path == "triton"
+    assert 0 < finding.error <= finding.tolerance
+
+
+def test_a_child_that_sees_another_gpu_checks_nothing(monkeypatch, capsys):
+    request = {"device": "cuda:0", "items": [], "facts": {"gpu": "ours"}, "seconds": 60}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(request) + "\n"))
+    monkeypatch.setattr(self_check, "facts", lambda device: {"gpu": "another"})
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(self_check.os, "dup2", lambda *_: None)
+    monkeypatch.setattr(self_check.signal, "alarm", lambda seconds: None)
+    monkeypatch.setattr(self_check, "_end_with_parent", lambda: None)
+    with pytest.raises(SystemExit, match="sees another GPU"):
+        self_check.main()
