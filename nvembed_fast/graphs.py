@@ -29,7 +29,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.layout import SeqLayout, pinned
+from nvembed_fast.kernels.streams import Kept
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.network.pooling_heads import runs_as_written
 from nvembed_fast.packing import PackedBatch
@@ -71,7 +72,8 @@ class BucketLayout(SeqLayout):
             part.view(shape) for part, shape in zip(self._parts(self._buffer), self._shapes, strict=True)
         )
         self.input_ids, self.keep, self.cu_seqlens, self.positions, *tiles = views
-        self._cache = {("tiles", block): tile for block, tile in zip(blocks, tiles, strict=True)}
+        kept = Kept(self._buffer)
+        self._cache = {("tiles", block): (kept, tile) for block, tile in zip(blocks, tiles, strict=True)}
         # of a text that fills the bucket. A shorter one takes the first of them
         self._counts = np.arange(bucket, dtype=np.int32)
         self._firsts = [self._counts[: self._num_tiles(block) - 1] * block for block in blocks]
@@ -79,9 +81,8 @@ class BucketLayout(SeqLayout):
     def put(self, ids: np.ndarray, first_pooled: int) -> None:
         """Write a text of at most T tokens into the buffer, without waiting for the device."""
         length, rest = len(ids), self.num_tokens - len(ids)
-        # PyTorch gives pinned memory to nobody else before the copy out of it is done
-        host = torch.empty(self._size, dtype=torch.int32, pin_memory=self.device.type == "cuda")
-        into_ids, keep, cu_seqlens, positions, *tiles = self._parts(host.numpy())
+        host = np.empty(self._size, dtype=np.int32)
+        into_ids, keep, cu_seqlens, positions, *tiles = self._parts(host)
         into_ids[:length], into_ids[length:] = ids, 0
         keep[:] = 0
         keep[first_pooled:length] = 1
@@ -95,7 +96,7 @@ class BucketLayout(SeqLayout):
             tile[:of_text, 1] = firsts[:of_text]
             tile[of_text:of_both, 0] = 1
             tile[of_text:of_both, 1] = firsts[: of_both - of_text]
-        self._buffer.copy_(host, non_blocking=True)
+        self._buffer.copy_(pinned(torch.from_numpy(host), self.device), non_blocking=True)
 
     def split_seqs(self, block: int) -> torch.Tensor:
         raise AssertionError(f"a bucket of {self.num_tokens} tokens is cut into {block}: lower MAX_TOKENS")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nvembed_fast.kernels.layout import SeqLayout, to_device
+from nvembed_fast.kernels.layout import SeqLayout
 
 __all__ = ["PackedBatch", "from_padded", "pad_rows", "token_budget_batches"]
 
@@ -43,13 +43,13 @@ class PackedBatch:
             first_pooled: per text, the number of leading tokens that are not pooled.
             device: where the batch goes, without waiting for the device.
         """
-        layout = SeqLayout([len(i) for i in ids], device)
-        packed = np.concatenate(ids) if ids else np.empty(0)
-        pool_mask = None
+        arrays = [np.concatenate(ids).astype(np.int64) if ids else np.empty(0, dtype=np.int64)]
         if any(first_pooled):
             keep = [np.arange(len(i)) >= first for i, first in zip(ids, first_pooled, strict=True)]
-            pool_mask = to_device(torch.from_numpy(np.concatenate(keep)), layout.device)
-        return cls(to_device(torch.from_numpy(packed.astype(np.int64)), layout.device), layout, pool_mask)
+            arrays.append(np.concatenate(keep))
+        layout = SeqLayout([len(i) for i in ids], device, arrays)
+        input_ids, *pool_mask = layout.arrays
+        return cls(input_ids, layout, pool_mask[0] if pool_mask else None)
 
 
 def from_padded(

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_layering import KERNELS
 
 from nvembed_fast.kernels import tuned
-from tools import gpu_checks, gpu_run
+from tools import gpu_checks, gpu_run, host_time
 from tools.gpu_run import Slice
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = [p for p in ROOT.glob("tests/test_*.py") if (ROOT / "kernels" / f"{p.stem[5:]}.py").exists()]
 
 
 def python(name, code, minutes=0.01, **more):
@@ -180,7 +180,7 @@ def test_slices_name_suites_workloads_and_test_files_that_exist():
     from bench.suites import SUITES
 
     assert set(gpu_run.SUITES) == set(SUITES)
-    assert set(gpu_run.KERNELS) == set(gpu_checks.STEMS) == {path.stem[5:] for path in KERNEL_TESTS}
+    assert set(gpu_run.KERNELS) == set(gpu_checks.STEMS) == set(KERNELS)
     assert {*gpu_run.TUNED, "flash_attention"} == {kernel.partition(".")[0] for kernel in tuned.KERNELS}
     for one in gpu_run.slices():
         for option, value in itertools.pairwise(one.command):
@@ -218,3 +218,11 @@ def test_vectors_of_two_threads_are_counted_when_they_are_mixed_up():
 
     assert gpu_checks.wrong_vectors(through_a_shared_buffer, texts, 20) > 0
     assert gpu_checks.wrong_vectors(lambda ids: torch.as_tensor(ids).float(), texts, 20) == 0
+
+
+def test_what_a_new_model_has_made_is_read_by_two_threads(monkeypatch):
+    """Here on the CPU. On a GPU each thread has a stream."""
+    model = host_time.tiny_model()
+    assert gpu_checks.kept(model, 2, length=40) == 0
+    monkeypatch.setattr(gpu_checks.torch, "allclose", lambda *args, **kwargs: False)
+    assert gpu_checks.kept(model, 2, length=40) == 8

@@ -296,13 +296,13 @@ def test_what_a_graph_reads_is_kept(tiny_directory, captures):
     run = SingleTextGraphs(model)
     with ops.use_impl("triton"):
         run(np.arange(3, 12), 0)
-    constants = [t.data_ptr() for _, _, built in model.head._cache.values() for t in built]
+    constants = [t.data_ptr() for built in model.head._cache.values() for t in built.kept.tensors]
     tables = model.embedding_model.rotary_tables(16)
     model.to("cpu")  # moves nothing, and empties the head's cache
     assert not model.head._cache and constants
     held_tables, held_cache = run._graphs[16].held
     assert held_tables is tables
-    assert [t.data_ptr() for _, _, built in held_cache.values() for t in built] == constants
+    assert [t.data_ptr() for built in held_cache.values() for t in built.kept.tensors] == constants
 
 
 def test_encode_sends_short_texts_alone_through_the_graphs(tiny_directory, captures, monkeypatch):

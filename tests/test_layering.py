@@ -17,13 +17,14 @@ from nvembed_fast import ops
 from nvembed_fast.kernels import library, reference
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_SUPPORT = {"_common", "errors", "layout", "library", "reference", "testing", "tuned"}
+KERNEL_SUPPORT = {"_common", "errors", "layout", "library", "reference", "streams", "testing", "tuned"}
 KERNELS = sorted(p.stem for p in ROOT.glob("kernels/*.py") if p.stem not in KERNEL_SUPPORT)
 
 # kernels/: what a file may import from the project, and what it does import from outside the standard library
 KERNEL_FILES = {
     "errors": ({"layout"}, {"torch"}),
-    "layout": (set(), {"numpy", "torch"}),
+    "layout": ({"streams"}, {"numpy", "torch"}),
+    "streams": (set(), {"torch"}),
     "reference": ({"errors", "layout"}, {"einops", "torch"}),
     "library": ({"errors", "layout", "reference"}, {"torch"}),
     "_common": (set(), {"torch", "triton"}),
@@ -173,10 +174,10 @@ def test_every_package_file_is_in_a_room():
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_a_room_imports_only_what_its_wall_allows(room):
     allowed, packages = WALLS[room]
-    # ops is the only place that chooses an implementation; everyone else knows the layout alone, and the
+    # ops is the only place that chooses an implementation; everyone else knows layout and streams, and the
     # self-check what results are compared with
     chosen, compared = {"errors", "library", "reference", *KERNELS}, {"reference", "testing"}
-    kernels = {"layout"} | {"ops": chosen, "self_check": compared}.get(room, set())
+    kernels = {"layout", "streams"} | {"ops": chosen, "self_check": compared}.get(room, set())
     # an integration may import no other, and kinds of rooms below another know no sibling
     theirs = set()
     for path in ROOMS[room]:

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, token_budget_batches
@@ -44,6 +45,52 @@ def test_from_ids_packs_and_masks():
     assert batch.input_ids.tolist() == [5, 6, 7, 8] and batch.input_ids.dtype == torch.int64
     assert batch.pool_mask.tolist() == [False, False, True, True]
     assert PackedBatch.from_ids([np.array([5])], [0]).pool_mask is None
+
+
+class Copies(TorchDispatchMode):
+    """Counts what goes from the host to the device "meta"."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if "copy" in func.name() and result.is_meta:
+            self.count += 1
+        return result
+
+
+def test_a_batch_goes_to_the_device_by_one_copy(monkeypatch):
+    """Ids, mask, ends, positions, and the lists that the batch before was asked for."""
+    monkeypatch.setattr("nvembed_fast.kernels.layout._asked", {})
+
+    def run(seed: int) -> int:
+        lengths = np.random.default_rng(seed).integers(600, 1000, 5)
+        with Copies() as copies:
+            batch = PackedBatch.from_ids([np.arange(n) for n in lengths], [2] * 5, "meta")
+            for _ in range(3):
+                batch.layout.tiles(32)
+            batch.layout.tiles(512), batch.layout.split_seqs(512)
+        plain = SeqLayout(lengths)
+        assert batch.layout.tiles(32).shape == plain.tiles(32).shape
+        assert batch.layout.split_seqs(512).shape == plain.split_seqs(512).shape
+        return copies.count
+
+    assert [run(seed) for seed in range(3)] == [4, 1, 1]
+
+
+def test_lists_that_went_along_are_those_of_the_batch():
+    for _ in range(2):
+        for lengths in ((600, 1000, 3), (1000, 1, 700)):
+            layout = SeqLayout(lengths)
+            tiles = layout.tiles(256).tolist()
+            assert len(tiles) == sum(-(-n // 256) for n in lengths)
+            assert all(first < lengths[seq] for seq, first in tiles)
+            assert {seq for seq, _ in layout.split_seqs(256).tolist()} == {
+                s for s, n in enumerate(lengths) if n > 256
+            }
+            assert layout.tiles(256).data_ptr() % 16 == layout.positions.data_ptr() % 16 == 0
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -3,6 +3,7 @@
     python3 -m tools.gpu_checks environment          versions and devices
     python3 -m tools.gpu_checks repeats STEM         200 runs of each operation and its backward, bit for bit
     python3 -m tools.gpu_checks threads [--streams]  CUDA graphs called by two threads at once
+    python3 -m tools.gpu_checks kept                 two streams at once read what a new model has just made
 
 A kernel that reads shared memory before it is written gives other bits now and then. One green parity run
 does not show that. Many equal runs do.
@@ -10,6 +11,7 @@ does not show that. Many equal runs do.
 
 import argparse
 import contextlib
+import copy
 import functools
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from nvembed_fast.graphs import SingleTextGraphs
 from nvembed_fast.kernels import testing
 from nvembed_fast.kernels.testing import as_tuple, gradients, upstream_of
 from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.packing import PackedBatch
 
 EPS = 1e-5
 STEMS = (
@@ -119,9 +122,14 @@ def wrong_vectors(
     texts: Sequence[np.ndarray],
     count: int,
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+    wanted: Sequence[torch.Tensor] | None = None,
 ) -> int:
-    """How many of `count` vectors per text are not the ones that the text gets alone. One thread a text."""
-    wanted = [encode(ids).clone() for ids in texts]
+    """How many of `count` vectors per text are not the ones that the text gets alone. One thread a text.
+
+    With `wanted` nothing is encoded before the threads start.
+    """
+    if wanted is None:
+        wanted = [encode(ids).clone() for ids in texts]
     wrong = [0] * len(texts)
     barrier = threading.Barrier(len(texts))
 
@@ -172,6 +180,36 @@ def threads(streams: bool, count: int) -> int:
     return wrong
 
 
+def kept(model: NVEmbedModel, count: int, length: int = 2000) -> int:
+    """Rotary tables, matrices of the latents and layouts: made by one thread, read by both at once.
+
+    Returns:
+        The number of wrong vectors.
+    """
+    device = next(model.parameters()).device
+    vocabulary = model.config.text_config.vocab_size
+    texts = [np.random.default_rng(seed).integers(3, vocabulary, length) for seed in range(2)]
+
+    def encode(model: NVEmbedModel, ids: np.ndarray) -> torch.Tensor:
+        # the operations, and with them the layouts that all calls share, are those of training
+        with torch.enable_grad():
+            return model(PackedBatch.from_ids([ids], [0], device)).detach()
+
+    def context():
+        on_gpu = device.type == "cuda"
+        return torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext()
+
+    model.embedding_model.norm.weight.requires_grad_(True)
+    wanted, wrong = [encode(model, ids) for ids in texts], 0
+    for _ in range(count):
+        new = copy.deepcopy(model)  # it makes its own tables and matrices
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        wrong += wrong_vectors(functools.partial(encode, new), texts, 2, context, wanted)
+    print(f"two threads, a stream each, {count} new models: {wrong} of {4 * count} vectors are wrong")
+    return wrong
+
+
 def environment() -> int:
     import triton
 
@@ -200,6 +238,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     two = checks.add_parser("threads")
     two.add_argument("--streams", action="store_true", help="a stream for each thread")
     two.add_argument("--count", type=int, default=3000, metavar="N", help="[%(default)s]")
+    three = checks.add_parser("kept")
+    three.add_argument("--count", type=int, default=100, metavar="N", help="[%(default)s]")
     args = parser.parse_args(argv)
     if args.check == "environment":
         return environment()
@@ -208,6 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.check == "repeats":
         return 1 if repeats(args.stem, args.count, "cuda", torch.bfloat16) else 0
+    if args.check == "kept":
+        return 1 if kept(small_model(torch.float16), args.count) else 0
     return 1 if threads(args.streams, args.count) else 0
 
 

@@ -115,6 +115,7 @@ def slices() -> list[Slice]:
         Slice("graphs", (*pytest, "-m", "gpu", "tests/test_gpu.py", "-k", "graphs"), 1),
         Slice("threads", (*check, "threads"), 1),
         Slice("streams", (*check, "threads", "--streams"), 1),
+        Slice("streams-kept", (*check, "kept"), 1),
         *(Slice(f"bench-{suite}", (*bench, "--suites", suite), 8) for suite in SUITES),
         *(
             Slice(f"profile-{name.replace(' ', '-')}", (*profile, "--workload", name, "-o", "{scratch}"), 4)

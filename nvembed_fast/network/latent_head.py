@@ -33,6 +33,7 @@ Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H h
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,7 @@ from torch import nn
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig, LatentForm, Latents, check_latents
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.streams import Kept
 from nvembed_fast.network.pooling_heads import AttentionHead, runs_as_written
 
 __all__ = ["LatentHead"]
@@ -50,6 +52,15 @@ _WHOLE = 4096  # elements of a weight that is sampled as a whole
 _CHUNKS, _CHUNK = 127, 32  # of a larger one. A prime number, and a cache line of 16-bit elements
 # modules whose weights say all that they do
 _PLAIN = (nn.LayerNorm, nn.Linear, ops.Linear)
+
+
+class _Built(NamedTuple):
+    """What was built from weights: their state then, they themselves, their sample, and the tensors."""
+
+    state: tuple
+    weights: list[torch.Tensor]
+    sample: torch.Tensor
+    kept: Kept
 
 
 class LatentHead(AttentionHead):
@@ -65,10 +76,7 @@ class LatentHead(AttentionHead):
         self.to_kv = ops.Linear(config.latent_dim, 2 * inner, bias=False)
         self.to_out = ops.Linear(inner, width, bias=False)
         self.mode: Latents = "auto"
-        # form -> (state of the weights, the weights and their sample, the tensors built from them)
-        self._cache: dict[
-            str, tuple[tuple, tuple[list[torch.Tensor], torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-        ] = {}
+        self._cache: dict[str, _Built] = {}  # by the form
         self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @contextmanager
@@ -132,7 +140,7 @@ class LatentHead(AttentionHead):
         cold caches (2026-11-26). A write to 1 % of the rows or of the columns is seen. One to a single row
         of a large weight may be missed. An in-place operation on the parameter itself is always seen.
         """
-        changed = [form for form, (_, held, _) in list(self._cache.items()) if _changed(*held)]
+        changed = [form for form, b in list(self._cache.items()) if _changed(b.weights, b.sample)]
         for form in changed:
             self._cache.pop(form, None)
         return bool(changed)
@@ -169,7 +177,7 @@ class LatentHead(AttentionHead):
             *((w.data_ptr(), w.dtype, w.device, 0 if w.is_inference() else w._version) for w in weights),
         )
         cached = self._cache.get(form)
-        if cached is None or cached[0] != state:
+        if cached is None or cached.state != state:
             # tensors built under inference_mode could not be used outside it
             with torch.inference_mode(False), torch.no_grad():
                 built = self._build()
@@ -180,8 +188,11 @@ class LatentHead(AttentionHead):
                     "dtype='bfloat16', or take the other form (latents='direct' or 'absorbed')"
                 )
             # the weights are held, so that no later one can come to lie at the same address unseen
-            cached = self._cache[form] = (state, ([w.detach() for w in weights], sample), built)
-        return cached[2]
+            held = [w.detach() for w in weights]
+            cached = self._cache[form] = _Built(state, held, sample, Kept(*built))
+        cached.kept.here()
+        one, other = cached.kept.tensors
+        return one, other
 
     def _keys_and_values(self) -> tuple[torch.Tensor, torch.Tensor]:
         """k and v of the latents, [L, N, H] each: the context product of the original."""

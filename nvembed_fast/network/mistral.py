@@ -16,6 +16,7 @@ from torch import nn
 from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.streams import Kept
 from nvembed_fast.network.pooling_heads import runs_as_written
 from nvembed_fast.packing import PackedBatch
 
@@ -47,6 +48,7 @@ class RotaryTables:
 
     def __init__(self, cos: torch.Tensor, sin: torch.Tensor):
         self.cos, self.sin = cos, sin
+        self.kept = Kept(cos, sin)
 
 
 class SelfAttention(nn.Module):
@@ -158,4 +160,5 @@ class MistralBackbone(nn.Module):
                 frequency = 1.0 / self.config.rope_theta ** (exponent / self.config.head_dim)
                 angle = torch.arange(count, device=device).float()[:, None] * frequency
                 tables = self._rotary_tables = RotaryTables(angle.cos(), angle.sin())
+        tables.kept.here()
         return tables

@@ -312,9 +312,13 @@ def _patch_torch() -> None:
         "get_device_properties": lambda device=None: properties,
         "get_device_name": lambda device=None: properties.name,
         "synchronize": lambda device=None: None,
+        # one stream, which has nothing to wait for
+        "current_stream": lambda device=None: types.SimpleNamespace(record_event=lambda: "event"),
+        "is_current_stream_capturing": lambda: False,
     }
     for name, value in replaced.items():
         setattr(torch.cuda, name, value)
+    torch._C._cuda_getCurrentRawStream = lambda index: index + 1
     torch.Tensor.to = _to
     # Module.to: not by exchanging the memory of a parameter
     torch.__future__.set_overwrite_module_params_on_conversion(True)
