@@ -12,13 +12,15 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from types import EllipsisType
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from nvembed_fast import checkpoint, files, fingerprint, legacy, ops
@@ -30,6 +32,7 @@ from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.network.pooling_heads import PoolingHead
 from nvembed_fast.packing import PackedBatch
 from nvembed_fast.placement import Placement
+from nvembed_fast.precision import Precision, check_precision, check_ranges, quantized
 from nvembed_fast.stream import Progress, Result, TextStream
 from nvembed_fast.tokenization import TextTokenizer, text_list
 
@@ -264,6 +267,9 @@ class NVEmbed(nn.Module):
         max_batch_tokens: int | None = None,
         show_progress: bool | None = None,
         output: Literal["torch", "numpy"] = "torch",
+        precision: Precision | None = "float32",
+        truncate_dim: int | None = None,
+        ranges: np.ndarray | None = None,
         **old_keywords: Any,
     ) -> torch.Tensor | np.ndarray:
         """Embed texts.
@@ -279,12 +285,18 @@ class NVEmbed(nn.Module):
             max_batch_tokens: tokens per batch. None: 16384 on a GPU, 2048 on a CPU.
             show_progress: a progress bar. None shows it in a terminal only.
             output: "torch" for a tensor on the model's device, "numpy" for an array on the host.
+            precision: "int8", "uint8", "binary" or "ubinary" for vectors in fewer bits: see
+                `nvembed_fast.precision`.
+            truncate_dim: the number of leading dimensions to keep. The rest has no unit norm, unless
+                normalize_embeddings=True asks for it.
+            ranges: [2, D] of `precision.value_ranges`, for int8 and uint8. None takes those of these texts.
             old_keywords: those of the original and of sentence-transformers that have a meaning here, such as
                 return_numpy, prompt, convert_to_tensor and show_progress_bar. num_workers and batch_size
                 are not needed: one thread tokenizes ahead, and batches are cut by tokens.
 
         Returns:
             [N, D] fp32 in the order of prompts, of unit norm. [D] for a single string, [0, D] for no text.
+            Other precisions have their own dtype, and binary ones have ceil(D / 8) columns.
 
         Raises:
             TypeError: a prompt is not a string, and the message names its index. Prompts have no order, or
@@ -293,25 +305,44 @@ class NVEmbed(nn.Module):
             ValueError: a prompt cannot be tokenized, or its instruction leaves nothing to pool within
                 max_length. The message names its index.
         """
-        call = legacy.Encoding(instruction, output, show_progress)
+        call = legacy.Encoding(instruction, output, show_progress, truncate_dim is not None)
         normalized = self.model.head.output_normalize
-        instruction, kind, show_progress = legacy.encoding_call(
+        call = legacy.encoding_call(
             self.encode, call, old_keywords, device=self.device, normalized=normalized
         )
-        if kind not in ("torch", "numpy"):
-            raise ValueError(f"output must be 'torch' or 'numpy', got {kind!r}")
+        if call.output not in ("torch", "numpy"):
+            raise ValueError(f"output must be 'torch' or 'numpy', got {call.output!r}")
         single = isinstance(prompts, str)
         texts = [prompts] if isinstance(prompts, str) else text_list(prompts)
+        width, precision = self._width(truncate_dim), check_precision(precision)
+        check_ranges(ranges, precision, len(texts), width)
         self.warn_about(texts)
         max_length = self.max_seq_length if isinstance(max_length, EllipsisType) else max_length
-        batches = self.stream(texts, instruction, max_length, max_batch_tokens)
-        result = Result(len(texts), self.config.hidden_size, self.device, on_host=kind == "numpy")
-        with Progress(texts, max_length, show_progress) as progress:
+        batches = self.stream(texts, call.instruction, max_length, max_batch_tokens)
+        on_host = call.output == "numpy" or precision != "float32"
+        result = Result(len(texts), width, self.device, on_host)
+        with Progress(texts, max_length, call.show_progress) as progress:
             for indices, vectors in batches:
+                if truncate_dim is not None:
+                    vectors = vectors[:, :width]
+                    vectors = F.normalize(vectors, dim=1) if call.normalize else vectors
                 result.put(indices, vectors)
                 progress.advance(indices)
         found = result.finish()
+        if precision != "float32":
+            found = quantized(cast(np.ndarray, found), precision, ranges)
+            found = found if call.output == "numpy" else torch.from_numpy(found).to(self.device)
         return found[0] if single else found
+
+    def _width(self, truncate_dim: int | None) -> int:
+        width = self.config.hidden_size
+        if truncate_dim is None:
+            return width
+        if not isinstance(truncate_dim, Integral) or isinstance(truncate_dim, bool):
+            raise TypeError(f"truncate_dim must be an int, got {type(truncate_dim).__name__}")
+        if not 1 <= truncate_dim <= width:
+            raise ValueError(f"truncate_dim must be from 1 to {width}, got {truncate_dim}")
+        return int(truncate_dim)
 
     def warn_about(self, texts: list[str]) -> None:
         """Warn as `encode` does: of an untrained model, once, and of texts that end with the end mark."""

@@ -53,8 +53,6 @@ OLD_KEYWORDS = {
         "show_progress_bar",
         "device",
         "output_value",
-        "precision",
-        "truncate_dim",
         "pool",
         # these cannot change a vector
         "num_workers",
@@ -90,7 +88,7 @@ _NOT_HERE = {
 _NOT_SET = {
     "prompts": "pass instruction to encode",
     "default_prompt_name": "pass instruction to encode",
-    "truncate_dim": "cut vectors[:, :n], then normalise them again",
+    "truncate_dim": "pass truncate_dim to encode",
     "is_mask_instruction": "change is_mask_instruction in config.json",
     "max_length": "set max_seq_length",
     "tokenizer": "load a model with that tokenizer in its directory",
@@ -102,11 +100,16 @@ _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
 
 class Encoding(NamedTuple):
-    """Our arguments of `encode`."""
+    """Our arguments of `encode`.
+
+    `normalize` asks that vectors have unit norm behind a cut, too.
+    """
 
     instruction: str
     output: str
     show_progress: bool | None
+    is_truncated: bool = False
+    normalize: bool = False
 
 
 def loading_source(path_or_id: str | PathLike | None, keywords: dict[str, Any]) -> str | PathLike:
@@ -162,7 +165,9 @@ def encoding_call(
     """
     _refuse_unknown(function, keywords)
     given = {name: value for name, value in keywords.items() if value is not None}
-    _refuse_other_results(given, device, normalized)
+    # behind a cut, normalising anew is a choice
+    wishes = [bool(given[name]) for name in ("normalize_embeddings", "norm") if name in given]
+    _refuse_other_results(given, device, any(wishes) if call.is_truncated else normalized)
     instruction, show_progress = call.instruction, call.show_progress
     if prompt := given.get("prompt"):
         if instruction not in ("", prompt):
@@ -170,7 +175,10 @@ def encoding_call(
         instruction = prompt
     if show_progress is None and "show_progress_bar" in given:
         show_progress = bool(given["show_progress_bar"])
-    return Encoding(instruction, _output(call.output, given), show_progress)
+    output = _output(call.output, given)
+    return call._replace(
+        instruction=instruction, output=output, show_progress=show_progress, normalize=any(wishes)
+    )
 
 
 def _output(output: str, given: dict[str, Any]) -> str:
@@ -203,12 +211,6 @@ def _refuse_other_results(given: dict[str, Any], device: torch.device, normalize
                 f"encode() got {name}={given[name]!r}, but the vectors of this model {have}: "
                 "drop the keyword, or change output_normalize in config.json"
             )
-    if given.get("precision", "float32") not in ("float32", "fp32"):
-        raise TypeError(
-            f"encode() returns float32, got precision={given['precision']!r}: convert the vectors it returns"
-        )
-    if "truncate_dim" in given:
-        raise TypeError("encode() has no truncate_dim: cut vectors[:, :n], then normalise them again")
     if given.get("output_value", "sentence_embedding") != "sentence_embedding":
         raise TypeError(
             f"encode() returns one vector a text, got output_value={given['output_value']!r}: "

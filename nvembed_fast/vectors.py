@@ -17,7 +17,9 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-__all__ = ["Record", "read_vectors", "write_record", "write_vectors"]
+from nvembed_fast.precision import Precision, byte_width, quantized, restored, value_ranges
+
+__all__ = ["Record", "read_vectors", "write_quantized", "write_record", "write_vectors"]
 
 _AGAIN = "make it anew with nvembed-fast encode FILE -o OUT.npy"
 _OTHER_KINDS = {
@@ -49,6 +51,9 @@ class Record:
         instruction: in front of every text.
         max_length: tokens at which texts were cut.
         dtype: in which the model computed.
+        precision: of the vectors in the file, see `precision`. Floats are float32, whatever their dtype.
+        width: dimensions of a vector. None for all of the model's.
+        ranges: [2, width], of int8 and uint8 vectors.
     """
 
     model: str
@@ -57,6 +62,9 @@ class Record:
     instruction: str
     max_length: int
     dtype: str
+    precision: Precision = "float32"
+    width: int | None = None
+    ranges: list[list[float]] | None = None
 
 
 def write_vectors(file: IO[bytes], vectors: np.ndarray, record: Record) -> None:
@@ -72,11 +80,22 @@ def write_record(file: IO[bytes], record: Record) -> None:
     np.save(file, np.frombuffer(json.dumps(dataclasses.asdict(record)).encode(), dtype=np.uint8))
 
 
+def write_quantized(file: IO[bytes], vectors: np.ndarray, record: Record) -> None:
+    """Write [N, width] float vectors in the precision of the record, with the ranges that they have."""
+    ranges = value_ranges(vectors) if record.precision in ("int8", "uint8") else None
+    write_vectors(
+        file,
+        quantized(vectors, record.precision, ranges),
+        dataclasses.replace(record, ranges=None if ranges is None else ranges.tolist()),
+    )
+
+
 def read_vectors(path: Path) -> tuple[np.ndarray, Record | None]:
     """Read vectors and their record.
 
     Returns:
-        [N, D] finite vectors in the file's float dtype, and None for a file without a record.
+        [N, D] finite vectors in the file's float dtype, and None for a file without a record. Vectors of
+        another precision come back in float32, as exact as they are.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -89,6 +108,8 @@ def read_vectors(path: Path) -> tuple[np.ndarray, Record | None]:
             _check_header(file, path, size)
             vectors = np.load(file, allow_pickle=False)
             record = _record(file, path) if file.tell() < size else None
+        if vectors.dtype.kind != "f":
+            vectors = _restored(vectors, record, path)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}: {_AGAIN.replace('it anew', 'it')}") from None
     except OSError as error:
@@ -115,9 +136,11 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> None:
         shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
     except _HEADER_ERRORS as error:
         raise ValueError(f"{path} has a broken header: {_AGAIN}") from error
-    if dtype.kind != "f" or dtype.itemsize > 8:
+    if dtype not in (np.int8, np.uint8) and (dtype.kind != "f" or dtype.itemsize > 8):
         kind = "Python objects, which can run code" if dtype.hasobject else f"{dtype}"
-        raise ValueError(f"{path} holds {kind}, and vectors are float16, float32 or float64: {_AGAIN}")
+        raise ValueError(
+            f"{path} holds {kind}, and vectors are float16, float32, float64, int8 or uint8: {_AGAIN}"
+        )
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"{path} has shape {shape}, and vectors have [texts, width]: {_AGAIN}")
     wanted = file.tell() + math.prod(shape) * dtype.itemsize
@@ -134,8 +157,34 @@ def _record(file: IO[bytes], path: Path) -> Record:
             raise ValueError("no array")
         file.seek(-6, os.SEEK_CUR)
         content: Any = json.loads(np.load(file, allow_pickle=False).tobytes())
-        return Record(**{field.name: content[field.name] for field in dataclasses.fields(Record)})
+        # what later versions have added may be absent
+        added = [f.name for f in dataclasses.fields(Record) if f.default is not dataclasses.MISSING]
+        given = {f.name: content[f.name] for f in dataclasses.fields(Record) if f.name not in added}
+        return Record(**given, **{name: content[name] for name in added if name in content})
     except (*_HEADER_ERRORS, EOFError) as error:
         raise ValueError(
             f"{path} holds more than vectors, and that is no record of them: fetch it again, or {_AGAIN}"
         ) from error
+
+
+def _restored(vectors: np.ndarray, record: Record | None, path: Path) -> np.ndarray:
+    """[N, width] fp32. ValueError for bytes that their record does not explain."""
+    if record is None:
+        raise ValueError(f"{path} holds {vectors.dtype} without a record of what they mean: {_AGAIN}")
+    try:
+        precision, width, ranges = record.precision, record.width, None
+        kind = {"int8": np.int8, "binary": np.int8, "uint8": np.uint8, "ubinary": np.uint8}[precision]
+        if type(width) is not int or (vectors.dtype, vectors.shape[1]) != (
+            kind,
+            byte_width(width, precision),
+        ):
+            raise ValueError("another shape")
+        if precision in ("int8", "uint8"):
+            ranges = np.array(record.ranges, dtype=np.float32)
+            if ranges.shape != (2, width) or not np.isfinite(ranges).all():
+                raise ValueError("other ranges")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds {vectors.dtype} {list(vectors.shape)}, and its record does not fit: {_AGAIN}"
+        ) from error
+    return restored(vectors, precision, width, ranges)

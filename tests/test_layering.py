@@ -34,7 +34,7 @@ KERNEL_FILES = {
 
 # nvembed_fast/: a room is a file, or a folder with all below it. Per room: what it may import of the package
 # beside itself, and what it does import from elsewhere. A folder's files have a line each in FOLDER_FILES
-GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement"}
+GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement", "precision"}
 GROUND |= {"self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
 INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream"}
@@ -61,6 +61,7 @@ WALLS = {
     "ops": (GROUND, {"torch"}),
     "packing": (GROUND, {"numpy", "torch"}),
     "placement": (GROUND, {"torch"}),
+    "precision": (GROUND, {"numpy"}),
     "self_check": (GROUND, {"torch"}),
     "texts": (GROUND, set()),
     "tokenization": (GROUND, {"numpy", "tokenizers"}),

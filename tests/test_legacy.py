@@ -73,8 +73,6 @@ def test_old_names_give_way_to_ours(device, dtype, old, wanted):
         ({"prompt_type": SimpleNamespace(value="query")}, "no named prompts, got prompt_type='query'"),
         ({"prompt": "a", "instruction": "b"}, "both instruction and prompt"),
         ({"normalize_embeddings": False}, "normalize_embeddings=False, but the vectors .* have unit norm"),
-        ({"precision": "int8"}, "returns float32, got precision='int8'"),
-        ({"truncate_dim": 8}, "no truncate_dim: cut"),
         ({"output_value": "token_embeddings"}, "one vector a text, got output_value='token_embeddings'"),
         ({"pool": object()}, "one process for each GPU"),
         ({"device": "cuda"}, "runs on the model's device cpu, got device='cuda'"),

@@ -87,7 +87,7 @@ NAN[2, 1], NAN[3, 0] = np.nan, np.inf
         (headed("{'descr': '<f4', 'fortran_order': False, 'shape': (-1, 64), }"), "has shape (-1, 64)"),
         (headed("{'descr': '<f4', 'fortran_order': False, 'shape': (10000000000, 64), }"), "is cut short"),
         (saved(np.array([{}, "a"]), allow_pickle=True), "holds Python objects, which can run code"),
-        (saved(np.array(["a"])), "holds <U1, and vectors are float16, float32 or float64"),
+        (saved(np.array(["a"])), "holds <U1, and vectors are float16, float32, float64, int8 or uint8"),
         (saved(VECTORS.astype(np.int64)), "holds int64, and vectors are"),
         (saved(VECTORS.astype(np.complex64)), "holds complex64, and vectors are"),
         (saved(VECTORS[0]), "has shape (3,), and vectors have [texts, width]"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from nvembed_fast.cli import options, process
 from nvembed_fast.stream import Progress, Result
@@ -26,12 +27,14 @@ def embed(
     instruction: str,
     arguments: "argparse.Namespace",
     partial: "Partial | None" = None,
+    width: int | None = None,
 ) -> np.ndarray:
     """Embed texts as `NVEmbed.encode` does, with a line every ten seconds where no bar is seen.
 
     Args:
         arguments: the text options.
         partial: where the rows go. Those that are there already are not made again.
+        width: dimensions to keep, normalised anew. None keeps all.
 
     Returns:
         [N, D] fp32 on the host, or the rows of `partial`.
@@ -39,7 +42,7 @@ def embed(
     missing = list(range(len(texts))) if partial is None else partial.missing()
     left = [texts[row] for row in missing]
     rows = None if partial is None else torch.from_numpy(partial.rows)
-    result = Result(len(texts), model.config.hidden_size, model.device, on_host=True, rows=rows)
+    result = Result(len(texts), width or model.config.hidden_size, model.device, on_host=True, rows=rows)
     progress = Progress(left, arguments.max_length, show=None)
     start = time.monotonic()
 
@@ -51,6 +54,8 @@ def embed(
     with progress, process.telling(state), options.note_cut(), _counted_among(left, texts):
         model.warn_about(left)
         for indices, vectors in model.stream(left, instruction, **options.encode_options(arguments)):
+            if width is not None:
+                vectors = F.normalize(vectors[:, :width], dim=1)
             landed = result.put([missing[index] for index in indices], vectors)
             progress.advance(indices)
             if partial is not None:

@@ -43,8 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output-dtype",
         default="float32",
-        choices=("float32", "float16"),
-        help="float16 takes half the room (default: %(default)s)",
+        choices=("float32", "float16", "int8", "uint8", "binary", "ubinary"),
+        help="float16 takes half the room, int8 and uint8 a quarter, binary and ubinary one bit a number. "
+        "OUT.npy keeps the ranges of int8 and uint8 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--truncate-dim",
+        type=int,
+        metavar="N",
+        help="keep the first N dimensions, and normalise them anew (default: all)",
     )
     prefix = parser.add_mutually_exclusive_group()
     prefix.add_argument(
@@ -79,12 +86,18 @@ def run(arguments: argparse.Namespace) -> None:
     from nvembed_fast.cli.partial import Partial
     from nvembed_fast.encoder import query_instruction
     from nvembed_fast.placement import dtype_name
-    from nvembed_fast.vectors import Record, write_vectors
+    from nvembed_fast.precision import byte_width
+    from nvembed_fast.vectors import Record, write_quantized, write_vectors
 
     instruction = arguments.instruction if arguments.task is None else query_instruction(arguments.task)
     model = options.load(arguments)
     options.note_empty(texts)
     named = options.path(arguments.model)
+    width = model.config.hidden_size
+    if (cut := arguments.truncate_dim) is not None and not 1 <= cut <= width:
+        raise ValueError(f"--truncate-dim must be from 1 to {width}, got {cut}")
+    asked = arguments.output_dtype
+    is_float = asked in ("float32", "float16")
     record = Record(
         # of a directory the name alone: the array may be passed on
         model=os.path.basename(os.path.abspath(named)) if named.is_dir() else arguments.model,
@@ -93,12 +106,14 @@ def run(arguments: argparse.Namespace) -> None:
         instruction=instruction,
         max_length=arguments.max_length,
         dtype=dtype_name(model.dtype),
+        precision="float32" if is_float else asked,
+        width=cut if is_float else cut or width,
     )
-    shape, dtype = (len(texts), model.config.hidden_size), arguments.output_dtype
-    made = f"{dtype} [{shape[0]}, {shape[1]}]"
+    shape, dtype = (len(texts), cut or width), asked if is_float else "float32"
+    made = f"{asked} [{shape[0]}, {byte_width(shape[1], record.precision)}]"
     if to_stdout:
-        vectors = embed(model, texts, instruction, arguments).astype(dtype, copy=False)
-        write_vectors(sys.stdout.buffer, vectors, record)
+        vectors = embed(model, texts, instruction, arguments, width=cut).astype(dtype, copy=False)
+        (write_vectors if is_float else write_quantized)(sys.stdout.buffer, vectors, record)
         sys.stdout.buffer.flush()
         process.say(f"standard output: {made}")
         return
@@ -108,11 +123,11 @@ def run(arguments: argparse.Namespace) -> None:
     ):
         if there := len(partial):
             process.say(f"note: {there} of {shape[0]} rows are in {partial.path} already")
-        embed(model, texts, instruction, arguments, partial)
+        embed(model, texts, instruction, arguments, partial, width=cut)
         if ids:  # first: behind the last rename nothing is left to do
             with files.replacing(_ids_file(output)) as aside:
                 aside.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
-        partial.finish()
+        partial.finish(None if is_float else lambda file, rows: write_quantized(file, rows, record))
         print(f"{output}: {made}")
 
 

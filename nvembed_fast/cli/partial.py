@@ -6,7 +6,8 @@ byte for each row: 1 if the row is there.
 1. The whole file is made at the start, so that a full disk is told at the start.
 2. Rows are written in any order. They are synced before their bytes are set to 1, so a kill or a loss of
    power leaves no half row that counts.
-3. When all rows are there, the bytes are cut off and the file is renamed to OUT.npy.
+3. When all rows are there, the bytes are cut off and the file is renamed to OUT.npy. Rows that the output has
+   in another precision are written to it anew.
 
 A file with another record is never touched: it holds rows of another model, of other texts or other options.
 A process keeps a lock on its file as long as it lives.
@@ -17,11 +18,14 @@ import io
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
+from nvembed_fast import files
 from nvembed_fast.cli import options, process
 from nvembed_fast.vectors import Record, write_record
 
@@ -91,8 +95,11 @@ class Partial:
         if time.monotonic() - self._marked >= MARK_EVERY_S:
             self._mark()
 
-    def finish(self) -> None:
-        """Rename the file to the output.
+    def finish(self, write: Callable[[IO[bytes], np.ndarray], None] | None = None) -> None:
+        """Rename the file to the output, or write the output from its rows.
+
+        Args:
+            write: writes the rows to the output in another form.
 
         Raises:
             ValueError: a row is not finite in the dtype of the file.
@@ -101,6 +108,11 @@ class Partial:
         if missing := self.missing():
             name = self.rows.dtype
             raise ValueError(f"row {missing[0]} is NaN or Inf in {name}: choose --output-dtype float32")
+        if write is not None:
+            with files.replacing(self.output) as aside, open(aside, "wb") as file:
+                write(file, self.rows)
+            self.path.unlink()
+            return
         # a copy: what is mapped behind the end of a file must not be read
         self._is_there = np.array(self._is_there)
         self._file.truncate(self._whole)

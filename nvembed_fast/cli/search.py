@@ -75,6 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     keywords = options.encode_options(arguments)
     if documents is not None:
         _check_model(arguments, model, documents, record)
+    if record is not None and record.width not in (None, model.config.hidden_size):
+        keywords |= {"truncate_dim": record.width, "normalize_embeddings": True}
     # first: what is wrong with a question is told before the work on the texts
     with options.note_cut():
         queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
@@ -145,7 +147,8 @@ def _check_model(
     from nvembed_fast.placement import dtype_name
 
     file = arguments.embeddings
-    if vectors.shape[1] != model.config.hidden_size:
+    width = model.config.hidden_size
+    if vectors.shape[1] != (width if record is None else record.width or width) or vectors.shape[1] > width:
         raise ValueError(
             f"{file} has vectors of {vectors.shape[1]}, the model of {model.config.hidden_size}: they are "
             "not of the same model"

@@ -10,6 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from nvembed_fast import NVEmbed
 from nvembed_fast.integrations.sentence_transformers import load
+from nvembed_fast.precision import quantized, value_ranges
 from nvembed_fast.stream import TextsCut
 
 pytestmark = pytest.mark.filterwarnings("ignore::nvembed_fast.stream.TextsCut")
@@ -227,3 +228,26 @@ def test_hard_negatives(model):
         pairs, model, corpus=["a", "b", "c"], num_negatives=1, query_prompt=PROMPT, verbose=False
     )
     assert len(mined) == 2 and set(mined["negative"]) <= {"a", "b", "c", "first text", "second text"}
+
+
+@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize("width", [64, 13])
+def test_precisions_are_the_librarys_own_to_the_byte(precision, width, encoder):
+    from sentence_transformers.util import quantize_embeddings
+
+    vectors = np.random.default_rng(0).normal(size=(300, width)).astype(np.float32)
+    np.testing.assert_array_equal(quantized(vectors, precision), quantize_embeddings(vectors, precision))
+    ranges = value_ranges(vectors[:50])
+    if precision in ("int8", "uint8"):
+        wanted = quantize_embeddings(vectors, precision, calibration_embeddings=vectors[:50])
+        np.testing.assert_array_equal(quantized(vectors, precision, ranges), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:the ranges of int8")
+def test_precision_and_cut_in_both_calls(model, encoder):
+    for keywords in ({"precision": "int8"}, {"precision": "ubinary", "truncate_dim": 20}, {"truncate_dim": 7},
+                     {"truncate_dim": 7, "normalize_embeddings": True}):  # fmt: skip
+        got, wanted = model.encode(TEXTS, **keywords), encoder.encode(TEXTS, output="numpy", **keywords)
+        assert got.dtype == wanted.dtype and got.shape == wanted.shape
+        far = np.abs(got.astype(np.float64) - wanted).max()
+        assert far <= (1 if keywords.get("precision") == "int8" else 1e-6)
