@@ -13,5 +13,8 @@ setup(
     # kernels/ has no __init__.py (docs/layout.md says why), so find_packages skips it
     packages=[*find_packages(include=["nvembed_fast", "nvembed_fast.*"]), "nvembed_fast.kernels"],
     package_dir={"": "."} if EDITABLE else {"nvembed_fast.kernels": "kernels"},
-    package_data={"nvembed_fast.kernels": ["tuned.toml"]},
+    package_data={
+        "nvembed_fast.kernels": ["tuned.toml"],
+        "nvembed_fast.integrations": ["mteb_prompts.toml"],
+    },
 )

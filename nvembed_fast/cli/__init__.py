@@ -1,4 +1,4 @@
-"""The command nvembed-fast: encode, search, init, info.
+"""The command nvembed-fast: encode, search, init, info, mteb.
 
 A command is a module with SUMMARY, EXAMPLES, `add_arguments` and `run`. Its functions import torch and the
 rest of the package where they use it, so that --help and --version answer at once. This file imports little,
@@ -57,9 +57,9 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _commands() -> dict[str, Any]:
-    from nvembed_fast.cli import encode, info, init, search
+    from nvembed_fast.cli import encode, info, init, mteb, search
 
-    return {"encode": encode, "search": search, "init": init, "info": info}
+    return {"encode": encode, "search": search, "init": init, "info": info, "mteb": mteb}
 
 
 def _mendable_errors() -> tuple[type[Exception], ...]:

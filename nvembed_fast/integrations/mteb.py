@@ -1,0 +1,262 @@
+"""mteb 2: a model object for `mteb.evaluate`, and our loader under the names of the published models.
+
+A task's instruction is found in this order (`MTEBEncoder.get_instruction`):
+
+1. The published list, mteb_prompts.toml, by the task's name and then by its type.
+2. The prompt that mteb states for the task. One of a side goes on that side. One for the whole task goes on
+   both sides, as in mteb's own loader, but never on the documents of a retrieval task.
+3. mteb's prompt for the kind of task, on all but documents.
+
+What made the results stands in their model_meta.json, under loader_kwargs.record.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import sys
+import tomllib
+from collections.abc import Iterable
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+try:
+    import mteb.cli.build_cli
+except ModuleNotFoundError as error:
+    raise ImportError("this needs the package mteb: pip install 'nvembed-fast[mteb]'") from error
+from mteb.abstasks.abstask import get_abstask_prompt
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_implementations import MODEL_REGISTRY
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import PromptType
+
+from nvembed_fast.config import query_instruction
+from nvembed_fast.encoder import NVEmbed
+
+__all__ = ["PUBLISHED", "MTEBEncoder", "Prompts", "published_prompts", "register", "run_command"]
+
+PUBLISHED = ("nvidia/NV-Embed-v1", "nvidia/NV-Embed-v2")
+_PACKAGES = ("nvembed-fast", "torch", "triton", "transformers", "tokenizers", "mteb")
+
+
+class Prompts(NamedTuple):
+    """The task descriptions of the two sides of a task. "" for none."""
+
+    query: str
+    document: str
+
+
+@functools.cache
+def published_prompts() -> tuple[dict[str, Prompts], dict[str, Prompts]]:
+    """The published list: ({name of a task: its prompts}, {type of tasks: their prompts})."""
+    table = tomllib.loads(Path(__file__).with_name("mteb_prompts.toml").read_text(encoding="utf-8"))
+    by_name = {name: Prompts(text, "") for name, text in table["query"].items()}
+    by_name |= {name: Prompts(text, text) for name, text in table["both"].items()}
+    by_name |= {other: by_name[name] for name, others in table["same"].items() for other in others}
+    return by_name, {kind: Prompts(text, text) for kind, text in table["type"].items()}
+
+
+class MTEBEncoder(AbsEncoder):
+    """An `NVEmbed` as mteb expects a model to be.
+
+    Attributes:
+        model: the `NVEmbed`.
+        max_length: tokens per text, instruction included.
+        max_batch_tokens: tokens per batch. None: see `NVEmbed.encode`.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        revision: str | None = None,
+        *,
+        path: str | PathLike | None = None,
+        model: NVEmbed | None = None,
+        max_length: int | None = None,
+        max_batch_tokens: int | None = None,
+        **loading: Any,
+    ):
+        """
+        Args:
+            model_name: under which mteb keeps the results: OWNER/NAME. Without a path also the hub id.
+            revision: of the hub id. None takes the one that mteb knows.
+            path: the directory of the model.
+            model: a loaded one, in the place of path.
+            max_length: tokens per text. None: 32768 for the published models, as in mteb's loader for them,
+                and the model's `max_seq_length` for others.
+            max_batch_tokens: tokens per batch.
+            loading: keywords of `NVEmbed.from_pretrained`.
+
+        Raises:
+            TypeError: path and model are both given, or a keyword is unknown.
+        """
+        if model is not None and (path is not None or loading):
+            raise TypeError("MTEBEncoder takes a loaded model, or a path and how to load it, not both")
+        known = MODEL_REGISTRY[model_name] if model_name in PUBLISHED else None
+        if known is not None and revision is None:
+            revision = known.revision
+        if model is None:
+            if path is None:
+                loading["revision"] = revision
+            model = NVEmbed.from_pretrained(model_name if path is None else path, **loading)
+        if max_length is None:
+            max_length = model.max_seq_length if known is None else int(known.max_tokens)
+        self.model, self.max_length, self.max_batch_tokens = model, max_length, max_batch_tokens
+        self.mteb_model_meta = known or _nameless().model_copy(
+            update={"name": model_name, "revision": revision, "loader": MTEBEncoder}
+        )
+
+    @property
+    def mteb_model_meta(self) -> ModelMeta:
+        """The metadata under which mteb keeps the results, with the record of the model as it is now.
+
+        Fields that are left open come from the model. All is kept from the first look on, so a model that has
+        been trained further needs a new object.
+        """
+        if self._completed is None:
+            record = self.record()
+            facts = self._facts(record["fingerprint"])
+            found = {name: value for name, value in facts.items() if getattr(self._given, name) is None}
+            kwargs = {**self._given.loader_kwargs, "record": record}
+            self._completed = self._given.model_copy(update={**found, "loader_kwargs": kwargs})
+        return self._completed
+
+    @mteb_model_meta.setter
+    def mteb_model_meta(self, meta: ModelMeta) -> None:
+        self._given = meta
+        self._completed: ModelMeta | None = None
+
+    def _facts(self, fingerprint: str) -> dict[str, Any]:
+        config, model = self.model.config, self.model.model
+        count = sum(p.numel() for p in model.parameters())
+        return {
+            # results of other weights go to another folder
+            "revision": fingerprint,
+            "n_parameters": count,
+            "n_embedding_parameters": model.embedding_model.embed_tokens.weight.numel(),
+            "memory_usage_mb": round(sum(p.nbytes for p in model.parameters()) / 2**20),
+            "max_tokens": config.text_config.max_position_embeddings,
+            "embed_dim": config.hidden_size,
+            "similarity_fn_name": ScoringFunction.COSINE,
+            "use_instructions": True,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """What makes the vectors: versions, weights, prompts and settings, as plain values."""
+        placement = self.model.placement
+        by_name, by_type = published_prompts()
+        prompts = json.dumps([by_name, by_type, query_instruction("{task}")], sort_keys=True)
+        return {
+            "versions": {name: _version(name) for name in _PACKAGES},
+            "fingerprint": self.model.fingerprint,
+            "prompt_hash": hashlib.sha256(prompts.encode()).hexdigest()[:32],
+            "max_length": self.max_length,
+            "dtype": str(placement.dtype).removeprefix("torch."),
+            "device": str(placement.device),
+            "impl": placement.implementation()[0],
+            "latents": placement.latents,
+        }
+
+    def get_instruction(self, task_metadata: Any, prompt_type: PromptType | None) -> str:
+        """The task description for one side of a task, "" for none. prompt_type None: a task of one side."""
+        side = "document" if prompt_type is PromptType.document else "query"
+        by_name, by_type = published_prompts()
+        published = by_name.get(task_metadata.name) or by_type.get(task_metadata.type)
+        if published is not None:
+            return getattr(published, side)
+        prompt = task_metadata.prompt
+        if isinstance(prompt, dict):
+            return prompt.get(side, "")
+        if side == "document" and (prompt is None or task_metadata.type == "Retrieval"):
+            return ""
+        return prompt or get_abstask_prompt(task_metadata.name)
+
+    def encode(
+        self,
+        inputs: Iterable[dict[str, list]],
+        *,
+        task_metadata: Any,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray | torch.Tensor:
+        """`NVEmbed.encode` of all texts at once, so that batches are cut by tokens over the whole input.
+
+        Args:
+            inputs: batches of a DataLoader, with their texts under "text".
+            task_metadata, prompt_type: choose the instruction.
+            hf_split, hf_subset: not looked at.
+            kwargs: keywords of `NVEmbed.encode`, also under their names in sentence-transformers.
+
+        Returns:
+            [N, D] fp32, of unit norm.
+        """
+        texts = [text for batch in inputs for text in batch["text"]]
+        task = self.get_instruction(task_metadata, prompt_type)
+        return self.model.encode(
+            texts,
+            query_instruction(task) if task else "",
+            self.max_length,
+            max_batch_tokens=self.max_batch_tokens,
+            **{"convert_to_numpy": True, **kwargs},
+        )
+
+
+def register(names: Iterable[str] = PUBLISHED, *, path: str | PathLike | None = None, **loading: Any) -> None:
+    """Make `mteb.get_model` give our class for these names. mteb's metadata and revision stay.
+
+    Args:
+        names: of published models. With a path also of models that mteb does not know.
+        path: the directory that is loaded in the place of the hub id.
+        loading: other keywords of `MTEBEncoder`. mteb keeps results made with them in a folder of their own.
+
+    Raises:
+        ValueError: a name is that of a model of another kind, or of none.
+    """
+    for name in names:
+        known = MODEL_REGISTRY.get(name)
+        if name not in PUBLISHED and (path is None or (known and known.loader is not MTEBEncoder)):
+            raise ValueError(
+                f"{name!r} is no NV-Embed model that mteb knows: use {' or '.join(PUBLISHED)}, or pass the "
+                "directory of your model as path, and a name of your own"
+            )
+        meta = known or _nameless().model_copy(update={"name": name, "revision": None})
+        changes = {
+            "loader": MTEBEncoder,
+            "loader_kwargs": {} if path is None else {"path": str(path)},
+            "experiment_kwargs": loading or None,
+            # those of the original's code
+            "extra_requirements_groups": None,
+        }
+        MODEL_REGISTRY[name] = meta.model_copy(update=changes)
+
+
+def run_command(arguments: list[str]) -> None:
+    """mteb's own command line, after `register`.
+
+    Raises:
+        SystemExit: --help, or wrong arguments.
+    """
+    before, sys.argv = sys.argv, ["nvembed-fast mteb", *arguments]
+    try:
+        mteb.cli.build_cli.main()
+    finally:
+        sys.argv = before
+
+
+def _nameless() -> ModelMeta:
+    return ModelMeta.create_empty(
+        {"framework": ["PyTorch", "Transformers", "safetensors"], "modalities": ["text"]}
+    )
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
