@@ -69,6 +69,9 @@ class MTEBEncoder(AbsEncoder):
         max_batch_tokens: tokens per batch. None: see `NVEmbed.encode`.
     """
 
+    _given: ModelMeta
+    _completed: ModelMeta | None
+
     def __init__(
         self,
         model_name: str,
@@ -128,7 +131,7 @@ class MTEBEncoder(AbsEncoder):
     @mteb_model_meta.setter
     def mteb_model_meta(self, meta: ModelMeta) -> None:
         self._given = meta
-        self._completed: ModelMeta | None = None
+        self._completed = None
 
     def _facts(self, fingerprint: str) -> dict[str, Any]:
         config, model = self.model.config, self.model.model

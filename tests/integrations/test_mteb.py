@@ -164,6 +164,7 @@ def test_mteb_gets_the_vectors_of_encode(side, encoder, model):
     rows = [{"text": text} for text in TEXTS]
     where = {"task_metadata": LocalDocs.metadata, "hf_split": "test", "hf_subset": "default"}
     got = encoder.encode(DataLoader(rows, batch_size=5), prompt_type=side, **where, batch_size=5)
+    assert isinstance(got, np.ndarray)
     instruction = "" if side is PromptType.document else query_instruction("Given a topic, retrieve texts")
     np.testing.assert_allclose(got, model.encode(TEXTS, instruction).numpy(), rtol=0, atol=1e-6)
     tensor = encoder.encode(DataLoader(rows), prompt_type=side, **where, convert_to_tensor=True)
