@@ -105,8 +105,11 @@ def _shares_heads(q: torch.Tensor) -> bool:
 
 def _has_flash(q: torch.Tensor) -> bool:
     """Whether FlashAttention runs on these queries."""
-    fits = q.is_cuda and q.itemsize == 2 and q.shape[2] <= MAX_HEAD_WIDTH
-    return fits and torch.cuda.get_device_capability(q.device) >= MIN_CAPABILITY
+    if not q.is_cuda or q.itemsize != 2 or q.shape[2] > MAX_HEAD_WIDTH:
+        return False
+    # torch.compile reads no capability, but these
+    properties = torch.cuda.get_device_properties(q.device)
+    return (properties.major, properties.minor) >= MIN_CAPABILITY
 
 
 def _by_varlen(

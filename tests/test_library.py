@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from whole_model import HEADS, assert_every_gradient_matches, head_name, make_batch, make_model
 
 from nvembed_fast import NVEmbed, ops
@@ -192,7 +193,8 @@ def test_heads_are_repeated_where_no_fused_attention_shares_them(dtype, attended
 def test_flash_attention_of_pytorch_runs_in_16_bits_from_8_0(
     dtype, width, capability, has_flash, monkeypatch
 ):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    properties = types.SimpleNamespace(major=capability[0], minor=capability[1])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     q = types.SimpleNamespace(
         is_cuda=True, is_cpu=False, itemsize=dtype.itemsize, shape=(9, 4, width), device="cuda:0"
     )
@@ -317,6 +319,41 @@ def test_rotary_in_place_and_not(inplace, dtype, device):
         got = library.rotary(qkv, *rest, inplace=inplace)
         assert (got is qkv) == inplace and (inplace or torch.equal(qkv, before))
         assert_parity(case.name, got, low, high)
+
+
+def test_torch_compile_reads_the_capability_without_a_break():
+    """On a GPU `_has_flash` is traced."""
+    from torch._dynamo.variables.torch import constant_fold_functions
+
+    assert "get_device_properties" in library._has_flash.__code__.co_names
+    assert torch.cuda.get_device_properties in constant_fold_functions
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", sorted(PROBLEMS))
+def test_nothing_waits_for_the_device(name, monkeypatch, device):
+    # it looks at positions on a CPU alone
+    monkeypatch.setattr(library, "check_rotary", lambda *_: None)
+    cases, make = PROBLEMS[name]
+    for case in cases:
+        tensors, others = make(case, device, torch.float16)
+        with Waits() as waits, torch.no_grad():
+            getattr(library, name)(*tensors, **others)
+        assert not waits.count, case.name
+    with Waits() as waits:
+        torch.ones(1).item()
+    assert waits.count == 1, "it counts nothing, so this test would prove nothing"
 
 
 @pytest.mark.parametrize("head", HEADS, ids=head_name)
