@@ -1,0 +1,73 @@
+"""The examples around transformers, HippoRAG, BEIR and faiss give our ranks and our vectors."""
+
+import ast
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+import nvembed_fast
+from examples import automodel_search, beir_search, faiss_search, hipporag_search
+from nvembed_fast import NVEmbed
+
+
+@pytest.fixture(scope="module")
+def model(tiny_directory) -> NVEmbed:
+    return NVEmbed.from_pretrained(tiny_directory)
+
+
+def test_the_model_cards_calls(tiny_directory, model, capsys):
+    automodel_search.main(["--model", str(tiny_directory)])
+    got = ast.literal_eval(capsys.readouterr().out)
+    queries = model.encode_query(automodel_search.QUESTIONS, automodel_search.TASK)
+    wanted = queries @ model.encode_document(automodel_search.PASSAGES).T * 100
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-4)
+
+
+def test_hipporag(tiny_directory, model, capsys):
+    hipporag_search.main(["--model", str(tiny_directory)])
+    printed = [line[8:] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(printed) == sorted(hipporag_search.PASSAGES)
+    client = hipporag_search.EmbeddingModel(str(tiny_directory))
+    texts = hipporag_search.PASSAGES
+    np.testing.assert_allclose(
+        client.batch_encode(texts, 2, hipporag_search.TASK),
+        model.encode_query(texts, hipporag_search.TASK),
+        rtol=0,
+        atol=1e-6,
+    )
+    assert client.embedding_dim == 64
+
+
+def test_beir(tiny_directory, model, capsys):
+    beir_search.main(["--model", str(tiny_directory)])
+    name, _, found = capsys.readouterr().out.partition(" ")
+    assert name == "q1" and set(ast.literal_eval(found)) == {"d1", "d2"}
+    encoder = beir_search.Encoder(model, beir_search.TASK)
+    rows = list(beir_search.CORPUS.values())
+    columns = {"title": [r["title"] for r in rows], "text": [r["text"] for r in rows]}
+    wanted = model.encode(["Judo Throws are allowed in freestyle wrestling.", rows[1]["text"]])
+    for corpus in (rows, columns):
+        np.testing.assert_allclose(encoder.encode_corpus(corpus, 1), wanted, rtol=0, atol=1e-6)
+
+
+def test_faiss_keeps_the_vectors(tiny_directory, model, tmp_path, capsys, monkeypatch):
+    passages = ["how to bake bread", "what a date is", "the sum of two numbers"]
+    file = tmp_path / "passages.txt"
+    file.write_text("\n".join(passages))
+    arguments = [str(file), "what a date is", "--model", str(tiny_directory), "--top", "9"]
+    faiss_search.main(arguments)
+    first = capsys.readouterr().out
+    scores = model.encode(passages) @ model.encode_query("what a date is", faiss_search.TASK)
+    assert [line[8:] for line in first.splitlines()] == [passages[i] for i in scores.argsort(descending=True)]
+    monkeypatch.setattr(NVEmbed, "encode_document", None)
+    faiss_search.main(arguments)
+    assert capsys.readouterr().out == first
+
+
+def test_register_opens_no_way_to_the_plain_mean(tiny_directory):
+    """An old directory has no modules.json, and that library would mean-pool what AutoModel gives."""
+    assert not (tiny_directory / "modules.json").exists()
+    nvembed_fast.register()
+    with pytest.raises(ValueError, match=r"has no modules\.json, so sentence-transformers would pool"):
+        SentenceTransformer(str(tiny_directory), device="cpu")
