@@ -175,3 +175,8 @@ def test_every_mutation_fits_the_code():
     assert mutations
     problems = mutate.check(mutate.ROOT, mutations)
     assert not problems, textwrap.indent("\n".join(problems), "  ")
+
+
+def test_the_self_check_is_asked_about_kernels_alone():
+    files = {mutation.file for mutation in mutate.of_kernels(mutate.read(mutate.ROOT))}
+    assert "kernels/gated.py" in files and not files & {"kernels/library.py", "kernels/errors.py"}

@@ -258,8 +258,8 @@ def try_out(root: Path, mutation: Mutation, limit: float) -> tuple[str, str]:
         return verdict(run_pytest(copy, ["-x", "--tb=short", mutation.red], limit))
 
 
-# what the self-check compares with, and what refuses wrong inputs, is no kernel
-NO_KERNELS = ("errors", "reference", "testing", "tuned")
+# what the self-check compares with, what refuses wrong inputs and what takes a kernel's place is no kernel
+NO_KERNELS = ("errors", "library", "reference", "testing", "tuned")
 # in a copy: the operations of a file, in the part of a GPU without and with descriptors. bf16 is a GPU's
 SELF_CHECK = """
 import os, sys, torch
