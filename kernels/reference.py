@@ -57,6 +57,22 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return result if enough is x else result[: len(x)]
 
 
+def add_linear_(h: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """h += x weight^T in place, where autograd does not record. The sum is rounded once, behind the product.
+
+    Args:
+        h: [T, E], overwritten.
+        x, weight: as in `linear`, in the dtype of h.
+
+    Returns:
+        h. On a CPU a row does not depend on the number of rows, as in `linear`.
+    """
+    enough = _enough_rows(x)
+    if enough is x:
+        return h.addmm_(x, weight.mT)
+    return h.copy_(torch.addmm(_enough_rows(h), enough, weight.mT)[: len(x)])
+
+
 def _enough_rows(x: torch.Tensor, multiple: int = 1) -> torch.Tensor:
     """x with rows of zeros added on a CPU, until libraries treat every row alike.
 

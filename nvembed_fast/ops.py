@@ -391,11 +391,14 @@ def geglu(value_gate: torch.Tensor) -> torch.Tensor:
 
 
 # a matrix product is a library's on every device
-linear = reference.linear
+linear, add_linear_ = reference.linear, reference.add_linear_
 
 
 class Linear(nn.Linear):
     """`torch.nn.Linear` through `linear`."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The product. With a residual that nobody else holds: the residual itself, summed in place."""
+        if residual is not None:
+            return add_linear_(residual, x, self.weight)
         return linear(x, self.weight, self.bias)

@@ -1,9 +1,16 @@
 """The Mistral / Llama decoder as a bidirectional encoder on packed tokens.
 
 Query, key and value weights are one matrix, gate and up weights another. The
-checkpoint's names are restored when saving. Every residual add is fused with
-the norm behind it, so a layer hands on two tensors: the result of its last
-product, and the residual stream before it.
+checkpoint's names are restored when saving.
+
+A residual add stands inside the product before it, in place, or inside the norm
+behind it:
+
+1. In place is one pass over the stream less, and one rounding less. It is for
+   inference alone, and for a stream that nobody else holds: neither the caller,
+   nor a hook, nor the embedding's module (`_adds_in_place`).
+2. Everywhere else the norm adds, and makes a new stream. A layer then hands on
+   two tensors: the result of its last product, and the stream before it.
 
 Shape suffixes: T packed tokens, D model width, N query heads, G key/value
 heads, H head width, F feed-forward width, E = N + 2G.
@@ -40,6 +47,31 @@ class RMSNorm(nn.Module):
         return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)
 
 
+def _adds_in_place(
+    block: nn.Module, last: str, norm: nn.Module, x_TD: torch.Tensor, stream_TD: torch.Tensor
+) -> bool:
+    """Whether the last product of `block` may add its result to the stream. `norm` has made x of the stream.
+
+    A hook may hold what it saw, an adapter or a weight of another kind has a sum of its own, and autograd
+    and autocast take no product in place. torch.compile chooses its products itself.
+    """
+    linear = getattr(block, last, None)
+    return (
+        not torch.compiler.is_compiling()
+        and type(linear) is ops.Linear
+        and type(linear.weight) is nn.Parameter
+        and linear.bias is None
+        and (linear.weight.dtype, linear.weight.device) == (stream_TD.dtype, stream_TD.device)
+        and type(block) in (SelfAttention, FeedForward)
+        and type(norm) is RMSNorm
+        and runs_as_written(linear, block, norm)
+        and not torch.is_autocast_enabled(stream_TD.device.type)
+        and not (
+            torch.is_grad_enabled() and any(t.requires_grad for t in (x_TD, stream_TD, *block.parameters()))
+        )
+    )
+
+
 class RotaryTables:
     """Cosines and sines of `ops.rotary`, [P, H/2] fp32 each.
 
@@ -60,7 +92,14 @@ class SelfAttention(nn.Module):
         self.qkv_proj = ops.Linear(width, (self.num_heads + 2 * self.num_kv_heads) * head_width, bias=False)
         self.o_proj = ops.Linear(self.num_heads * head_width, width, bias=False)
 
-    def forward(self, x_TD: torch.Tensor, layout: SeqLayout, tables: RotaryTables) -> torch.Tensor:
+    def forward(
+        self,
+        x_TD: torch.Tensor,
+        layout: SeqLayout,
+        tables: RotaryTables,
+        stream_TD: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The result, or the stream with the result added in place."""
         n, g = self.num_heads, self.num_kv_heads
         qkv_TEH = rearrange(self.qkv_proj(x_TD), "t (e h) -> t e h", e=n + 2 * g)
         # a hook or a module of another kind may hold its result
@@ -69,7 +108,8 @@ class SelfAttention(nn.Module):
         qkv_TEH = ops.rotary(qkv_TEH, tables.cos, tables.sin, layout.positions, n + g, inplace)
         q_TNH, k_TGH, v_TGH = qkv_TEH.split((n, g, g), dim=1)
         out_TNH = ops.flash_attention(q_TNH, k_TGH, v_TGH, layout, causal=self.is_causal)
-        return self.o_proj(rearrange(out_TNH, "t n h -> t (n h)"))
+        out_TD = rearrange(out_TNH, "t n h -> t (n h)")
+        return self.o_proj(out_TD) if stream_TD is None else self.o_proj(out_TD, stream_TD)
 
 
 class FeedForward(nn.Module):
@@ -78,8 +118,10 @@ class FeedForward(nn.Module):
         self.gate_up_proj = ops.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = ops.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(ops.swiglu(self.gate_up_proj(x_TD)))
+    def forward(self, x_TD: torch.Tensor, stream_TD: torch.Tensor | None = None) -> torch.Tensor:
+        """The result, or the stream with the result added in place."""
+        x_TF = ops.swiglu(self.gate_up_proj(x_TD))
+        return self.down_proj(x_TF) if stream_TD is None else self.down_proj(x_TF, stream_TD)
 
 
 class DecoderLayer(nn.Module):
@@ -96,14 +138,27 @@ class DecoderLayer(nn.Module):
         residual_TD: torch.Tensor | None,
         layout: SeqLayout,
         tables: RotaryTables,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hands_on_sums: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(result of the last product, the residual stream before it), from the same two of the layer before.
 
         Everything goes through here, so that checkpointing and sharding can take a layer as their unit.
+
+        Args:
+            hands_on_sums: the caller owns an x that comes without a residual, and takes (the stream, None).
+                Otherwise no tensor of the caller is written to, and both are returned.
         """
-        x_TD, residual_TD = self.input_layernorm(x_TD, residual_TD)
-        x_TD, residual_TD = self.post_attention_layernorm(self.self_attn(x_TD, layout, tables), residual_TD)
-        return self.mlp(x_TD), residual_TD
+        owns_stream = hands_on_sums or residual_TD is not None
+        attn, mlp = self.self_attn, self.mlp
+        x_TD, stream_TD = self.input_layernorm(x_TD, residual_TD)
+        if owns_stream and _adds_in_place(attn, "o_proj", self.input_layernorm, x_TD, stream_TD):
+            x_TD, stream_TD = self.post_attention_layernorm(attn(x_TD, layout, tables, stream_TD))
+        else:
+            x_TD, stream_TD = self.post_attention_layernorm(attn(x_TD, layout, tables), stream_TD)
+        norm = self.post_attention_layernorm
+        if hands_on_sums and _adds_in_place(mlp, "down_proj", norm, x_TD, stream_TD):
+            return mlp(x_TD, stream_TD), None
+        return mlp(x_TD), stream_TD
 
 
 class Embedding(nn.Embedding):
@@ -138,10 +193,15 @@ class MistralBackbone(nn.Module):
         layout = batch.layout
         tables = self.rotary_tables(layout.max_length)
         x_TD, residual_TD = self.embed_tokens(batch.input_ids), None
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
             if hidden_states is not None:
-                hidden_states.append(x_TD if residual_TD is None else x_TD + residual_TD)
-            x_TD, residual_TD = layer(x_TD, residual_TD, layout, tables)
+                # cloned, because the stream is summed in place
+                hidden_states.append(x_TD.clone() if residual_TD is None else x_TD + residual_TD)
+            # the first one gets the result of the embedding, and a hook may hold what a layer gives or takes
+            if index > 0 and type(layer) is DecoderLayer and runs_as_written(layer):
+                x_TD, residual_TD = layer(x_TD, residual_TD, layout, tables, hands_on_sums=True)
+            else:
+                x_TD, residual_TD = layer(x_TD, residual_TD, layout, tables)
         x_TD, _ = self.norm(x_TD, residual_TD)
         if hidden_states is not None:
             hidden_states.append(x_TD)
