@@ -15,6 +15,7 @@ from bench.measure.comparison import Experiment, Implementation, KernelBench, Wo
 from bench.measure.limits import Limits
 from bench.measure.results import COLUMNS, OURS, Figure, Machine, ResultsFile
 from bench.measure.timing import Times
+from bench.suites import SUITES, Setting, benches
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import ATTENTION_CASES, ROTARY_CASES, assert_parity, skewed_lengths
@@ -301,6 +302,15 @@ def test_compiled_baselines_run():
     baselines = factory.rotary(wanted, cos, sin, positions, case.num_heads, case.num_kv_heads)
     rows = run(Experiment([qkv], wanted, wanted, baselines))
     assert "time_p50" in of(rows, "torch.compile")
+
+
+def test_the_library_path_is_a_baseline_where_it_is_no_function_of_the_reference():
+    found = set()
+    for suite in (suite for suite in SUITES if suite not in ("encode", "latent_block")):
+        for each in benches(suite, Setting("cpu", smallest=True)):
+            if any(baseline.name == "library" for baseline in each.experiment().baselines):
+                found.add(suite)
+    assert found == {"flash_attention", "mean_pool", "rms_norm", "rotary"}
 
 
 def test_skewed_lengths():
