@@ -27,6 +27,8 @@ import torch
 try:
     import mteb.cli.build_cli
 except ModuleNotFoundError as error:
+    if error.name != "mteb":
+        raise
     raise ImportError("this needs the package mteb: pip install 'nvembed-fast[mteb]'") from error
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.models.abs_encoder import AbsEncoder
@@ -219,9 +221,11 @@ def register(names: Iterable[str] = PUBLISHED, *, path: str | PathLike | None = 
         loading: other keywords of `MTEBEncoder`. mteb keeps results made with them in a folder of their own.
 
     Raises:
-        ValueError: a name is that of a model of another kind, or of none.
+        ValueError: a name is that of a model of another kind, or of none, or not OWNER/NAME.
     """
     for name in names:
+        if name.count("/") != 1:
+            raise ValueError(f"a model's name reads OWNER/NAME in mteb, got {name!r}")
         known = MODEL_REGISTRY.get(name)
         if name not in PUBLISHED and (path is None or (known and known.loader is not MTEBEncoder)):
             raise ValueError(
@@ -244,10 +248,15 @@ def run_command(arguments: list[str]) -> None:
 
     Raises:
         SystemExit: --help, or wrong arguments.
+        ValueError: mteb does not know a task.
     """
     before, sys.argv = sys.argv, ["nvembed-fast mteb", *arguments]
     try:
         mteb.cli.build_cli.main()
+    except KeyError as error:
+        if "not found" not in str(error):
+            raise
+        raise ValueError(str(error.args[0]).removeprefix("KeyError: ")) from error
     finally:
         sys.argv = before
 

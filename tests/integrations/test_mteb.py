@@ -1,6 +1,7 @@
 """Local tasks run through mteb with our model, and our loader stands under the published names."""
 
 import hashlib
+import importlib
 import json
 import sys
 import tomllib
@@ -270,12 +271,26 @@ def test_the_command_runs_a_task(name, tiny_directory, tmp_path, monkeypatch):
         ([], "name a command of mteb"),
         (["run", "--path", "nowhere", "-m", "a/b"], "--path nowhere is no directory"),
         (["run", "--path", "."], "-m OWNER/NAME"),
+        (["run", "--path", ".", "-m", "mine"], "a model's name reads OWNER/NAME in mteb, got 'mine'"),
         (["run", "--path", ".", "-m", "intfloat/e5-large"], "is no NV-Embed model that mteb knows"),
     ],
 )
 def test_a_command_that_cannot_run_says_why(words, error, capsys):
     assert cli.main(["mteb", *words]) == 1
     assert error in capsys.readouterr().err
+
+
+def test_an_unknown_task_is_one_line(tiny_directory, capsys):
+    words = ["--path", str(tiny_directory), "run", "-m", "me/mine", "-t", "SciFacts"]
+    assert cli.main(["mteb", *words]) == 1
+    assert "nvembed-fast mteb: 'SciFacts' not found. Did you mean: 'SciFact'" in capsys.readouterr().err
+
+
+def test_without_mteb_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mteb", None)
+    monkeypatch.delitem(sys.modules, "nvembed_fast.integrations.mteb")
+    with pytest.raises(ImportError, match=r"pip install 'nvembed-fast\[mteb\]'"):
+        importlib.import_module("nvembed_fast.integrations.mteb")
 
 
 def test_its_help_is_mtebs(capsys):
