@@ -11,7 +11,7 @@ import os
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral
 from os import PathLike
 from pathlib import Path
@@ -366,15 +366,29 @@ class NVEmbed(nn.Module):
     def refresh(self) -> None:
         """Drop what was built from weights whose content has changed. `encode` and `forward` begin with it.
 
-        It sees writes through `.data` and `.numpy()`: see `LatentHead.refresh`. A call of `embed` or of
-        `model` itself does not look for them.
+        It sees writes through `.data` and `.numpy()`: see `LatentHead.stale`. A call of `embed` or of `model`
+        itself does not look for them. It waits for the device.
         """
+        if stale := self._stale():
+            self._forget(stale, torch.stack([is_stale for _, _, is_stale in stale]).tolist())
+
+    def _stale(self) -> list[tuple[PoolingHead, str, torch.Tensor]]:
+        """(head, set of built tensors, whether its weights have changed), not waited for."""
+        self._refuse_offloaded()
+        heads = [m for m in self.model.head.modules() if isinstance(m, PoolingHead)]
+        return [(head, *built) for head in heads for built in head.stale().items()]
+
+    def _refuse_offloaded(self) -> None:
         if self.device.type == "meta":
             raise ValueError(
                 "the weights are offloaded (device 'meta'), which is not supported: load them to one device"
             )
-        heads = (m for m in self.model.head.modules() if isinstance(m, PoolingHead))
-        if any([head.refresh() for head in heads]) and self.graphs is not None:
+
+    def _forget(self, stale: list[tuple[PoolingHead, str, torch.Tensor]], is_stale: Sequence[int]) -> None:
+        for (head, name, _), is_one in zip(stale, is_stale, strict=True):
+            if is_one:
+                head.forget(name)
+        if any(is_stale) and self.graphs is not None:
             self.graphs.forget()
 
     @torch.no_grad()
@@ -444,9 +458,14 @@ class NVEmbed(nn.Module):
             TypeError: an argument is no tensor.
             ValueError: an argument has a wrong shape, dtype, device or value, or a row pools nothing.
         """
-        self.refresh()
+        stale = self._stale()
+        padded = legacy.padded_batch(self.model, input_ids, attention_mask, pool_mask)
+        # the one wait for the device
+        facts = torch.cat([padded.facts, *(is_stale.view(1) for _, _, is_stale in stale)]).tolist()
+        num_facts = len(padded.facts)
+        self._forget(stale, facts[num_facts:])
         with self.computing():
-            result = legacy.padded_forward(self.model, input_ids, attention_mask, pool_mask)
+            result = legacy.padded_forward(self.model, padded, facts[:num_facts])
         return {"sentence_embeddings": result} if return_dict else (result,)
 
     @contextlib.contextmanager

@@ -7,7 +7,7 @@ import difflib
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from nvembed_fast.network.model import NVEmbedModel
-from nvembed_fast.packing import from_padded, pad_rows
+from nvembed_fast.packing import Padded, pad_rows
 
 __all__ = [
     "Encoding",
@@ -24,6 +24,7 @@ __all__ = [
     "loading_place",
     "loading_source",
     "on_one_device",
+    "padded_batch",
     "padded_forward",
     "warn_of_end_marks",
 ]
@@ -265,39 +266,25 @@ def on_one_device(module: nn.Module) -> nn.Module:
     return module.module
 
 
-def padded_forward(
+def padded_batch(
     model: NVEmbedModel,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
     pool_mask: torch.Tensor | None,
-) -> torch.Tensor:
-    """The original's forward on a padded batch: see `NVEmbed.forward`."""
+) -> Padded:
+    """The arguments of `NVEmbed.forward`, not waited for."""
     device = model.embedding_model.embed_tokens.weight.device
     if isinstance(input_ids, torch.Tensor) and input_ids.device != device:
         raise ValueError(f"input_ids must be on {device} like the model, got {input_ids.device}")
-    batch, places = from_padded(input_ids, attention_mask, pool_mask)
-    _check_ids(batch.input_ids, model.config.text_config.vocab_size)
-    if pool_mask is None:
-        return pad_rows(model.token_states(batch), places, (input_ids.shape[0], input_ids.shape[1]))
-    _check_pooled(pool_mask == 1 if attention_mask is None else (pool_mask == 1) & (attention_mask == 1))
+    return Padded(input_ids, attention_mask, pool_mask)
+
+
+def padded_forward(model: NVEmbedModel, padded: Padded, facts: Sequence[int]) -> torch.Tensor:
+    """The original's forward on a padded batch, when its facts have been read: see `NVEmbed.forward`."""
+    batch, places = padded.pack(facts, model.config.text_config.vocab_size)
+    if padded.keep_BS is None:
+        return pad_rows(model.token_states(batch), places, padded.shape)
     return model(batch)
-
-
-def _check_ids(input_ids: torch.Tensor, vocab_size: int) -> None:
-    """Raise ValueError here, because on a GPU an id beyond the embedding would end the process."""
-    if input_ids.numel():
-        low, high = (int(v) for v in input_ids.aminmax())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"input_ids must lie in 0 to {vocab_size - 1}, got {low if low < 0 else high}")
-
-
-def _check_pooled(pooled: torch.Tensor) -> None:
-    """ValueError for a row of a [B, S] bool mask that keeps nothing. The original returns NaN there."""
-    empty = (~pooled.any(dim=1)).nonzero().flatten().tolist()
-    if empty:
-        raise ValueError(
-            f"row {empty[0]} of the batch has no token that attention_mask and pool_mask both keep"
-        )
 
 
 def _refuse_unknown(function: Callable, keywords: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import Waits
 
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, token_budget_batches
@@ -47,27 +47,13 @@ def test_from_ids_packs_and_masks():
     assert PackedBatch.from_ids([np.array([5])], [0]).pool_mask is None
 
 
-class Copies(TorchDispatchMode):
-    """Counts what goes from the host to the device "meta"."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if "copy" in func.name() and result.is_meta:
-            self.count += 1
-        return result
-
-
 def test_a_batch_goes_to_the_device_by_one_copy(monkeypatch):
     """Ids, mask, ends, positions, and the lists that the batch before was asked for."""
     monkeypatch.setattr("nvembed_fast.kernels.layout._asked", {})
 
     def run(seed: int) -> int:
         lengths = np.random.default_rng(seed).integers(600, 1000, 5)
-        with Copies() as copies:
+        with Waits() as waits:
             batch = PackedBatch.from_ids([np.arange(n) for n in lengths], [2] * 5, "meta")
             for _ in range(3):
                 batch.layout.tiles(32)
@@ -75,7 +61,8 @@ def test_a_batch_goes_to_the_device_by_one_copy(monkeypatch):
         plain = SeqLayout(lengths)
         assert batch.layout.tiles(32).shape == plain.tiles(32).shape
         assert batch.layout.split_seqs(512).shape == plain.split_seqs(512).shape
-        return copies.count
+        assert not waits.waits
+        return waits.copies
 
     assert [run(seed) for seed in range(3)] == [4, 1, 1]
 

@@ -19,7 +19,7 @@ It recomputes c Wk^T and c Wv^T for every text. Three identities save that work:
 The matrices of 1 and 2 are cached for frozen weights (`requires_grad_(False)`).
 The cache never enters a state dict. It is dropped when a weight moves or its
 version changes. A write through `.data` or `.numpy()`, such as the merge of an
-adapter, leaves the version alone: `refresh` finds it. Weights in training have
+adapter, leaves the version alone: `stale` finds it. Weights in training have
 no cache: each forward builds its own matrices, with their graph, or all forwards
 of a step share one set inside `built_once`. There is no cache under
 torch.compile either, which cannot see whether a weight has changed.
@@ -132,18 +132,18 @@ class LatentHead(AttentionHead):
     def cached(self) -> dict:
         return self._cache.copy()
 
-    def refresh(self) -> bool:
-        """Drop the cache if the content of a weight has changed without its version. True if so.
+    def stale(self) -> dict[str, torch.Tensor]:
+        """Of each form, whether the content of a weight has changed without its version.
 
-        It compares all of a small weight and about 127 chunks of 32 elements of a large one, and waits for
-        the device. For the published head in fp16 that took 0.03 ms on one core of a CPU, and 0.4 ms with
-        cold caches (2026-11-26). A write to 1 % of the rows or of the columns is seen. One to a single row
-        of a large weight may be missed. An in-place operation on the parameter itself is always seen.
+        It compares all of a small weight and about 127 chunks of 32 elements of a large one. For the
+        published head in fp16 that took 0.03 ms on one core of a CPU, and 0.4 ms with cold caches
+        (2026-11-26). A write to 1 % of the rows or of the columns is seen. One to a single row of a large
+        weight may be missed. An in-place operation on the parameter itself is always seen.
         """
-        changed = [form for form, b in list(self._cache.items()) if _changed(b.weights, b.sample)]
-        for form in changed:
-            self._cache.pop(form, None)
-        return bool(changed)
+        return {form: _changed(built.weights, built.sample) for form, built in self.cached().items()}
+
+    def forget(self, name: str) -> None:
+        self._cache.pop(name, None)
 
     def _multipliable(self) -> bool:
         """Whether weights are all that the norm of the latents and the projections are."""
@@ -182,7 +182,7 @@ class LatentHead(AttentionHead):
             with torch.inference_mode(False), torch.no_grad():
                 built = self._build()
                 sample = _sample(weights)
-            if not all(t.isfinite().all() for t in built):
+            if not torch.stack([t.isfinite().all() for t in built]).all():
                 raise ValueError(
                     f"the {form} form of these latents overflows {self.latents.dtype}: load with "
                     "dtype='bfloat16', or take the other form (latents='direct' or 'absorbed')"
@@ -248,9 +248,10 @@ def _sampled(weight: torch.Tensor) -> torch.Tensor:
     return weight.reshape(-1).unfold(0, _CHUNK, step)
 
 
-def _changed(weights: list[torch.Tensor], sample: torch.Tensor) -> bool:
+def _changed(weights: list[torch.Tensor], sample: torch.Tensor) -> torch.Tensor:
+    """[] bool on the device."""
     # FSDP frees the memory of gathered weights, and the next forward has them at another place
     if any(weight.untyped_storage().nbytes() == 0 for weight in weights):
-        return True
+        return sample.new_ones((), dtype=torch.bool)
     with torch.no_grad():
-        return not torch.equal(_sample(weights), sample)
+        return (_sample(weights) != sample).any()

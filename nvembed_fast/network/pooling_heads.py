@@ -82,9 +82,23 @@ class PoolingHead(nn.Module):
         """The tensors that the head has built from its weights, for a caller that must keep them alive."""
         return {}
 
+    def stale(self) -> dict[str, torch.Tensor]:
+        """For each set of tensors that the head has built: [] bool on the device, whether the weights that it
+        was built from have other content. Nothing waits for the device."""
+        return {}
+
+    def forget(self, name: str) -> None:
+        """Drop a set of built tensors."""
+
     def refresh(self) -> bool:
-        """Drop the tensors that were built from weights with other content. True if there were any."""
-        return False
+        """Drop the tensors that were built from weights with other content. True if there were any.
+
+        It waits for the device.
+        """
+        stale = [name for name, is_stale in self.stale().items() if is_stale]
+        for name in stale:
+            self.forget(name)
+        return bool(stale)
 
     def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
         """[B, D] fp32 (float64 for float64) vectors, not yet normalised."""
