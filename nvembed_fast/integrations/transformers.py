@@ -139,7 +139,7 @@ class NVEmbedForTransformers(PreTrainedModel):
         if _would_be_mean_pooled(path_or_id):
             raise ValueError(
                 f"{path_or_id} has no modules.json, so sentence-transformers would pool by the plain mean: "
-                "save it again with NVEmbed.save_pretrained, which writes modules.json"
+                "load it with nvembed_fast.integrations.sentence_transformers.load, or save it again"
             )
         encoder = NVEmbed.from_pretrained(path_or_id, **keywords)
         if config is None:
