@@ -219,12 +219,12 @@ def _pool(
 
 def _sum(tokens: torch.Tensor, keep: torch.Tensor | None, wide: torch.dtype, is_gated: bool) -> torch.Tensor:
     """[b, width] sums of [b, s, columns] tokens in the wide dtype."""
+    if keep is not None:
+        # where, not a product: 0 * NaN is NaN. Before the GEGLU, whose gradient is such a product
+        tokens = torch.where(keep, tokens, 0.0)
     if is_gated:
         value, gate = tokens.to(wide).chunk(2, dim=-1)
         tokens = value * F.gelu(gate)
-    if keep is not None:
-        # where, not a product: 0 * NaN is NaN
-        tokens = torch.where(keep, tokens, 0.0)
     return tokens.sum(1, dtype=wide)
 
 

@@ -236,15 +236,13 @@ def _pool(
     wide = torch.promote_types(x.dtype, torch.float32)
     means = torch.zeros(len(layout), width, dtype=wide, device=x.device)
     for run in layout.runs():
-        values = x[run.rows].to(wide)
-        values = values if transform is None else transform(values)
-        values = rearrange(values, "(b s) d -> b s d", b=run.num_seqs)
-        if pool_mask is None:
-            means[run.seqs] = values.sum(1) / run.length
-        else:
+        values = rearrange(x[run.rows].to(wide), "(b s) d -> b s d", b=run.num_seqs)
+        count: torch.Tensor | int = run.length
+        if pool_mask is not None:
             keep = rearrange(pool_mask[run.rows], "(b s) -> b s 1", b=run.num_seqs)
-            # where, not a product: 0 * NaN is NaN
-            means[run.seqs] = torch.where(keep, values, 0.0).sum(1) / keep.sum(1).clamp_min(1)
+            # where, not a product: 0 * NaN is NaN. Before the transform, whose gradient is such a product
+            values, count = torch.where(keep, values, 0.0), keep.sum(1).clamp_min(1)
+        means[run.seqs] = (values if transform is None else transform(values)).sum(1) / count
     return means
 
 

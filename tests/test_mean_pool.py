@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from gradients import assert_compiles, assert_gradcheck
 
+from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels import mean_pool as module
-from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.mean_pool import mean_pool, mean_pool_geglu
 from nvembed_fast.kernels.testing import (
@@ -220,11 +220,12 @@ def test_gradient_of_a_strided_upstream(geglu, device):
     _check_gradient(PoolCase("strided", (5, 9), 40), device, torch.float16, geglu, contiguous=False)
 
 
-def test_nan_in_a_dropped_token_reaches_no_gradient(geglu, device):
+@pytest.mark.parametrize("source", [module, reference, library], ids=lambda s: s.__name__.split(".")[-1])
+def test_nan_in_a_dropped_token_reaches_no_gradient(source, geglu, device):
     x, layout, mask = PoolCase("nan", (5, 9), 40).inputs(device, torch.float32, geglu=geglu)
-    clean = gradients(_pool(_op(geglu), layout, mask), [x])[1][0]
+    clean = gradients(_pool(_op(geglu, source), layout, mask), [x])[1][0]
     x[~mask] = torch.nan
-    grad = gradients(_pool(_op(geglu), layout, mask), [x])[1][0]
+    grad = gradients(_pool(_op(geglu, source), layout, mask), [x])[1][0]
     assert not mask.all() and torch.equal(grad, clean) and grad[~mask].eq(0).all()
 
 
