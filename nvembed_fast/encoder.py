@@ -22,10 +22,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm.auto import tqdm
 
 from nvembed_fast import checkpoint, files, fingerprint, legacy, ops
 from nvembed_fast.config import Latents, NVEmbedConfig, query_instruction
-from nvembed_fast.graphs import MAX_TOKENS, SingleTextGraphs
+from nvembed_fast.graphs import MAX_TOKENS, MIN_BUCKET, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.mistral import MistralBackbone
 from nvembed_fast.network.model import NVEmbedModel
@@ -35,6 +36,7 @@ from nvembed_fast.placement import Placement
 from nvembed_fast.precision import Precision, check_precision, check_ranges, quantized
 from nvembed_fast.stream import Progress, Result, TextStream
 from nvembed_fast.tokenization import TextTokenizer, text_list
+from nvembed_fast.warm_up import batches
 
 __all__ = ["NVEmbed", "UntrainedModel", "query_instruction"]
 
@@ -350,6 +352,52 @@ class NVEmbed(nn.Module):
             self._tells_untrained = False
             warnings.warn(_UNTRAINED, UntrainedModel, stacklevel=3)
         legacy.warn_of_end_marks(texts, self.text_tokenizer.eos_token)
+
+    def warm_up(self, *, training: bool = False, show_progress: bool | None = None) -> bool:
+        """Compile every kernel that this model can need, so that no later call waits for the compiler.
+
+        Triton keeps what it has compiled on disk, so that the next process finds it there. A second call has
+        nothing to do. With `cuda_graphs` it also captures the graph of every bucket.
+
+        Args:
+            training: also compile what a training step needs. Gradients of the weights that require them are
+                computed and thrown away.
+            show_progress: a progress bar. None shows it in a terminal only.
+
+        Returns:
+            Whether there are kernels to compile. There are none on a CPU, or under impl="torch" or "library".
+
+        Raises:
+            ValueError: training, and no weight requires a gradient.
+        """
+        weights = [weight for weight in self.model.parameters() if weight.requires_grad]
+        if training and not weights:
+            raise ValueError("warm_up(training=True) needs weights to train: call requires_grad_() first")
+        if self.placement.implementation()[0] != "triton":
+            return False
+        self.refresh()
+        sizes = [1 << i for i in range(MIN_BUCKET.bit_length() - 1, MAX_TOKENS.bit_length())]
+        buckets = [] if self.graphs is None else sizes
+        max_positions = self.config.text_config.max_position_embeddings
+        steps = [*batches(self.device, max_positions)]
+        with tqdm(
+            total=len(steps) + len(buckets),
+            desc="warm up",
+            disable=None if show_progress is None else not show_progress,
+        ) as bar:
+            for batch in steps:
+                with self.computing():
+                    with torch.no_grad():
+                        self.model(batch)
+                    if training:
+                        with torch.enable_grad():
+                            vectors = self.model(batch)
+                        torch.autograd.grad(vectors.sum(), weights, allow_unused=True)
+                bar.update()
+            for bucket in buckets:
+                self.embed([np.zeros(bucket, dtype=np.int64)], [0])
+                bar.update()
+        return True
 
     @property
     def stream(self) -> TextStream:

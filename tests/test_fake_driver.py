@@ -5,6 +5,7 @@ that take no fixture run in the process of `fake_gpu`.
 """
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from fake_driver import gpu
 from whole_model import HEADS, VOCAB, make_model
 
-from nvembed_fast import ops
+from nvembed_fast import NVEmbed, ops
 from nvembed_fast.packing import PackedBatch
 
 ABSORBED = HEADS[1]
@@ -116,6 +117,33 @@ def random_lengths(rng: np.random.Generator, kind: int) -> list[int]:
 @pytest.mark.parametrize("ceilings", [INFERENCE, TRAINING], ids=["inference", "training"])
 def test_variants_of_random_batches(fake_gpu, ceilings):
     assert fake_gpu(random_batches, 200, ceilings is TRAINING) == ceilings
+
+
+def variants_after_warm_up(training: bool) -> list[dict[str, int]]:
+    """Of a model that was warmed up, before and after random batches."""
+    rng = np.random.default_rng(1)
+    model = make_model(ABSORBED, "cuda", torch.bfloat16, width=64).requires_grad_(training)
+    encoder = NVEmbed(model, SimpleNamespace(check_ids=lambda size: None))
+    model.head.mode = "absorbed"
+    assert encoder.warm_up(training=training, show_progress=False)
+    assert all(weight.grad is None for weight in model.parameters())
+    warm = gpu.variants()
+    for i in range(20):
+        with torch.set_grad_enabled(training):
+            vectors = model(packed(random_lengths(rng, kind=i % 5)))
+        if training:
+            vectors.sum().backward()
+    encoder.warm_up(training=training, show_progress=False)
+    return [warm, gpu.variants()]
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_nothing_compiles_after_a_warm_up(fake_gpu, training):
+    warm, later = fake_gpu(variants_after_warm_up, training)
+    assert later == warm
+    if not training:
+        # documents drop no token, so there is no mask
+        assert warm == INFERENCE | {"_mean_pool_fwd_kernel": 4}
 
 
 def call_with_errors() -> list[str]:

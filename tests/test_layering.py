@@ -37,7 +37,7 @@ KERNEL_FILES = {
 GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement", "precision"}
 GROUND |= {"self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
-INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream"}
+INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream", "warm_up"}
 TRAINING = {"checkpoint", "files", "network", "ops", "packing", "placement", "config", "tokenization"}
 CURATION = {"encoder", "corpus", "topk", "texts", "files"}
 INTEGRATIONS = {
@@ -71,11 +71,12 @@ WALLS = {
     "network": ({"config", "ops", "packing"}, None),
     "checkpoint": ({"config", "files", "network", "placement", "tokenization"}, None),
     "corpus": (BELOW_ENCODER | INFERENCE, None),
-    "encoder": (BELOW_ENCODER | INFERENCE, {"numpy", "torch", "transformers"}),
+    "encoder": (BELOW_ENCODER | INFERENCE, {"numpy", "torch", "tqdm", "transformers"}),
     "graphs": (BELOW_ENCODER | INFERENCE, {"numpy", "torch"}),
     "legacy": (BELOW_ENCODER | INFERENCE, {"torch"}),
     "new_model": (BELOW_ENCODER | INFERENCE, {"torch"}),
     "stream": (BELOW_ENCODER | INFERENCE, {"numpy", "torch", "tqdm"}),
+    "warm_up": (BELOW_ENCODER | INFERENCE, {"numpy", "torch"}),
     "training": (TRAINING, None),
     "curation": (CURATION, None),
     "evaluation": (EVALUATION, None),
@@ -96,6 +97,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "checkpoint.sampling": {"numpy", "torch"},
     "checkpoint.save": {"safetensors", "torch"},
     "cli.__init__": set(),
+    "cli.check": {"numpy", "torch"},
     "cli.embedding": {"numpy", "torch"},
     "cli.encode": set(),
     "cli.info": {"torch"},
@@ -105,6 +107,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "cli.partial": {"numpy"},
     "cli.process": set(),
     "cli.search": {"numpy"},
+    "cli.warm_up": set(),
     "integrations.__init__": set(),
     "integrations.sentence_transformers": {"numpy", "sentence_transformers", "torch"},
     "integrations.mteb": {"mteb", "numpy", "torch"},

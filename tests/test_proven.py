@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import io
 import json
 import pickle
 import warnings
@@ -11,7 +12,7 @@ import pytest
 import torch
 from fake_driver import gpu
 
-from nvembed_fast import ops, self_check, verdicts
+from nvembed_fast import cli, ops, self_check, verdicts
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.kernels import library
 from nvembed_fast.placement import Placement
@@ -190,6 +191,8 @@ def call_where_kernels_fail(how: str, folder: str) -> dict:
         # a child would see no GPU
         mock.patch.object(verdicts, "START_SECONDS", 0.01),
         mock.patch.object(self_check, "check", check_swiglu),
+        # a fake GPU has no clock
+        mock.patch.object(self_check, "_milliseconds", lambda *_: 1.0),
         _failing(how),
         warnings.catch_warnings(record=True) as caught,
     ):
@@ -202,7 +205,10 @@ def call_where_kernels_fail(how: str, folder: str) -> dict:
             "launched": [launch.kernel for launch in gpu.launches()],
             "told": [str(w.message) for w in caught if w.category is ops.UnprovenKernel],
         }
-    return result
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            arguments = ["--device", "cuda:0", "--dtypes", "float16", "--operations", "swiglu", "rotary"]
+            result["status"] = cli.main(["check", *arguments, "--json"])
+        return result | {"report": json.loads(printed.getvalue())}
 
 
 REASONS = {"wrong": "non-finite result", "raises": "Triton Error", "does not compile": "ptxas knows no such"}
@@ -216,5 +222,12 @@ def test_a_kernel_that_fails_gives_way_to_the_library_path(how, fake_gpu, tmp_pa
     assert "in this process" in here and "did not start" not in red
     assert "swiglu (forward: no tile divides: " in red and REASONS[how] in red
     (kept,) = (tmp_path / "self_check").glob("*.json")
+    rows = result["report"]["operations"]
+    red = [row for row in rows if not row["ok"]]
+    assert result["status"] == 1 and not result["report"]["ok"] and len(rows) == 8
+    assert {(row["name"], row["path"], row["direction"]) for row in red} == {
+        ("swiglu", "triton", direction) for direction in verdicts.DIRECTIONS
+    }
+    assert all(REASONS[how] in row["reason"] for row in red)
     findings = {entry["name"]: entry["ok"] for entry in json.loads(kept.read_text())["findings"]}
     assert findings == {name: name != "swiglu" for name in ops.OPERATIONS}

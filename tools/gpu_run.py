@@ -106,6 +106,7 @@ def slices() -> list[Slice]:
 
     return [
         Slice("environment", (*check, "environment"), 0.5),
+        Slice("check", (*python, "-m", "nvembed_fast", "check", "--json"), 5),
         *(Slice(f"parity-{stem}", (*pytest, "-m", "gpu", *tests_of(stem)), 3) for stem in KERNELS),
         Slice("parity-model", (*pytest, "-m", "gpu", "tests/test_gpu.py"), 2),
         Slice("parity-rest", (*pytest, "-m", "gpu", "tests", *rest), 4),

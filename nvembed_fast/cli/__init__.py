@@ -1,8 +1,8 @@
-"""The command nvembed-fast: encode, search, init, info, mteb.
+"""The command nvembed-fast: encode, search, init, info, check, warm-up, mteb.
 
-A command is a module with SUMMARY, EXAMPLES, `add_arguments` and `run`. Its functions import torch and the
-rest of the package where they use it, so that --help and --version answer at once. This file imports little,
-because Ctrl-C before `main` is a traceback.
+A command is a module with SUMMARY, EXAMPLES, `add_arguments` and `run`, which may return an exit status. Its
+functions import torch and the rest of the package where they use it, so that --help and --version answer at
+once. This file imports little, because Ctrl-C before `main` is a traceback.
 """
 
 import sys
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(argv: list[str] | None) -> int:
     arguments = _arguments(sys.argv[1:] if argv is None else argv)
     try:
-        _commands()[arguments.command].run(arguments)
+        return _commands()[arguments.command].run(arguments) or 0
     except KeyboardInterrupt as stop:
         process.say(f"interrupted; {stop}" if stop.args else "interrupted")
         return process.INTERRUPTED
@@ -53,13 +53,13 @@ def _run(argv: list[str] | None) -> int:
             "smaller sizes, such as --max-batch-tokens"
         )
         return 1
-    return 0
 
 
 def _commands() -> dict[str, Any]:
-    from nvembed_fast.cli import encode, info, init, mteb, search
+    from nvembed_fast.cli import check, encode, info, init, mteb, search, warm_up
 
-    return {"encode": encode, "search": search, "init": init, "info": info, "mteb": mteb}
+    commands = {"encode": encode, "search": search, "init": init, "info": info, "check": check}
+    return commands | {"warm-up": warm_up, "mteb": mteb}
 
 
 def _mendable_errors() -> tuple[type[Exception], ...]:

@@ -13,6 +13,8 @@ from nvembed_fast.cli import options
 from nvembed_fast.config import NVEmbedConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from nvembed_fast.placement import Placement
 
 SUMMARY = "Versions, devices, and which implementation each operation takes and why."
@@ -31,8 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    import importlib.metadata
-
     from nvembed_fast import checkpoint
     from nvembed_fast.placement import Placement
 
@@ -42,19 +42,37 @@ def run(arguments: argparse.Namespace) -> None:
         directory = checkpoint.resolve(arguments.model, config_only=True, **options.hub_options(arguments))
         config = NVEmbedConfig.from_file(directory / "config.json")
         placement = Placement.decide(config)
-    print(f"nvembed-fast {__version__}, Python {sys.version.split()[0]}")
-    for package in ("torch", "triton", "transformers", "tokenizers", "safetensors"):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            print(f"  {package} {importlib.metadata.version(package)}")
-    for device, facts in _devices():
+    ours, python, *packages = versions().items()
+    print(f"{' '.join(ours)}, {' '.join(python)}")
+    for package in packages:
+        print(f"  {' '.join(package)}")
+    for device, facts in devices():
         print(f"\n{device}: {facts}")
         _print_implementations(device)
     print("\nMatrix products are the library's. A shape beyond a kernel's limits takes library.")
+    print("On a GPU `auto` takes a kernel once its self-check has passed: see `nvembed-fast check`.")
     if config:
         _print_model(arguments.model, config, placement)
 
 
-def _devices() -> list[tuple[str, str]]:
+def versions(device: "torch.device | None" = None) -> dict[str, str]:
+    """Name -> version, of this package, Python and others. For a GPU also of CUDA and the driver."""
+    import importlib.metadata
+
+    found = {"nvembed-fast": __version__, "Python": sys.version.split()[0]}
+    for package in ("torch", "triton", "transformers", "tokenizers", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    if device is not None and device.type == "cuda":
+        import torch
+
+        from nvembed_fast import verdicts
+
+        found |= {"CUDA": str(torch.version.cuda), "driver": verdicts.facts(device)["driver"]}
+    return found
+
+
+def devices() -> list[tuple[str, str]]:
     """(name, facts) of the CPU and of every GPU."""
     import torch
 

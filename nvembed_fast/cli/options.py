@@ -64,10 +64,12 @@ def add_text_options(parser: argparse.ArgumentParser, *, ids_help: str) -> None:
     parser.add_argument("--max-batch-tokens", type=int, help="tokens a batch (default: by the device)")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, is_positional: bool = False) -> None:
     """Which model is loaded, where and how."""
+    more: dict[str, Any] = {"nargs": "?", "metavar": "MODEL"} if is_positional else {}
     parser.add_argument(
-        "--model",
+        "model" if is_positional else "--model",
+        **more,
         default=os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL,
         help=f"directory or hub id (default: ${MODEL_VARIABLE}, else {DEFAULT_MODEL}, which is gated and has "
         "15.7 GB)",
@@ -100,7 +102,8 @@ def load(arguments: argparse.Namespace) -> "NVEmbed":
     from nvembed_fast.encoder import NVEmbed
     from nvembed_fast.stream import check_counts
 
-    check_counts(arguments.max_length, arguments.max_batch_tokens)
+    if "max_length" in arguments:
+        check_counts(arguments.max_length, arguments.max_batch_tokens)
     process.raise_interrupts()
     note_download(arguments.model, **hub_options(arguments))
     with process.telling(lambda: f"loading {arguments.model}"):

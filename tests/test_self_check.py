@@ -1,0 +1,92 @@
+"""The cases that decide whether `auto` takes a kernel. See `tools.mutate --self-check`, too."""
+
+import pytest
+import torch
+
+from nvembed_fast import ops, self_check
+from nvembed_fast.kernels import gated, reference
+from nvembed_fast.verdicts import DIRECTIONS
+
+
+@pytest.mark.parametrize("operation", ["absorbed_latent_attention", "mean_pool", "rotary", "geglu"])
+def test_a_right_kernel_passes(operation, device):
+    for direction in DIRECTIONS:
+        finding = self_check.check((operation, "float16", direction), device)
+        assert finding.ok and finding.reason == "" and finding.path == "triton", finding
+        assert 0 < finding.error <= finding.tolerance
+
+
+@pytest.mark.parametrize("path", ["library", "torch"])
+@pytest.mark.parametrize("operation", ["mean_pool_geglu", "rotary"])
+def test_what_takes_a_kernels_place_passes(operation, path, device):
+    for direction in DIRECTIONS:
+        assert self_check.check((operation, "float32", direction), device, path).ok
+
+
+def test_every_operation_has_problems_in_both_directions_with_names_of_their_own():
+    for operation in ops.OPERATIONS:
+        found = list(self_check.problems(operation, "cpu", torch.float16))
+        assert {d for problem in found for d in problem.directions} == set(DIRECTIONS)
+        names = [problem.name for problem in found]
+        assert len(names) == len(set(names)) > 3
+
+
+def test_attention_reaches_every_loop_and_both_ways_to_load(path, monkeypatch):
+    from gradients import spy_on_launches
+
+    from nvembed_fast.kernels import flash_attention
+
+    launches = spy_on_launches(monkeypatch, flash_attention, "_flash_attention_fwd_kernel")
+    self_check.check(("flash_attention", "float16", "forward"), "cpu")
+    seen = {(a["USE_TMA"], a["AHEAD"], a["CAUSAL"]) for _, a in launches}
+    pointers = {(False, False, False), (False, False, True)}
+    descriptors = {(True, True, False), (True, False, False), (True, False, True)}
+    assert seen == (pointers | descriptors if path == 90 else pointers)
+
+
+FAULTS = {
+    "wrong": (lambda x: 1.01 * reference.swiglu(x), "large gates: output 0, rms error"),
+    "unwritten": (
+        lambda x: x.new_empty(x.shape[0], x.shape[1] // 2),
+        "no tile divides: output 0: non-finite result",
+    ),
+    "reads beyond a row": (lambda x: reference.swiglu(x.as_strided(x.shape, x.stride(), 0)), "non-finite"),
+    "another shape": (lambda x: reference.swiglu(x)[:-1], "shape or dtype"),
+    "raises": (lambda x: (_ for _ in ()).throw(RuntimeError("no such instruction")), "RuntimeError: no such"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_found_and_named(fault, device, monkeypatch):
+    function, reason = FAULTS[fault]
+    ops._kernel("swiglu")
+    monkeypatch.setitem(ops._kernels, "swiglu", function)
+    finding = self_check.check(("swiglu", "float16", "forward"), device)
+    assert not finding.ok and reason in finding.reason
+
+
+def test_a_wrong_gradient_is_found_and_the_forward_stays_right(device, monkeypatch):
+    launch = gated._launch_bwd
+    monkeypatch.setattr(gated, "_launch_bwd", lambda *args: 1.01 * launch(*args))
+    backward, forward = (self_check.check(("swiglu", "float16", d), device) for d in ("backward", "forward"))
+    assert forward.ok and not backward.ok and "gradient 0" in backward.reason
+
+
+def test_memory_that_is_full_says_nothing_about_a_kernel(device, monkeypatch):
+    def full(x):
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    ops._kernel("swiglu")
+    monkeypatch.setitem(ops._kernels, "swiglu", full)
+    finding = self_check.check(("swiglu", "float16", "forward"), device)
+    assert not finding.ok and not finding.is_decided
+
+
+def test_it_runs_inside_inference_mode_and_autocast_and_leaves_settings_alone(device):
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    item = ("swiglu", "float16", "backward")
+    with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
+        (finding,) = self_check.run([item], torch.device(device), "triton")
+    assert finding.ok
+    settings = torch.utils.deterministic
+    assert before == (torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory)
