@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -303,6 +304,25 @@ def test_a_kernel_has_its_reference_test_and_bench(stem):
 def test_every_operation_has_a_kernel():
     public = {n for s in KERNELS for n in importlib.import_module(f"nvembed_fast.kernels.{s}").__all__}
     assert set(ops.OPERATIONS) == public
+
+
+@pytest.mark.parametrize("library", ["mteb", "sentence_transformers"])
+def test_a_missing_library_is_named_with_its_extra(library, monkeypatch):
+    class Missing:
+        @staticmethod
+        def find_spec(name: str, *_) -> None:
+            if name == library:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    door = f"nvembed_fast.integrations.{library}"
+    for name in [name for name in sys.modules if name.split(".")[0] == library or name == door]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Missing, *sys.meta_path])
+    extra = library.replace("_", "-")
+    with pytest.raises(ImportError, match=rf"pip install 'nvembed-fast\[{extra}\]'"):
+        importlib.import_module(f"nvembed_fast.integrations.{library}")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extra in extras
 
 
 @pytest.mark.parametrize("package", ["triton", "transformers"])

@@ -12,6 +12,7 @@ them, and cannot be called without a prompt.
 """
 
 import json
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -333,7 +334,7 @@ def load(
     Raises:
         FileNotFoundError, ValueError: something is missing or wrong. The message names it.
     """
-    path_or_id = str(path_or_id)
+    path_or_id = os.path.expanduser(path_or_id)
     hub: dict[str, Any] = {"token": token, "revision": revision, "local_files_only": local_files_only}
     model_kwargs = {} if model_kwargs is None else dict(model_kwargs)
     if device is not None:

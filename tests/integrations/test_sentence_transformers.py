@@ -43,6 +43,12 @@ def test_a_saved_model_gives_the_vectors_of_encode(saved, encoder):
         assert model.get_embedding_dimension() == 64 and model.similarity_fn_name == "cosine"
 
 
+def test_a_home_directory_is_found(saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(saved)
+    assert load("~/model").prompts["query"].startswith("Instruct: ")
+
+
 def test_a_published_folder_needs_no_modules_json(tiny_directory, encoder):
     assert not (tiny_directory / "modules.json").exists(), "so this test would prove nothing"
     got = load(tiny_directory).encode_query(TEXTS)
