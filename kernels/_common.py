@@ -1,13 +1,24 @@
 """What all launchers share: compile options, the target, scratch memory for descriptors."""
 
+import contextlib
+import contextvars
 import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-# passed to every launch: the default of enable_fp_fusion differs between Triton versions
+from nvembed_fast.kernels import tuned
+
+# of every launch: the default of enable_fp_fusion differs between Triton versions
 COMPILE_OPTIONS = {"enable_fp_fusion": True}
+# whose compiled kernels `replayed` launches
+KNOWN_VERSIONS = ("3.6.0", "3.7.1")
+MAX_PLANS = 1024  # of one launcher, a few KB each
 LOG2E = tl.constexpr(1.4426950408889634)
 # the interpreter plays the older part: no descriptors
 INTERPRETED_CAPABILITY = 80
@@ -31,16 +42,38 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
-def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
-    return torch.empty(size, dtype=torch.int8, device="cuda")
+def launch(kernel, num_programs: int, of_layout: Any = (), **arguments) -> None:
+    """Launch a kernel on the device of its tensors, whatever device is current.
 
-
-def allow_descriptors() -> None:
-    """Give Triton the allocator that tensor descriptors made inside a kernel need.
-
-    At every launch: Triton keeps it in a context variable, so a new thread starts without one.
+    Args:
+        kernel: a `@triton.jit` function.
+        num_programs: the grid, of one axis.
+        of_layout: names of the arguments that belong to the layout of the batch, for `replayed`.
+        arguments: of the kernel by name, with its launch configuration.
     """
-    triton.set_allocator(_scratch)
+    device = next(t.device for t in arguments.values() if isinstance(t, torch.Tensor))
+    arguments |= COMPILE_OPTIONS
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        binary = _with_scratch(device, kernel[(num_programs,)], **arguments)
+    launches = getattr(_recorded, "launches", None)
+    if launches is not None:
+        launches.append((kernel, num_programs, of_layout, arguments, binary))
+
+
+def _with_scratch(device: torch.device, run: Callable, *args, **arguments):
+    """`run` with the allocator that tensor descriptors made inside a kernel need.
+
+    Triton keeps it in a context variable. Ours is set in a copy of the context, so that the user's stays.
+    """
+
+    def allocate(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.int8, device=device)
+
+    def run_here():
+        triton.set_allocator(allocate)
+        return run(*args, **arguments)
+
+    return contextvars.copy_context().run(run_here)
 
 
 def use_descriptors(capability: int, *tensors: torch.Tensor) -> bool:
@@ -74,6 +107,153 @@ def operands(*tensors: tuple[str, torch.Tensor | None, str]) -> dict[str, torch.
 def _argument_names(name: str, dims: str) -> tuple[str, tuple[str, ...]]:
     prefix = name[:2] if name.startswith("d") else name[0]
     return f"{name}_ptr", tuple(f"stride_{prefix}{dim}" for dim in dims)
+
+
+class _Plan(NamedTuple):
+    """How to repeat a launch on other tensors of the same kind.
+
+    `args` and `new` together are numbered: `places` and `results` are numbers among them.
+    """
+
+    kernel: Any
+    run: Callable  # the launcher of the compiled kernel
+    head: tuple  # what it takes before the arguments
+    needs_scratch: bool
+    arguments: list  # in the order of the kernel
+    places: tuple[tuple[int, int], ...]  # (place among the arguments, number)
+    new: tuple[tuple[tuple[int, ...], torch.dtype], ...]  # shapes and dtypes of the results that are no input
+    results: tuple[int, ...]
+    is_one: bool  # the result is a tensor, no tuple
+    layouts: tuple[weakref.ref, ...]
+
+    def launch(self, args: tuple):
+        like = args[0]
+        values = [*args, *[like.new_empty(shape, dtype=dtype) for shape, dtype in self.new]]
+        arguments = self.arguments.copy()
+        for place, number in self.places:
+            arguments[place] = values[number]
+        if self.needs_scratch:
+            _with_scratch(like.device, self.run, *self.head, *arguments)
+        else:
+            self.run(*self.head, *arguments)
+        return values[self.results[0]] if self.is_one else tuple([values[i] for i in self.results])
+
+
+_recorded = threading.local()
+
+
+def replayed(launcher: Callable) -> Callable:
+    """Let a launcher run once for tensors of one kind, and repeat its launch for the next ones.
+
+    The layers of a forward launch the same kernels on the same shapes. The launcher checks, chooses the tiles
+    and binds the arguments the first time, by Triton's own way, which gives the compiled kernel. Then that
+    kernel is launched directly, on tensors of the same dtypes, devices, shapes, strides and alignment, with
+    the same other arguments. All that Triton compiles for follows from these.
+
+    The launcher's first argument must be a tensor. Its results must be inputs or whole tensors of new_empty.
+    What launches another number of kernels, or takes other tensors than inputs, results and lists of the
+    layout, is not repeated. Nothing is under an unknown Triton, in the interpreter, or with hooks of Triton.
+    """
+    if triton.__version__ not in KNOWN_VERSIONS or triton.knobs.runtime.interpret:
+        return launcher
+    plans: dict[tuple, _Plan] = {}
+    tuned.on_change(plans.clear)
+
+    @functools.wraps(launcher)
+    def replay(*args):
+        if not plans:
+            return _record(launcher, args, plans)
+        active = triton.runtime.driver.active
+        index = args[0].get_device()
+        if index >= 0 and index != active.get_current_device():
+            with torch.cuda.device(index):
+                return replay(*args)
+        plan = plans.get(_kind(args, active))
+        if plan is None or _has_hooks(plan.kernel) or not all([x() is not None for x in plan.layouts]):
+            return _record(launcher, args, plans)
+        return plan.launch(args)
+
+    return replay
+
+
+def _kind(args: tuple, active: Any) -> tuple:
+    """All that a launch depends on but the addresses of its tensors."""
+    device = active.get_current_device()
+    knobs = triton.knobs
+    kind = [active, device, active.get_current_stream(device), knobs.runtime.debug]
+    kind.append(knobs.compilation.instrumentation_mode)
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            aligned = x.data_ptr() % 16 == 0
+            kind.append((x.dtype, x.device, x.shape, x.stride(), aligned, x.requires_grad))
+        else:
+            # a layout counts as that very object
+            kind.append(x if isinstance(x, _VALUES) else id(x))
+    return tuple(kind)
+
+
+_VALUES = (bool, int, float, str, type(None), torch.dtype)
+
+
+def _has_hooks(kernel: Any) -> bool:
+    runtime = triton.knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    at_launch = getattr(enter, "calls", enter) or getattr(leave, "calls", leave)
+    return bool(at_launch or kernel.pre_run_hooks or runtime.add_stages_inspection_hook)
+
+
+def _record(launcher: Callable, args: tuple, plans: dict[tuple, _Plan]):
+    before, _recorded.launches = getattr(_recorded, "launches", None), []
+    try:
+        results = launcher(*args)
+        launches = _recorded.launches
+    finally:
+        _recorded.launches = before
+    if len(launches) == 1 and isinstance(launches[0][-1], triton.compiler.CompiledKernel):
+        device = args[0].device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            active = triton.runtime.driver.active
+            plan = _plan(args, results, *launches[0], active)
+            if plan is not None:
+                if len(plans) == MAX_PLANS:
+                    plans.clear()
+                plans[_kind(args, active)] = plan
+    return results
+
+
+def _plan(args, results, kernel, num_programs, of_layout, arguments, binary, active) -> _Plan | None:
+    is_one = isinstance(results, torch.Tensor)
+    results = [results] if is_one else list(results)
+    inputs = [x for x in args if isinstance(x, torch.Tensor)]
+    new = [t for t in results if not any(t is x for x in inputs)]
+    values = [*args, *new]
+    if len({id(t) for t in inputs}) < len(inputs) or not all(t.is_contiguous() for t in new):
+        return None
+    number = {id(t): i for i, t in enumerate(values) if isinstance(t, torch.Tensor)}
+    bound, places = [], []
+    for place, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if isinstance(value, torch.Tensor) and name not in of_layout:
+            if id(value) not in number:
+                return None
+            places.append((place, number[id(value)]))
+            value = None
+        bound.append(value)
+    stream = active.get_current_stream(active.get_current_device())
+    # no hooks: a launch that has any is not repeated
+    head = (num_programs, 1, 1, stream, binary.function, binary.packed_metadata, None, None, None)
+    return _Plan(
+        kernel,
+        binary.run,
+        head,
+        binary.metadata.global_scratch_size > 0,
+        bound,
+        tuple(places),
+        tuple((tuple(t.shape), t.dtype) for t in new),
+        tuple(number[id(t)] for t in results),
+        is_one,
+        tuple(weakref.ref(x) for x in args if not isinstance(x, (torch.Tensor, *_VALUES))),
+    )
 
 
 def is_dispatched(*tensors: torch.Tensor | None) -> bool:

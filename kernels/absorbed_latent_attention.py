@@ -45,13 +45,13 @@ import triton.language as tl
 
 from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
-    COMPILE_OPTIONS,
     LOG2E,
-    allow_descriptors,
     capability,
     input_precision,
     is_dispatched,
+    launch,
     operands,
+    replayed,
     use_descriptors,
     with_contiguous_rows,
 )
@@ -267,6 +267,7 @@ def _check_limits(a: torch.Tensor, num_heads: int) -> None:
         raise Unsupported(f"a must have at most {MAX_LATENTS} latents for this kernel, got {num_latents}")
 
 
+@replayed
 def _launch_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tensor:
     num_tokens, width = x.shape
     num_latents = len(a) // num_heads
@@ -276,9 +277,9 @@ def _launch_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tenso
     sm = capability(x.device)
     aligned = use_descriptors(sm, x, a)
     config = _launch_config(num_latents, capability=sm, dtype=x.dtype, aligned=aligned)
-    if config["USE_TMA"]:
-        allow_descriptors()
-    _absorbed_latent_attention_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
+    launch(
+        _absorbed_latent_attention_fwd_kernel,
+        triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,
         **operands(("x", x, "t"), ("a", a, "l")),
         p_ptr=p,
         num_tokens=num_tokens,
@@ -287,7 +288,6 @@ def _launch_fwd(x: torch.Tensor, a: torch.Tensor, num_heads: int) -> torch.Tenso
         L=num_latents,
         PRECISION=input_precision(x.dtype),
         **config,
-        **COMPILE_OPTIONS,
     )
     return p
 
@@ -302,9 +302,9 @@ def _launch_bwd(p: torch.Tensor, b: torch.Tensor, dout: torch.Tensor, num_heads:
     sm = capability(p.device)
     aligned = use_descriptors(sm, dout, b)
     config = _bwd_launch_config(num_latents, capability=sm, dtype=p.dtype, aligned=aligned)
-    if config["USE_TMA"]:
-        allow_descriptors()
-    _absorbed_latent_attention_bwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
+    launch(
+        _absorbed_latent_attention_bwd_kernel,
+        triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,
         **operands(("dout", dout, "t"), ("b", b, "l")),
         p_ptr=p,
         ds_ptr=ds,
@@ -314,7 +314,6 @@ def _launch_bwd(p: torch.Tensor, b: torch.Tensor, dout: torch.Tensor, num_heads:
         L=num_latents,
         PRECISION=input_precision(p.dtype),
         **config,
-        **COMPILE_OPTIONS,
     )
     return ds
 

@@ -61,13 +61,13 @@ import triton.language as tl
 
 from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
-    COMPILE_OPTIONS,
     LOG2E,
-    allow_descriptors,
     capability,
     input_precision,
     is_dispatched,
+    launch,
     operands,
+    replayed,
     use_descriptors,
     with_contiguous_rows,
 )
@@ -643,7 +643,13 @@ def _check_limits(q: torch.Tensor, k: torch.Tensor) -> None:
         raise Unsupported(f"q must have {wanted} for this kernel, got {group}")
 
 
-def _launch_fwd(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+@replayed
+def _launch_fwd(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: SeqLayout, scale: float | None, causal: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_flash_attention(q, k, v, layout, scale, causal)
+    _check_limits(q, k)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     num_tokens, num_heads, width = q.shape
     num_kv_heads = k.shape[1]
     out = q.new_empty(num_tokens, num_heads, width)
@@ -657,10 +663,11 @@ def _launch_fwd(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple
     config = _launch_config(
         width, group, longest, capability=sm, dtype=q.dtype, aligned=aligned, causal=causal
     )
-    if config["USE_TMA"]:
-        allow_descriptors()
     tiles = layout.tiles(config["BLOCK_T"])
-    _flash_attention_fwd_kernel[(len(tiles) * num_kv_heads,)](
+    launch(
+        _flash_attention_fwd_kernel,
+        len(tiles) * num_kv_heads,
+        of_layout=("tiles_ptr", "cu_seqlens_ptr"),
         **operands(("q", q, "tn"), ("k", k, "tg"), ("v", v, "tg"), ("out", out, "tn"), ("lse2", lse2, "n")),
         tiles_ptr=tiles,
         cu_seqlens_ptr=layout.cu_seqlens,
@@ -671,7 +678,6 @@ def _launch_fwd(q, k, v, layout: SeqLayout, scale: float, causal: bool) -> tuple
         CAUSAL=causal,
         PRECISION=input_precision(q.dtype),
         **config,
-        **COMPILE_OPTIONS,
     )
     return out, lse2
 
@@ -683,7 +689,9 @@ def _launch_bwd_delta(
     assert out is not None
     num_tokens, num_heads, width = out.shape
     delta = out.new_empty(num_heads, num_tokens, dtype=torch.float32)
-    _flash_attention_bwd_delta_kernel[(num_tokens,)](
+    launch(
+        _flash_attention_bwd_delta_kernel,
+        num_tokens,
         **operands(("out", out, "tn"), ("dout", dout, "tn")),
         dlse2_ptr=None if dlse2 is None else dlse2.contiguous(),
         delta_ptr=delta,
@@ -692,7 +700,6 @@ def _launch_bwd_delta(
         H=width,
         HAS_DLSE2=dlse2 is not None,
         **_bwd_delta_launch_config(num_heads, width),
-        **COMPILE_OPTIONS,
     )
     return delta
 
@@ -738,14 +745,13 @@ def _launch_bwd(
         "H": width,
         "CAUSAL": causal,
         "PRECISION": input_precision(q.dtype),
-        **COMPILE_OPTIONS,
     }
-    if aligned:
-        allow_descriptors()
     if needs_dq:
         config = _bwd_launch_config("dq", width, group, longest, **target)
         tiles = layout.tiles(config["BLOCK_T"])
-        _flash_attention_bwd_dq_kernel[(len(tiles) * num_kv_heads,)](
+        launch(
+            _flash_attention_bwd_dq_kernel,
+            len(tiles) * num_kv_heads,
             **shared,
             **operands(("dq", dq, "tn")),
             tiles_ptr=tiles,
@@ -754,7 +760,9 @@ def _launch_bwd(
     if needs_dk or needs_dv:
         config = _bwd_launch_config("dkv", width, group, longest, **target)
         tiles = layout.tiles(config["BLOCK_N"])
-        _flash_attention_bwd_dkv_kernel[(len(tiles) * num_kv_heads,)](
+        launch(
+            _flash_attention_bwd_dkv_kernel,
+            len(tiles) * num_kv_heads,
             **shared,
             dk_ptr=dk if needs_dk else None,
             dv_ptr=dv if needs_dv else None,
@@ -772,10 +780,7 @@ def _launch_bwd(
 def _flash_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, host_lengths: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    layout = layout_of(host_lengths, q.device)
-    check_flash_attention(q, k, v, layout, scale, causal)
-    _check_limits(q, k)
-    return _launch_fwd(q, k, v, layout, scale, causal)
+    return _launch_fwd(q, k, v, layout_of(host_lengths, q.device), scale, causal)
 
 
 @_flash_attention_op.register_fake
@@ -849,10 +854,10 @@ def flash_attention(
     Raises:
         ValueError: a shape, dtype, stride or device the kernel cannot take, or a scale that is not positive.
     """
-    check_flash_attention(q, k, v, layout, scale, causal)
-    _check_limits(q, k)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if is_dispatched(q, k, v):
+        check_flash_attention(q, k, v, layout, scale, causal)
+        _check_limits(q, k)
+        scale = q.shape[-1] ** -0.5 if scale is None else scale
         out, lse2 = _flash_attention_op(q, k, v, layout.host_lengths, scale, causal)
     else:
         out, lse2 = _launch_fwd(q, k, v, layout, scale, causal)

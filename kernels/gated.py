@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 
 from nvembed_fast.kernels._common import (
-    COMPILE_OPTIONS,
     double_gelu,
     double_gelu_and_slope,
     is_dispatched,
+    launch,
     operands,
+    replayed,
     with_contiguous_rows,
 )
 from nvembed_fast.kernels.errors import check_gated, check_gated_bwd
@@ -102,20 +103,27 @@ def _launch_config(width: int) -> dict[str, int]:
     return {"BLOCK_T": max(1, 1024 // block_f), "BLOCK_F": block_f, "num_warps": 4 if block_f == 2048 else 2}
 
 
+def _check(x: torch.Tensor, gate_first: bool) -> None:
+    check_gated("gate_up" if gate_first else "value_gate", x)
+
+
+@replayed
 def _launch_fwd(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
+    _check(x, gate_first)
     num_tokens, width = x.shape[0], x.shape[1] // 2
     out = x.new_empty(num_tokens, width)
     if num_tokens == 0:
         return out
     config = _launch_config(width)
     num_programs = triton.cdiv(num_tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_F"])
-    _gated_fwd_kernel[(num_programs,)](
+    launch(
+        _gated_fwd_kernel,
+        num_programs,
         **operands(("x", x, "t"), ("out", out, "t")),
         num_tokens=num_tokens,
         F=width,
         GATE_FIRST=gate_first,
         **config,
-        **COMPILE_OPTIONS,
     )
     return out
 
@@ -128,20 +136,20 @@ def _launch_bwd(x: torch.Tensor, dout: torch.Tensor, gate_first: bool) -> torch.
     dout = with_contiguous_rows(dout)
     config = _launch_config(width)
     num_programs = triton.cdiv(num_tokens, config["BLOCK_T"]) * triton.cdiv(width, config["BLOCK_F"])
-    _gated_bwd_kernel[(num_programs,)](
+    launch(
+        _gated_bwd_kernel,
+        num_programs,
         **operands(("x", x, "t"), ("dout", dout, "t"), ("dx", dx, "t")),
         num_tokens=num_tokens,
         F=width,
         GATE_FIRST=gate_first,
         **config,
-        **COMPILE_OPTIONS,
     )
     return dx
 
 
 @torch.library.custom_op("nvembed_fast::gated", mutates_args=())
 def _gated_op(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
-    check_gated("x", x)
     return _launch_fwd(x, gate_first)
 
 
@@ -175,16 +183,17 @@ _gated_op.register_autograd(_differentiate, setup_context=_save)
 
 
 def _run(x: torch.Tensor, gate_first: bool) -> torch.Tensor:
-    return (_gated_op if is_dispatched(x) else _launch_fwd)(x, gate_first)
+    if is_dispatched(x):
+        _check(x, gate_first)
+        return _gated_op(x, gate_first)
+    return _launch_fwd(x, gate_first)
 
 
 def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
     """Triton version of `reference.swiglu`: same arguments, same result."""
-    check_gated("gate_up", gate_up)
     return _run(gate_up, gate_first=True)
 
 
 def geglu(value_gate: torch.Tensor) -> torch.Tensor:
     """Triton version of `reference.geglu`: same arguments, same result."""
-    check_gated("value_gate", value_gate)
     return _run(value_gate, gate_first=False)

@@ -35,13 +35,13 @@ import triton.language as tl
 
 from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
-    COMPILE_OPTIONS,
     LOG2E,
-    allow_descriptors,
     capability,
     input_precision,
     is_dispatched,
+    launch,
     operands,
+    replayed,
     use_descriptors,
     with_contiguous_rows,
 )
@@ -339,6 +339,7 @@ def _bwd_launch_config(
     }
 
 
+@replayed
 def _launch_fwd(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, with_lse: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -351,9 +352,9 @@ def _launch_fwd(
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v)
     config = _launch_config(len(k), head_width, capability=sm, dtype=q.dtype, aligned=aligned)
-    if config["USE_TMA"]:
-        allow_descriptors()
-    _latent_attention_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
+    launch(
+        _latent_attention_fwd_kernel,
+        triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,
         **operands(("q", q, "tn"), ("k", k, "ln"), ("v", v, "ln"), ("out", out, "tn")),
         lse_ptr=lse,
         num_tokens=num_tokens,
@@ -364,7 +365,6 @@ def _launch_fwd(
         WITH_LSE=with_lse,
         PRECISION=input_precision(q.dtype),
         **config,
-        **COMPILE_OPTIONS,
     )
     return out, lse
 
@@ -386,9 +386,9 @@ def _launch_bwd_dq(
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v, dout)
     config = _bwd_launch_config("dq", len(k), head_width, capability=sm, dtype=q.dtype, aligned=aligned)
-    if config["USE_TMA"]:
-        allow_descriptors()
-    _latent_attention_bwd_dq_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,)](
+    launch(
+        _latent_attention_bwd_dq_kernel,
+        triton.cdiv(num_tokens, config["BLOCK_T"]) * num_heads,
         **operands(("q", q, "tn"), ("k", k, "ln"), ("v", v, "ln"), ("out", out, "tn"), ("dout", dout, "tn")),
         dq_ptr=dq,
         lse_ptr=lse,
@@ -402,7 +402,6 @@ def _launch_bwd_dq(
         NEEDS_DQ=needs_dq,
         PRECISION=input_precision(q.dtype),
         **config,
-        **COMPILE_OPTIONS,
     )
     return dq, delta
 
@@ -428,10 +427,10 @@ def _launch_bwd_dkv(
     sm = capability(q.device)
     aligned = use_descriptors(sm, q, k, v, dout)
     config = _bwd_launch_config("dkv", len(k), head_width, capability=sm, dtype=q.dtype, aligned=aligned)
-    if config["USE_TMA"]:
-        allow_descriptors()
     num_tiles = triton.cdiv(len(k), config["BLOCK_L"])
-    _latent_attention_bwd_dkv_kernel[(num_tiles * num_heads * num_chunks,)](
+    launch(
+        _latent_attention_bwd_dkv_kernel,
+        num_tiles * num_heads * num_chunks,
         **operands(("q", q, "tn"), ("k", k, "ln"), ("v", v, "ln"), ("dout", dout, "tn")),
         lse_ptr=lse,
         delta_ptr=delta,
@@ -448,7 +447,6 @@ def _launch_bwd_dkv(
         NEEDS_DV=needs_dv,
         PRECISION=input_precision(q.dtype),
         **config,
-        **COMPILE_OPTIONS,
     )
     return (
         dk.sum(0).to(k.dtype) if needs_dk else k.new_empty(0),

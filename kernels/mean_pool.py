@@ -26,11 +26,11 @@ import triton.language as tl
 
 from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
-    COMPILE_OPTIONS,
     capability,
     double_gelu,
     double_gelu_and_slope,
     is_dispatched,
+    launch,
     operands,
     with_contiguous_rows,
 )
@@ -227,7 +227,9 @@ def _launch_fwd(
         num_partials = len(split_seqs) + layout.num_tokens // config["TOKENS"]
         partial = x.new_empty(num_partials, width, dtype=torch.float32)
         partial_count = x.new_empty(num_partials, dtype=torch.float32)
-    _mean_pool_fwd_kernel[(len(tiles) * triton.cdiv(width, config["BLOCK_D"]),)](
+    launch(
+        _mean_pool_fwd_kernel,
+        len(tiles) * triton.cdiv(width, config["BLOCK_D"]),
         **operands(("x", x, "t"), ("out", out, "b"), ("partial", partial, "t")),
         partial_count_ptr=partial_count,
         mask_ptr=pool_mask,
@@ -237,12 +239,13 @@ def _launch_fwd(
         GEGLU=geglu,
         HAS_MASK=pool_mask is not None,
         **config,
-        **COMPILE_OPTIONS,
     )
     if split_seqs is None:
         return out
     combine = _fwd_combine_launch_config(width)
-    _mean_pool_fwd_combine_kernel[(len(split_seqs) * triton.cdiv(width, combine["BLOCK_D"]),)](
+    launch(
+        _mean_pool_fwd_combine_kernel,
+        len(split_seqs) * triton.cdiv(width, combine["BLOCK_D"]),
         **operands(("partial", partial, "t"), ("out", out, "b")),
         partial_count_ptr=partial_count,
         split_seqs_ptr=split_seqs,
@@ -250,7 +253,6 @@ def _launch_fwd(
         D=width,
         TOKENS=config["TOKENS"],
         **combine,
-        **COMPILE_OPTIONS,
     )
     return out
 
@@ -276,7 +278,9 @@ def _launch_bwd(
         count = kept[layout.cu_seqlens].diff()
     config = _bwd_launch_config(width, geglu, capability=capability(dx.device), dtype=dtype)
     tiles = layout.tiles(config["TOKENS"])
-    _mean_pool_bwd_kernel[(len(tiles) * triton.cdiv(width, config["BLOCK_D"]),)](
+    launch(
+        _mean_pool_bwd_kernel,
+        len(tiles) * triton.cdiv(width, config["BLOCK_D"]),
         **operands(("x", x, "t"), ("dout", dout, "b"), ("dx", dx, "t")),
         count_ptr=count,
         mask_ptr=pool_mask,
@@ -286,7 +290,6 @@ def _launch_bwd(
         GEGLU=geglu,
         HAS_MASK=pool_mask is not None,
         **config,
-        **COMPILE_OPTIONS,
     )
     return dx
 

@@ -29,10 +29,11 @@ import triton.language as tl
 
 from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
-    COMPILE_OPTIONS,
     capability,
     is_dispatched,
+    launch,
     operands,
+    replayed,
     with_contiguous_rows,
 )
 from nvembed_fast.kernels.errors import (
@@ -177,17 +178,25 @@ def _check_limits(x: torch.Tensor, eps: float) -> None:
         raise Unsupported(f"eps must be positive for this kernel, got {eps}")
 
 
+@replayed
 def _launch_fwd(
     x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(y, h). Without a residual h is x itself."""
+    if residual is None:
+        check_rms_norm(x, weight, eps)
+    else:
+        check_add_rms_norm(x, residual, weight, eps)
+    _check_limits(x, eps)
     num_tokens, width = x.shape
     y = x.new_empty(num_tokens, width)
     h = x if residual is None else x.new_empty(num_tokens, width)
     if num_tokens == 0:
         return y, h
     config = _launch_config(width, capability=capability(x.device), dtype=x.dtype)
-    _rms_norm_fwd_kernel[(triton.cdiv(num_tokens, config["BLOCK_T"]),)](
+    launch(
+        _rms_norm_fwd_kernel,
+        triton.cdiv(num_tokens, config["BLOCK_T"]),
         **operands(("x", x, "t"), ("residual", residual, "t"), ("y", y, "t")),
         **operands(("h", None if residual is None else h, "t")),
         weight_ptr=weight,
@@ -196,7 +205,6 @@ def _launch_fwd(
         D=width,
         HAS_RESIDUAL=residual is not None,
         **config,
-        **COMPILE_OPTIONS,
     )
     return y, h
 
@@ -221,7 +229,9 @@ def _launch_bwd(
     config = _bwd_launch_config(width, capability=capability(h.device), dtype=h.dtype)
     num_programs = triton.cdiv(num_tokens, config["ROWS"])
     partial = h.new_empty(num_programs, width, dtype=torch.float32) if needs_dweight else None
-    _rms_norm_bwd_kernel[(num_programs,)](
+    launch(
+        _rms_norm_bwd_kernel,
+        num_programs,
         **operands(("h", h, "t"), ("dy", dy, "t"), ("dh", dh if needs_dh else None, "t")),
         dh_out_ptr=dh_out,
         stride_dot=0 if dh_out is None else dh_out.stride(0),
@@ -234,25 +244,23 @@ def _launch_bwd(
         NEEDS_DH=needs_dh,
         NEEDS_DWEIGHT=needs_dweight,
         **config,
-        **COMPILE_OPTIONS,
     )
     if needs_dweight:
         config = _bwd_dweight_launch_config(width)
-        _rms_norm_bwd_dweight_kernel[(triton.cdiv(width, config["BLOCK_D"]),)](
+        launch(
+            _rms_norm_bwd_dweight_kernel,
+            triton.cdiv(width, config["BLOCK_D"]),
             partial_ptr=partial,
             dweight_ptr=dweight,
             num_partials=num_programs,
             D=width,
             **config,
-            **COMPILE_OPTIONS,
         )
     return dh, dweight
 
 
 @torch.library.custom_op("nvembed_fast::rms_norm", mutates_args=())
 def _rms_norm_op(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    check_rms_norm(x, weight, eps)
-    _check_limits(x, eps)
     return _launch_fwd(x, None, weight, eps)[0]
 
 
@@ -265,8 +273,6 @@ def _rms_norm_fake(x, weight, eps):
 def _add_rms_norm_op(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    check_add_rms_norm(x, residual, weight, eps)
-    _check_limits(x, eps)
     return _launch_fwd(x, residual, weight, eps)
 
 
@@ -334,9 +340,9 @@ _add_rms_norm_op.register_autograd(_differentiate_add, setup_context=_save_add)
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Triton version of `reference.rms_norm`: same arguments, same result."""
-    check_rms_norm(x, weight, eps)
-    _check_limits(x, eps)
     if is_dispatched(x, weight):
+        check_rms_norm(x, weight, eps)
+        _check_limits(x, eps)
         return _rms_norm_op(x, weight, eps)
     return _launch_fwd(x, None, weight, eps)[0]
 
@@ -345,8 +351,8 @@ def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Triton version of `reference.add_rms_norm`: same arguments, same result."""
-    check_add_rms_norm(x, residual, weight, eps)
-    _check_limits(x, eps)
     if is_dispatched(x, residual, weight):
+        check_add_rms_norm(x, residual, weight, eps)
+        _check_limits(x, eps)
         return _add_rms_norm_op(x, residual, weight, eps)
     return _launch_fwd(x, residual, weight, eps)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from nvembed_fast.kernels._common import COMPILE_OPTIONS, is_dispatched, operands, with_contiguous_rows
+from nvembed_fast.kernels._common import is_dispatched, launch, operands, replayed, with_contiguous_rows
 from nvembed_fast.kernels.errors import check_rotary
 
 __all__ = ["rotary"]
@@ -72,6 +72,7 @@ def _launch_config(num_heads: int, head_width: int) -> dict[str, int]:
     return {"BLOCK_N": block_n, "BLOCK_H": block_h, "num_warps": num_warps}
 
 
+@replayed
 def _launch_fwd(
     qkv: torch.Tensor,
     cos: torch.Tensor,
@@ -81,12 +82,15 @@ def _launch_fwd(
     inplace: bool = False,
     inverse: bool = False,
 ) -> torch.Tensor:
+    check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
     num_tokens, num_heads, head_width = qkv.shape
     out = qkv if inplace else qkv.new_empty(qkv.shape)
     num_written = num_rotated if inplace else num_heads
     if num_tokens == 0 or num_written == 0:
         return out
-    _rotary_fwd_kernel[(num_tokens,)](
+    launch(
+        _rotary_fwd_kernel,
+        num_tokens,
         **operands(("qkv", qkv, "tn"), ("out", out, "tn"), ("cos", cos, "p"), ("sin", sin, "p")),
         positions_ptr=positions,
         HALF=head_width // 2,
@@ -94,7 +98,6 @@ def _launch_fwd(
         NUM_ROTATED=num_rotated,
         INVERSE=inverse,
         **_launch_config(num_written, head_width),
-        **COMPILE_OPTIONS,
     )
     return out
 
@@ -108,8 +111,7 @@ def _rotary_op(
     num_rotated: int,
     inverse: bool,
 ) -> torch.Tensor:
-    check_rotary(qkv, cos, sin, positions, num_rotated, inplace=False)
-    return _launch_fwd(qkv, cos, sin, positions, num_rotated, inverse=inverse)
+    return _launch_fwd(qkv, cos, sin, positions, num_rotated, False, inverse)
 
 
 @_rotary_op.register_fake
@@ -121,8 +123,7 @@ def _rotary_fake(qkv, cos, sin, positions, num_rotated, inverse):
 def _rotary_inplace_op(
     qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, positions: torch.Tensor, num_rotated: int
 ) -> None:
-    check_rotary(qkv, cos, sin, positions, num_rotated, inplace=False)
-    _launch_fwd(qkv, cos, sin, positions, num_rotated, inplace=True)
+    _launch_fwd(qkv, cos, sin, positions, num_rotated, True)
 
 
 @_rotary_inplace_op.register_fake
@@ -153,9 +154,9 @@ def rotary(
     inplace: bool = False,
 ) -> torch.Tensor:
     """Triton version of `reference.rotary`: same arguments, same result."""
-    check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
     if not is_dispatched(qkv):
         return _launch_fwd(qkv, cos, sin, positions, num_rotated, inplace)
+    check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
     if inplace:
         _rotary_inplace_op(qkv, cos, sin, positions, num_rotated)
         return qkv

@@ -68,14 +68,19 @@ KERNELS = {
 }
 
 _used: Mapping[Key, Config] | None = None  # None: the file's
-_caches: list = []
+_clears: list[Callable[[], None]] = []
 
 
 def cache(launch_config: Callable) -> Callable:
     """`functools.cache` for a `_launch_config`. `use` empties it."""
     cached = functools.cache(launch_config)
-    _caches.append(cached)
+    on_change(cached.cache_clear)
     return cached
+
+
+def on_change(clear: Callable[[], None]) -> None:
+    """Let `use` call it, to drop what follows from a launch configuration."""
+    _clears.append(clear)
 
 
 def override(kernel: str, capability: int, rule: Config, **shape: int) -> Config:
@@ -115,8 +120,8 @@ def use(entries: Mapping[Key, Config]) -> Iterator[None]:
 def _set_used(entries: Mapping[Key, Config] | None) -> None:
     global _used
     _used = entries
-    for cached in _caches:
-        cached.cache_clear()
+    for clear in _clears:
+        clear()
 
 
 @functools.cache

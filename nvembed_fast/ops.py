@@ -260,11 +260,7 @@ def _run(reference_fn: Callable[..., Result], x: torch.Tensor, *args) -> Result:
     if chosen == "triton":
         kernel = _kernel(name)
         try:
-            if not x.is_cuda or torch.compiler.is_compiling():
-                return kernel(x, *args)
-            # Triton launches on the current device, whatever device the tensors are on
-            with torch.cuda.device(x.device):
-                return kernel(x, *args)
+            return kernel(x, *args)
         except Unsupported:
             if _state.impl == "triton":
                 raise

@@ -28,7 +28,7 @@ KERNEL_FILES = {
     "streams": (set(), {"torch"}),
     "reference": ({"errors", "layout"}, {"einops", "torch"}),
     "library": ({"errors", "layout", "reference"}, {"torch"}),
-    "_common": (set(), {"torch", "triton"}),
+    "_common": ({"tuned"}, {"torch", "triton"}),
     "tuned": (set(), set()),
     "testing": ({"layout", "reference"}, {"numpy", "torch"}),
 } | {stem: ({"_common", "errors", "layout", "tuned"}, {"torch", "triton"}) for stem in KERNELS}
@@ -115,7 +115,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "integrations.transformers": {"torch", "transformers"},
     "network.__init__": set(),
     "network.latent_head": {"einops", "torch"},
-    "network.mistral": {"einops", "torch"},
+    "network.mistral": {"torch"},
     "network.model": {"torch"},
     "network.pooling_heads": {"einops", "torch"},
 }

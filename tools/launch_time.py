@@ -1,4 +1,4 @@
-"""What a forward costs the host: one text of 50 tokens through NV-Embed-v2's 32 layers, by a driver that launches nothing.
+"""What the host does for a forward of NV-Embed-v2 on one text of 50 tokens. Needs no GPU.
 
     python -m tools.launch_time                  this tree
     python -m tools.launch_time --base DIR       this tree and that one, in turns
@@ -62,7 +62,7 @@ def _measure(gpu: Any) -> dict[str, Any]:
     if hasattr(_common, "_scratch"):
         # trees before 2026-11-26 took the memory of descriptors from the current GPU
         _common._scratch = lambda size, alignment, stream: torch.empty(size, dtype=torch.int8)
-    model = _model()
+    model: Any = _model()
     batch = packing.PackedBatch.from_ids([np.zeros(NUM_TOKENS, dtype=np.int64)], [18])
 
     def product(x, weight, bias=None):
@@ -100,7 +100,7 @@ def _model() -> Any:
     from nvembed_fast.network.model import NVEmbedModel
 
     with torch.device("meta"):
-        model = NVEmbedModel(NVEmbedConfig()).requires_grad_(False)
+        model: Any = NVEmbedModel(NVEmbedConfig()).requires_grad_(False)
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             one = torch.ones(weight.shape if weight.ndim == 1 else 1, dtype=torch.bfloat16)
@@ -120,7 +120,9 @@ def in_turns(trees: dict[str, Path], rounds: int) -> dict[str, dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tree), str(ROOT / "tests")])}
                 command = [sys.executable, __file__, "--measure", folder]
-                output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=env).stdout
+                output = subprocess.run(
+                    command, check=True, stdout=subprocess.PIPE, text=True, env=env
+                ).stdout
             figures = json.loads(output.splitlines()[-1])
             before = best.setdefault(name, figures)
             best[name] = {key: min(value, before[key]) for key, value in figures.items()}

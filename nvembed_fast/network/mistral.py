@@ -16,8 +16,9 @@ Shape suffixes: T packed tokens, D model width, N query heads, G key/value
 heads, H head width, F feed-forward width, E = N + 2G.
 """
 
+from typing import Any
+
 import torch
-from einops import rearrange
 from torch import nn
 
 from nvembed_fast import ops
@@ -89,6 +90,7 @@ class SelfAttention(nn.Module):
         self.num_heads, self.num_kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.is_causal = config.is_causal
         width, head_width = config.hidden_size, config.head_dim
+        self.head_width = head_width
         self.qkv_proj = ops.Linear(width, (self.num_heads + 2 * self.num_kv_heads) * head_width, bias=False)
         self.o_proj = ops.Linear(self.num_heads * head_width, width, bias=False)
 
@@ -101,14 +103,15 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         """The result, or the stream with the result added in place."""
         n, g = self.num_heads, self.num_kv_heads
-        qkv_TEH = rearrange(self.qkv_proj(x_TD), "t (e h) -> t e h", e=n + 2 * g)
+        # by PyTorch's own methods: einops takes as long as a launch
+        qkv_TEH = self.qkv_proj(x_TD).view(-1, n + 2 * g, self.head_width)
         # a hook or a module of another kind may hold its result
         is_ours = type(self.qkv_proj) is ops.Linear and runs_as_written(self.qkv_proj)
         inplace = is_ours and not qkv_TEH.requires_grad
         qkv_TEH = ops.rotary(qkv_TEH, tables.cos, tables.sin, layout.positions, n + g, inplace)
         q_TNH, k_TGH, v_TGH = qkv_TEH.split((n, g, g), dim=1)
-        out_TNH = ops.flash_attention(q_TNH, k_TGH, v_TGH, layout, causal=self.is_causal)
-        out_TD = rearrange(out_TNH, "t n h -> t (n h)")
+        out_TNH: Any = ops.flash_attention(q_TNH, k_TGH, v_TGH, layout, causal=self.is_causal)
+        out_TD = out_TNH.flatten(1)
         return self.o_proj(out_TD) if stream_TD is None else self.o_proj(out_TD, stream_TD)
 
 

@@ -15,7 +15,7 @@ import ctypes
 import os
 import sys
 import types
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 from unittest import mock
@@ -35,6 +35,20 @@ class Launch(NamedTuple):
     num_programs: int
     num_threads: int
     shared: int
+
+
+class Call(NamedTuple):
+    """A launch as Triton's launcher gets it.
+
+    Attributes:
+        function: the handle of a loaded kernel.
+        arguments: all of the kernel, in its order.
+    """
+
+    function: int
+    grid: tuple[int, int, int]
+    stream: int
+    arguments: tuple
 
 
 class _Launch(ctypes.Structure):
@@ -149,6 +163,7 @@ class _Machine(TorchDispatchMode):
         first_launch: the number of launches before this call.
         operations: how often each of PyTorch's own operations came, on a GPU.
         allocated: [(device, bytes)] of every `empty` on a GPU.
+        calls: the last 16 launches, with their arguments.
     """
 
     def __init__(self, libcuda: _Libcuda):
@@ -160,6 +175,7 @@ class _Machine(TorchDispatchMode):
         self.first_launch = self.libcuda.num_launches
         self.operations: Counter[str] = Counter()
         self.allocated: list[tuple[int, int]] = []
+        self.calls: deque[Call] = deque(maxlen=16)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return self.compute(func, args, kwargs or {})
@@ -254,6 +270,10 @@ def allocated() -> list[tuple[int, int]]:
     return _machine.allocated
 
 
+def last_call() -> Call:
+    return _machine.calls[-1]
+
+
 @contextlib.contextmanager
 def failing(*, load: int = 0, launch: int = 0) -> Iterator[None]:
     """Return these errors of CUDA where a kernel is loaded or launched. 2 is "out of memory"."""
@@ -334,10 +354,16 @@ def _set_driver() -> None:
 
     lib = _machine.libcuda
 
+    class Launcher(CudaLauncher):
+        def __call__(self, *args):
+            grid, stream, function, arguments = args[:3], args[3], args[4], args[9:]
+            _machine.calls.append(Call(function, grid, stream, arguments))
+            super().__call__(*args)
+
     class Driver(CudaDriver):
         def __init__(self):
             self.utils = CudaUtils()
-            self.launcher_cls = CudaLauncher
+            self.launcher_cls = Launcher
             self.get_device_capability = torch.cuda.get_device_capability
             self.get_current_device = torch.cuda.current_device
             self.set_current_device = torch.cuda.set_device
@@ -427,3 +453,7 @@ def forget_kernels() -> None:
     """Let the next launch of every kernel compile again."""
     for kernel in kernels().values():
         kernel.device_caches.clear()
+    if (tuned := sys.modules.get("nvembed_fast.kernels.tuned")) is not None:
+        # what launchers keep
+        with tuned.use({}):
+            pass
