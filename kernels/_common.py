@@ -6,6 +6,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
@@ -53,11 +54,16 @@ def launch(kernel, num_programs: int, of_layout: Any = (), **arguments) -> None:
     """
     device = next(t.device for t in arguments.values() if isinstance(t, torch.Tensor))
     arguments |= COMPILE_OPTIONS
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with _current(device):
         binary = _with_scratch(device, kernel[(num_programs,)], **arguments)
     launches = getattr(_recorded, "launches", None)
     if launches is not None:
-        launches.append((kernel, num_programs, of_layout, arguments, binary))
+        launches.append(_Launch(kernel, num_programs, of_layout, arguments, binary))
+
+
+def _current(device: torch.device) -> AbstractContextManager:
+    """Triton launches on the current device, whatever device the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _with_scratch(device: torch.device, run: Callable, *args, **arguments):
@@ -107,6 +113,16 @@ def operands(*tensors: tuple[str, torch.Tensor | None, str]) -> dict[str, torch.
 def _argument_names(name: str, dims: str) -> tuple[str, tuple[str, ...]]:
     prefix = name[:2] if name.startswith("d") else name[0]
     return f"{name}_ptr", tuple(f"stride_{prefix}{dim}" for dim in dims)
+
+
+class _Launch(NamedTuple):
+    """A launch by Triton's own way, and the compiled kernel that it gave."""
+
+    kernel: Any
+    num_programs: int
+    of_layout: tuple[str, ...]
+    arguments: dict[str, Any]
+    binary: Any
 
 
 class _Plan(NamedTuple):
@@ -203,25 +219,24 @@ def _has_hooks(kernel: Any) -> bool:
 
 
 def _record(launcher: Callable, args: tuple, plans: dict[tuple, _Plan]):
-    before, _recorded.launches = getattr(_recorded, "launches", None), []
+    launches: list[_Launch] = []
+    before, _recorded.launches = getattr(_recorded, "launches", None), launches
     try:
         results = launcher(*args)
-        launches = _recorded.launches
     finally:
         _recorded.launches = before
-    if len(launches) == 1 and isinstance(launches[0][-1], triton.compiler.CompiledKernel):
-        device = args[0].device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    if len(launches) == 1 and isinstance(launches[0].binary, triton.compiler.CompiledKernel):
+        with _current(args[0].device):
             active = triton.runtime.driver.active
-            plan = _plan(args, results, *launches[0], active)
-            if plan is not None:
+            if (plan := _plan(args, results, launches[0], active)) is not None:
                 if len(plans) == MAX_PLANS:
                     plans.clear()
                 plans[_kind(args, active)] = plan
     return results
 
 
-def _plan(args, results, kernel, num_programs, of_layout, arguments, binary, active) -> _Plan | None:
+def _plan(args: tuple, results: Any, launched: _Launch, active: Any) -> _Plan | None:
+    kernel, num_programs, of_layout, arguments, binary = launched
     is_one = isinstance(results, torch.Tensor)
     results = [results] if is_one else list(results)
     inputs = [x for x in args if isinstance(x, torch.Tensor)]
