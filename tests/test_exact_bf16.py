@@ -9,7 +9,7 @@ import exact_bf16  # noqa: E402 - both need triton
 import numpy as np  # noqa: E402
 import triton  # noqa: E402
 
-from nvembed_fast.kernels._common import allow_descriptors  # noqa: E402
+from nvembed_fast.kernels._common import launch  # noqa: E402
 
 GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not GPU and not exact_bf16.IS_EXACT, reason=exact_bf16.WHY_NOT)
@@ -87,12 +87,12 @@ def _product_kernel(a_ptr, b_ptr, wide_ptr, out_ptr, N: tl.constexpr, USE_TMA: t
 
 
 def test_a_product_is_exact_but_for_one_rounding(device, path):
-    allow_descriptors()
     n, use_tma = 64, path >= 90
     a, b = (torch.randn(n, n, generator=torch.Generator().manual_seed(s)).bfloat16() for s in (1, 2))
     wide = torch.empty(n, n, device=device)
     out = torch.zeros(n, n, device=device, dtype=torch.bfloat16)
-    _product_kernel[(1,)](a.to(device), b.to(device), wide, out, n, use_tma)
+    tensors = {"a_ptr": a.to(device), "b_ptr": b.to(device), "wide_ptr": wide, "out_ptr": out}
+    launch(_product_kernel, 1, **tensors, N=n, USE_TMA=use_tma)
     wanted = a.double() @ b.double().mT
     wanted[-1] = 0
     if GPU:
