@@ -89,6 +89,16 @@ def test_a_red_backward_counts_where_gradients_are_recorded(verdict):
         assert not ops._is_recorded(x.clone().requires_grad_())
 
 
+def test_gradients_are_recorded_by_the_call(monkeypatch):
+    asked = []
+    monkeypatch.setattr(ops, "choose", lambda *args: asked.append(args[2:]) or ("torch", ""))
+    x = torch.ones(2, 4, requires_grad=True)
+    ops.swiglu(x)
+    with torch.no_grad():
+        ops.swiglu(x)
+    assert asked == [("swiglu", True), ("swiglu", False)]
+
+
 def test_a_red_forward_is_told_once_also_for_training(verdict):
     verdict["rotary", "forward"] = "wrong"
     with pytest.warns(ops.UnprovenKernel):

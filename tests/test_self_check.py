@@ -44,6 +44,16 @@ def test_attention_reaches_every_loop_and_both_ways_to_load(path, monkeypatch):
     assert seen == (pointers | descriptors if path == 90 else pointers)
 
 
+def _unwritten(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(x.shape, (x.shape[1], 1), dtype=x.dtype, device=x.device)
+
+
+def test_unwritten_memory_is_nan(device):
+    x = torch.zeros(4000, 4000, device=device)  # so much comes from the system, which gives zeros
+    with self_check._unwritten_memory_is_nan():
+        assert _unwritten(x).isnan().all()
+
+
 FAULTS = {
     "wrong": (lambda x: 1.01 * reference.swiglu(x), "large gates: output 0, rms error"),
     "unwritten": (
