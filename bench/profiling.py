@@ -60,6 +60,7 @@ STEP, PACKING = "step", "packing"
 CATEGORY_OF_MARK = {
     PACKING: HOST,
     "linear": PRODUCTS,
+    "add_linear_": PRODUCTS,
     "flash_attention": ATTENTION,
     "embed_tokens": ELEMENTWISE,
     "rms_norm": ELEMENTWISE,
@@ -109,7 +110,10 @@ def make_step(model: NVEmbedModel, batches: Sequence[Sequence[int]], instruction
 
 @contextlib.contextmanager
 def marked(model: NVEmbedModel) -> Iterator[None]:
-    """Inside, embedding, layers, head and operations write their names into a trace."""
+    """Inside, embedding, layers, head and operations write their names into a trace.
+
+    The marks of a layer are hooks, which may hold its result. So its down product adds apart.
+    """
     backbone = model.embedding_model
     modules = {"embed_tokens": backbone.embed_tokens, "head": model.head}
     modules |= {f"layers.{i}": layer for i, layer in enumerate(backbone.layers)}
@@ -126,7 +130,7 @@ def marked(model: NVEmbedModel) -> Iterator[None]:
         for name, module in modules.items():
             undo.callback(module.register_forward_pre_hook(functools.partial(enter, name)).remove)
             undo.callback(module.register_forward_hook(leave, always_call=True).remove)
-        for name in (*ops.OPERATIONS, "linear"):
+        for name in (*ops.OPERATIONS, "linear", "add_linear_"):
             operation = getattr(ops, name)
             undo.callback(setattr, ops, name, operation)
             setattr(ops, name, _marked(name, operation))

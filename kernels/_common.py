@@ -168,7 +168,8 @@ def replayed(launcher: Callable) -> Callable:
 
     The launcher's first argument must be a tensor. Its results must be inputs or whole tensors of new_empty.
     What launches another number of kernels, or takes other tensors than inputs, results and lists of the
-    layout, is not repeated. Nothing is under an unknown Triton, in the interpreter, or with hooks of Triton.
+    layout, is not repeated, nor is a call with keywords. Nothing is under an unknown Triton, in the
+    interpreter, or with hooks of Triton.
     """
     if triton.__version__ not in KNOWN_VERSIONS or triton.knobs.runtime.interpret:
         return launcher
@@ -176,7 +177,9 @@ def replayed(launcher: Callable) -> Callable:
     tuned.on_change(plans.clear)
 
     @functools.wraps(launcher)
-    def replay(*args):
+    def replay(*args, **named):
+        if named:
+            return launcher(*args, **named)
         if not plans:
             return _record(launcher, args, plans)
         active = triton.runtime.driver.active
@@ -228,14 +231,19 @@ def _record(launcher: Callable, args: tuple, plans: dict[tuple, _Plan]):
     if len(launches) == 1 and isinstance(launches[0].binary, triton.compiler.CompiledKernel):
         with _current(args[0].device):
             active = triton.runtime.driver.active
-            if (plan := _plan(args, results, launches[0], active)) is not None:
+            kind = _kind(args, active)
+            # a plan holds lists of its layout, so it goes with it
+            forget = lambda _: plans.pop(kind, None)  # noqa: E731
+            if (plan := _plan(args, results, launches[0], active, forget)) is not None:
                 if len(plans) == MAX_PLANS:
                     plans.clear()
-                plans[_kind(args, active)] = plan
+                plans[kind] = plan
     return results
 
 
-def _plan(args: tuple, results: Any, launched: _Launch, active: Any) -> _Plan | None:
+def _plan(
+    args: tuple, results: Any, launched: _Launch, active: Any, forget: Callable[[Any], None]
+) -> _Plan | None:
     kernel, num_programs, of_layout, arguments, binary = launched
     is_one = isinstance(results, torch.Tensor)
     results = [results] if is_one else list(results)
@@ -267,7 +275,7 @@ def _plan(args: tuple, results: Any, launched: _Launch, active: Any) -> _Plan | 
         tuple((tuple(t.shape), t.dtype) for t in new),
         tuple(number[id(t)] for t in results),
         is_one,
-        tuple(weakref.ref(x) for x in args if not isinstance(x, (torch.Tensor, *_VALUES))),
+        tuple(weakref.ref(x, forget) for x in args if not isinstance(x, (torch.Tensor, *_VALUES))),
     )
 
 

@@ -213,7 +213,9 @@ def layout_of(host_lengths: torch.Tensor, device: torch.device) -> SeqLayout:
 
 @functools.lru_cache(maxsize=16)
 def _layout_of(lengths: bytes, device: torch.device) -> SeqLayout:
-    return SeqLayout(np.frombuffer(lengths, dtype=np.int32), device)
+    # it is kept, and tensors of inference mode could not be saved for a backward
+    with torch.inference_mode(False):
+        return SeqLayout(np.frombuffer(lengths, dtype=np.int32), device)
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -151,7 +151,9 @@ def _varlen_is_proven(q: torch.Tensor, k: torch.Tensor) -> bool:
     if key not in _varlen_verdicts:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        _varlen_verdicts[key] = _check_varlen(q, k)
+        # autograd records nothing under inference mode, and the verdict is kept
+        with torch.inference_mode(False):
+            _varlen_verdicts[key] = _check_varlen(q, k)
     return _varlen_verdicts[key]
 
 

@@ -172,7 +172,7 @@ class SingleTextGraphs:
 
     def forget(self) -> None:
         """Drop all graphs: they read tensors that are out of date."""
-        with self._lock:
+        with self._turn(self._device()):
             self._graphs.clear()
 
     @contextmanager

@@ -154,13 +154,15 @@ def _look(device: torch.device, dtype: torch.dtype, training: bool) -> None:
                 UnprovenKernel,
                 stacklevel=4,
             )
-    new = []
+    new, obstacles = [], {}
     for operation in OPERATIONS:
         red = [f for d in directions if (f := found.get((operation, name, d))) is not None and not f.ok]
         obstacle = f"its self-check failed ({red[0].direction}): {red[0].reason}" if red else None
         if obstacle is not None and _obstacles.get((device.index, operation, dtype, False)) is None:
             new.append(f"{operation} ({red[0].direction}: {red[0].reason})")
-        _obstacles[device.index, operation, dtype, training] = obstacle
+        obstacles[device.index, operation, dtype, training] = obstacle
+    # at once: other threads take the first for all
+    _obstacles.update(obstacles)
     if new:
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
         warnings.warn(

@@ -242,8 +242,8 @@ class Packing(NamedTuple):
     places: torch.Tensor | None
 
 
-# mask or cu_seq_lens -> (the layer that read it, its packing). All layers of a batch get the same tensor. If
-# the layer that read it comes again, that is another batch, and the tensor may have other content
+# mask or cu_seq_lens -> (the layer that read it, its version then, its packing). All layers of a batch get
+# the same tensor. If the layer that read it comes again, that is another batch
 _packings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -333,10 +333,12 @@ def padding_mask(
 def _read_once(
     layer: torch.nn.Module, source: torch.Tensor, read: Callable[[torch.Tensor], Packing]
 ) -> Packing:
-    reader, packing = _packings.get(source, (None, None))
-    if packing is None or reader == id(layer):
+    # inference tensors do not tell whether they have changed
+    version = None if source.is_inference() else source._version
+    reader, seen, packing = _packings.get(source, (None, None, None))
+    if packing is None or reader == id(layer) or version is None or seen != version:
         packing = read(source)
-        _packings[source] = id(layer), packing
+        _packings[source] = id(layer), version, packing
     return packing
 
 
