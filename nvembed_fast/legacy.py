@@ -68,6 +68,7 @@ _RIGHT_KEYWORDS = {
     "texts": "prompts",
     "task": "instruction=query_instruction(task)",
     "use_auth_token": "token",
+    "implementation": "impl",
     "model_name_or_path": "path_or_id",
 }
 _ONE_DEVICE = "all weights lie on one device: pass device, and dtype='float16' for 2 bytes a weight"

@@ -26,7 +26,7 @@ def _add_own(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", help="float16, bfloat16, float32 (default: the checkpoint's; float32 on a CPU)"
     )
-    parser.add_argument("--impl", help="auto, triton or torch (default: auto)")
+    parser.add_argument("--impl", help="auto, triton, library or torch (default: auto)")
     parser.add_argument("--latents", help="auto, direct or absorbed (default: auto)")
 
 

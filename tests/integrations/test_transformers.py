@@ -284,6 +284,12 @@ def test_layers_share_what_one_has_read(monkeypatch):
     borders = torch.tensor([0, 4, 9])
     ours(IDS[:1], cu_seq_lens_q=borders)
     assert len(read) == 3
+    # by another model, too
+    borders[1] = 6
+    other = encoders(num_hidden_layers=3)[1][1]
+    got = other(IDS[:1], cu_seq_lens_q=borders).last_hidden_state
+    wanted = other(IDS[:1], cu_seq_lens_q=borders.clone()).last_hidden_state
+    torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
 def test_a_window_counts_only_if_it_is_shorter_than_a_sequence():
