@@ -154,7 +154,8 @@ def _look(device: torch.device, dtype: torch.dtype, training: bool) -> None:
                 UnprovenKernel,
                 stacklevel=4,
             )
-    new, obstacles = [], {}
+    new: list[str] = []
+    obstacles: dict[tuple[int | None, str, torch.dtype, bool], str | None] = {}
     for operation in OPERATIONS:
         red = [f for d in directions if (f := found.get((operation, name, d))) is not None and not f.ok]
         obstacle = f"its self-check failed ({red[0].direction}): {red[0].reason}" if red else None
