@@ -17,6 +17,7 @@ from bench import profiling
 from bench.profiling import ATTENTION, ELEMENTWISE, GAPS, HEAD, HOST, OTHER, PRODUCTS, STEP
 from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
+from nvembed_fast.network.mistral import DecoderLayer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = BackboneConfig(
@@ -187,19 +188,19 @@ def _compute():
     torch.randn(200, 200).sort()
 
 
-# calls in a step of two batches and two layers. A marked layer adds the result of its down product apart
+# calls in a step of two batches and two layers
 @pytest.mark.parametrize(
     "name, calls, category",
     [
         ("flash_attention", 4, ATTENTION),
         ("rotary", 4, ELEMENTWISE),
         ("swiglu", 4, ELEMENTWISE),
-        ("rms_norm", 4, ELEMENTWISE),
-        ("add_rms_norm", 6, ELEMENTWISE),
+        ("rms_norm", 6, ELEMENTWISE),
+        ("add_rms_norm", 4, ELEMENTWISE),
         ("absorbed_latent_attention", 2, HEAD),
         ("mean_pool", 2, HEAD),
-        ("linear", 14, PRODUCTS),
-        ("add_linear_", 2, PRODUCTS),
+        ("linear", 12, PRODUCTS),
+        ("add_linear_", 4, PRODUCTS),
     ],
 )
 def test_a_slow_operation_shows_in_its_category(name, calls, category, tmp_path, monkeypatch):
@@ -232,11 +233,14 @@ def test_the_parts_are_the_whole_of_every_step(tmp_path):
 def test_marks_are_taken_off_again_also_after_an_error():
     model = profiling.build_model("cpu", 2)
     before = {name: getattr(ops, name) for name in (*ops.OPERATIONS, "linear")}
+    run_layer = DecoderLayer.forward
     with pytest.raises(KeyboardInterrupt), profiling.marked(model):
         assert ops.swiglu is not before["swiglu"]
         assert model.head._forward_hooks
+        assert DecoderLayer.forward is not run_layer
         raise KeyboardInterrupt
     assert before == {name: getattr(ops, name) for name in before}
+    assert DecoderLayer.forward is run_layer
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
