@@ -88,6 +88,10 @@ class _NoChild(Exception):
     """No child process can check anything. The message is the reason, which is not a kernel's."""
 
 
+class _NoTime(Exception):
+    """The time for all is over. The message is the reason of those that were not checked."""
+
+
 def facts(device: torch.device) -> dict[str, str]:
     """What a verdict on a GPU holds for."""
     properties = torch.cuda.get_device_properties(device)
@@ -235,27 +239,31 @@ def _check(
 ) -> tuple[list[Finding], str]:
     """Check by child processes, and in this process what they cannot."""
     found: list[Finding] = []
-    why_here = ""
+    why_here = why_late = ""
     try:
         for finding in _from_children(device, items, known, path, timed):
-            if finding.is_decided or finding.reason == _NO_TIME:
+            if finding.is_decided:
                 found.append(finding)
                 tell(finding)
             else:
                 why_here = finding.reason
     except _NoChild as obstacle:
         why_here = str(obstacle)
+    except _NoTime as end:
+        why_late, why_here = str(end), ""
     done = {finding.item for finding in found}
-    if left := [item for item in items if item not in done]:
+    left = [item for item in items if item not in done]
+    rest: Iterable[Finding] = ()
+    if why_late:
+        rest = (Finding(*item, path, False, reason=why_late, is_decided=False) for item in left)
+    elif left:
         from nvembed_fast import self_check
 
-        for finding in self_check.run(left, device, path, timed):
-            found.append(finding)
-            tell(finding)
+        rest = self_check.run(left, device, path, timed)
+    for finding in rest:
+        found.append(finding)
+        tell(finding)
     return found, why_here
-
-
-_NO_TIME = "no time was left for it: nvembed-fast check tries again"
 
 
 def _from_children(
@@ -292,9 +300,7 @@ def _from_children(
             how = child.end(limit)
         if time.monotonic() > deadline:
             # not the fault of the one under way either
-            for item in waiting:
-                yield Finding(*item, path, False, reason=_NO_TIME, is_decided=False)
-            return
+            raise _NoTime("no time was left for it: nvembed-fast check tries again")
         if begun is None and not has_found:
             raise _NoChild(how)
         if begun is not None:
