@@ -1,0 +1,1 @@
+"""Training: rows to batches, the contrastive loss, steps, and the trainer."""

@@ -1,0 +1,304 @@
+"""A training recipe: a TOML file as frozen dataclasses, every key with its range, default and meaning.
+
+Three tables and a list: the top level, `[model]`, `[train]`, `[log]`, and one `[[data]]` for each data set. A
+path in the file is relative to the file, so that a recipe means the same from every working directory. A path
+given on the command line (`overrides`) is relative to the working directory.
+"""
+
+import copy
+import difflib
+import math
+import os
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_origin
+
+from nvembed_fast import files
+from nvembed_fast.config import PoolingHeadName
+from nvembed_fast.files import brief
+
+__all__ = ["DataPart", "LogPart", "ModelPart", "Recipe", "RecipeError", "TrainPart", "defaults"]
+
+_MAX_BYTES = 2**20
+_BIG = 2**31 - 1
+Autocast = Literal["auto", "none", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+HeadTraining = Literal["full", "lora", "frozen"]
+HeadStart = Literal["mean", "random"]
+Batches = Literal["mixed", "one_set"]
+Sharding = Literal["ddp", "fsdp"]
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run as it stands. The message names the key."""
+
+
+def _key(
+    default: Any, meaning: str, low: float = -math.inf, high: float = math.inf, *, above: float | None = None
+) -> Any:
+    """A key of a recipe. `above` excludes the bound itself. None as a default: the key may be left out."""
+    return field(default=default, metadata={"meaning": meaning, "low": low, "high": high, "above": above})
+
+
+def _required(example: Any, meaning: str) -> Any:
+    return field(metadata={"meaning": meaning, "example": example})
+
+
+@dataclass(frozen=True)
+class ModelPart:
+    """`[model]`: what the training starts from."""
+
+    start: str = _required("path/to/model", "a model directory, a hub id, or a decoder to put a head on")
+    layers: int | None = _key(None, "a decoder's first layers alone (default: all)", 1, 1024)
+    pooling_head: PoolingHeadName = _key("latent", "of a decoder: latent, mean, eos or self_attention")
+    num_latents: int = _key(512, "of a decoder with a latent head", 1, _BIG)
+    head_start: HeadStart = _key("mean", "of a decoder with a latent head: starts as mean pooling, or random")
+
+
+@dataclass(frozen=True)
+class TrainPart:
+    """`[train]`: the steps and how they are computed."""
+
+    steps: int = _key(1000, "optimizer steps of the whole run", 1, _BIG)
+    batch: int = _key(128, "rows a step, over all ranks", 1, 2**20)
+    lr: float = _key(2e-5, "the highest learning rate", 0, 10)
+    warmup: int = _key(50, "steps until it is reached; it falls linearly to 0 behind them", 0, _BIG)
+    temperature: float = _key(0.02, "cosines are divided by it", above=0, high=100)
+    max_length: int = _key(512, "tokens a text", 3, 2**20)
+    lora_rank: int = _key(16, "rank of the adapters; 0 trains all weights", 0, 4096)
+    checkpoint_every: int = _key(500, "steps between checkpoints; the last step has one, too", 1, _BIG)
+    keep_checkpoints: int = _key(2, "the newest ones that stay", 1, _BIG)
+    max_tokens: int = _key(16384, "tokens of a chunk that is computed at once, on each rank", 1, _BIG)
+    weight_decay: float = _key(0.03, "of AdamW, on matrices alone", 0, 1)
+    beta1: float = _key(0.9, "of AdamW", 0, 0.9999999)
+    beta2: float = _key(0.999, "of AdamW", 0, 0.9999999)
+    clip: float = _key(1.0, "the largest norm of the gradient; 0 clips nothing", 0, 1e9)
+    lora_alpha: float = _key(32.0, "adapters are scaled by lora_alpha / lora_rank", above=0, high=1e6)
+    lora_dropout: float = _key(0.1, "in front of the adapters", 0, 0.99)
+    head: HeadTraining = _key("full", "the pooling head beside adapters: full, lora or frozen")
+    dtype: Dtype = _key("auto", "of the weights; auto: float32, and frozen ones on a GPU in bfloat16")
+    autocast: Autocast = _key("auto", "auto: bfloat16 on a GPU, none on a CPU. The loss is in float32")
+    checkpoint_layers: bool = _key(False, "keep of a layer its input alone: less memory, slower")
+    sharding: Sharding = _key("ddp", "on several ranks: ddp copies the model, fsdp cuts it up")
+    batches: Batches = _key("mixed", "mixed draws every row of a step anew, one_set one data set a step")
+    limit: float | None = _key(
+        None, "drop negatives above this share of the lowest positive, such as 0.95 (default: none)", 0, 1
+    )
+    both_directions: bool = _key(False, "also find the query of each document")
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """One `[[data]]`: a file of rows, and how they are used."""
+
+    file: str = _required("pairs.jsonl", "rows {query, pos: [..], neg: [..]}, JSONL or Arrow")
+    instruction: str = _key("", "the task of its queries; empty for none")
+    symmetric: bool = _key(False, "the instruction stands in front of the documents, too")
+    in_batch: bool = _key(True, "the documents of the other rows of this data set are negatives")
+    hard_negatives: int = _key(7, "negatives of its own that a row takes, fewer where it has fewer", 0, 1024)
+    weight: float = _key(1.0, "its share of the rows, relative to the other data sets", above=0, high=1e9)
+
+
+@dataclass(frozen=True)
+class LogPart:
+    """`[log]`: where metrics go, beside metrics.jsonl."""
+
+    picture: bool = _key(True, "draw run.png where matplotlib is installed")
+    tensorboard: bool = _key(False, "event files in output/tensorboard")
+    wandb: bool = _key(False, "a run of Weights & Biases")
+    trackio: bool = _key(False, "a run of trackio")
+
+
+_PATHS: tuple[tuple[list[str], str], ...] = (([], "output"), (["model"], "start"), (["data"], "file"))
+_TABLES: Mapping[str, Any] = MappingProxyType({"model": ModelPart, "train": TrainPart, "log": LogPart})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe. Its paths are absolute, but for a hub id in `model.start`."""
+
+    output: str = _required("my-model", "the directory of checkpoints, metrics and the trained model")
+    model: ModelPart
+    data: tuple[DataPart, ...]
+    train: TrainPart = TrainPart()
+    log: LogPart = LogPart()
+    seed: int = _key(0, "of data order, dropout and fresh weights", 0, 2**63 - 1)
+
+    @classmethod
+    def from_file(cls, file: str | os.PathLike, overrides: Iterable[str] = ()) -> "Recipe":
+        """Read a recipe.
+
+        Args:
+            file: a TOML file.
+            overrides: "key=value" with a dotted key, such as "train.lr=1e-4" or "data.0.weight=2". The value
+                is written as in TOML, and a word that is no TOML is a string.
+
+        Raises:
+            RecipeError: the file is no TOML, or a key or value is wrong. The message names file and key.
+            OSError: it cannot be read.
+        """
+        path = files.expanded(file)
+        try:
+            raw = tomllib.loads(files.read(path, _MAX_BYTES).decode("utf-8"))
+        except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are some
+            raise RecipeError(f"{path} is no TOML file: {error}") from error
+        try:
+            _resolve(raw, path.resolve().parent)
+            for override in overrides:
+                _override(raw, override)
+            return cls.from_dict(raw)
+        except RecipeError as error:
+            raise RecipeError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> "Recipe":
+        """The content of a recipe. Relative paths are relative to the working directory.
+
+        Raises:
+            RecipeError: a key is unknown or missing, or a value is of the wrong type or out of range.
+        """
+        raw = copy.deepcopy(dict(raw))
+        _resolve(raw, Path.cwd())
+        parts: dict[str, Any] = {}
+        for name, part in _TABLES.items():
+            table = raw.pop(name, {})
+            if not isinstance(table, dict):
+                raise RecipeError(f"{name} must be a table, [{name}], got {brief(table)}")
+            parts[name] = part(**_values(part, table, f"{name}."))
+        data = raw.pop("data", [])
+        if not isinstance(data, list) or not data or not all(isinstance(d, dict) for d in data):
+            raise RecipeError("data must be at least one table [[data]] with the file of a data set")
+        parts["data"] = tuple(DataPart(**_values(DataPart, d, f"data.{i}.")) for i, d in enumerate(data))
+        return cls(**_values(cls, raw, ""), **parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content that `from_dict` reads."""
+        raw = asdict(self)
+        raw["data"] = [_without_none(d) for d in raw["data"]]
+        return raw | {name: _without_none(raw[name]) for name in _TABLES}
+
+
+def defaults() -> str:
+    """A whole recipe as TOML, with every key, its default and its meaning."""
+    lines = ["# every key of a recipe with its default. Paths are relative to this file"]
+    lines += _lines(Recipe)
+    for name, part in _TABLES.items():
+        lines += ["", f"[{name}]", *_lines(part)]
+    return "\n".join([*lines, "", "[[data]]  # one for each data set", *_lines(DataPart)]) + "\n"
+
+
+def _keys(part: Any) -> dict[str, Field]:
+    return {f.name: f for f in fields(part) if f.metadata}
+
+
+def _lines(part: Any) -> list[str]:
+    return [_line(name, key) for name, key in _keys(part).items()]
+
+
+def _line(name: str, key: Field) -> str:
+    value = key.metadata["example"] if key.default is MISSING else key.default
+    if value is None:
+        return f"# {name} =  # {key.metadata['meaning']}"
+    written = str(value).lower() if isinstance(value, bool) else repr(value).replace("'", '"')
+    note = " (required)" if key.default is MISSING else ""
+    return f"{name} = {written}  # {key.metadata['meaning']}{note}"
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in table.items() if value is not None}
+
+
+def _values(part: Any, table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The checked values of a table, by the names of the dataclass's fields."""
+    known = _keys(part)
+    for name in table:
+        if name not in known:
+            raise RecipeError(_unknown(prefix, name, known))
+    for name, key in known.items():
+        if key.default is MISSING and name not in table:
+            raise RecipeError(f"{prefix}{name} is missing: {key.metadata['meaning']}")
+    return {name: _checked(prefix + name, known[name], value) for name, value in table.items()}
+
+
+def _unknown(prefix: str, name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    if not close:  # it may stand in the wrong table
+        everywhere = {key: f"{table}.{key}" for table, part in _TABLES.items() for key in _keys(part)}
+        everywhere |= {key: f"data.0.{key}" for key in _keys(DataPart)} | {key: key for key in _keys(Recipe)}
+        close = [everywhere[n] for n in difflib.get_close_matches(name, everywhere, 1, cutoff=0.5)]
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"no key {prefix + name!r}: {hint}. `nvembed-fast train --print-defaults` shows them all"
+
+
+def _checked(name: str, key: Field, value: Any) -> Any:
+    kind = key.type
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            choices = ", ".join(map(repr, get_args(kind)))
+            raise RecipeError(f"{name} must be one of {choices}, got {brief(value)}")
+        return value
+    wanted = next(k for k in (get_args(kind) or (kind,)) if k is not type(None))
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    fits = is_number if wanted is float else isinstance(value, wanted)
+    if not fits or (wanted is int and not is_number):
+        said = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[wanted]
+        raise RecipeError(f"{name} must be {said}, got {brief(value)}")
+    if not is_number:
+        if key.default is MISSING and not value.strip():
+            raise RecipeError(f"{name} is empty: {key.metadata['meaning']}")
+        return value
+    low, high, above = (key.metadata[bound] for bound in ("low", "high", "above"))
+    is_too_low = value <= above if above is not None else value < low
+    if not math.isfinite(value) or is_too_low or value > high:
+        bounds = f"above {above:g}" if above is not None else f"from {low:g}"
+        bounds += " to " if above is None else " and at most "
+        raise RecipeError(f"{name} must be a number {bounds}{high:.10g}, got {brief(value)}")
+    return wanted(value)
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Put "key=value" into the content of a recipe."""
+    name, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"--set takes KEY=VALUE, such as train.lr=1e-4, got {override!r}")
+    *tables, last = name.strip().split(".")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    place: Any = raw
+    for table in tables:
+        if isinstance(place, list):
+            if not table.isdecimal() or int(table) >= len(place):
+                raise RecipeError(f"--set {name}: data has {len(place)} tables, counted from 0")
+            place = place[int(table)]
+        else:
+            place = place.setdefault(table, {})
+        if not isinstance(place, dict | list):
+            raise RecipeError(f"--set {name}: {table} is no table")
+    if isinstance(place, list):
+        raise RecipeError(f"--set {name}: name a key of one data set, such as data.0.file")
+    place[last] = value
+    if (tables[:1], last) in _PATHS:
+        place[last] = _path(last, value, Path.cwd())
+
+
+def _resolve(raw: dict[str, Any], folder: Path) -> None:
+    """Make the paths in the content of a recipe absolute."""
+    for tables, name in _PATHS:
+        inside = raw.get(tables[0], []) if tables else raw
+        for table in inside if isinstance(inside, list) else [inside]:
+            if isinstance(table, dict) and name in table:
+                table[name] = _path(name, table[name], folder)
+
+
+def _path(name: str, value: Any, folder: Path) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value
+    path = folder / os.path.expanduser(value)
+    # OWNER/NAME that is no directory is a hub id
+    may_be_id = name == "start" and not value.startswith((".", "/", "~")) and not value.endswith(".gguf")
+    return value if may_be_id and not path.exists() else os.path.normpath(path)
