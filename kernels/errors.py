@@ -27,6 +27,8 @@ __all__ = [
     "check_gated_bwd",
     "check_latent_attention",
     "check_latent_attention_bwd",
+    "check_masked_lse",
+    "check_masked_lse_bwd",
     "check_mean_pool",
     "check_mean_pool_bwd",
     "check_mean_pool_geglu",
@@ -276,6 +278,56 @@ def check_rotary(
             )
     if not 0 <= num_rotated <= num_heads:
         raise ValueError(f"num_rotated must be between 0 and the {num_heads} heads of qkv, got {num_rotated}")
+
+
+def check_masked_lse(
+    q: torch.Tensor,
+    d: torch.Tensor,
+    row_scopes: torch.Tensor,
+    column_scopes: torch.Tensor,
+    row_keys: torch.Tensor,
+    column_keys: torch.Tensor,
+    limits: torch.Tensor | None,
+    scale: float,
+) -> None:
+    if q.ndim != 2 or q.shape[1] == 0 or q.stride(1) != 1:
+        raise mismatch("q", "[B, D] with contiguous rows and D > 0", q)
+    _check_dtype("q", q)
+    fits = d.ndim == 2 and d.shape[1] == q.shape[1] and d.dtype == q.dtype and d.device == q.device
+    if not fits or d.stride(1) != 1:
+        raise mismatch("d", f"[M, {q.shape[1]}] {q.dtype} on {q.device} with contiguous rows", d)
+    for name, t, length, count in (
+        ("row_scopes", row_scopes, len(q), "S"),
+        ("column_scopes", column_scopes, len(d), "S"),
+        ("row_keys", row_keys, len(q), "K"),
+        ("column_keys", column_keys, len(d), "K"),
+    ):
+        fits = t.ndim == 2 and t.shape[0] == length and t.dtype == torch.int64 and t.device == q.device
+        if not fits or t.shape[1] == 0 or not t.is_contiguous():
+            raise mismatch(name, f"[{length}, {count}] torch.int64 on {q.device}, contiguous", t)
+    if limits is not None:
+        wide = torch.promote_types(q.dtype, torch.float32)
+        fits = limits.shape == (len(q),) and limits.dtype == wide and limits.device == q.device
+        if not fits or limits.requires_grad or not limits.is_contiguous():
+            raise mismatch("limits", f"[{len(q)}] {wide} on {q.device}, contiguous and detached", limits)
+    _check_scale(scale)
+
+
+def check_masked_lse_bwd(
+    q: torch.Tensor,
+    d: torch.Tensor,
+    row_scopes: torch.Tensor,
+    column_scopes: torch.Tensor,
+    row_keys: torch.Tensor,
+    column_keys: torch.Tensor,
+    limits: torch.Tensor | None,
+    lse: torch.Tensor,
+    dlse: torch.Tensor,
+    scale: float,
+) -> None:
+    check_masked_lse(q, d, row_scopes, column_scopes, row_keys, column_keys, limits, scale)
+    for name, t in (("lse", lse), ("dlse", dlse)):
+        _check_like(name, t, q, (len(q),), dtype=torch.float32, any_strides=name == "dlse")
 
 
 def check_gated(name: str, x: torch.Tensor) -> None:
