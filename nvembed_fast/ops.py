@@ -389,6 +389,21 @@ def geglu(value_gate: torch.Tensor) -> torch.Tensor:
     return _run(reference.geglu, value_gate)
 
 
+def masked_lse(
+    q: torch.Tensor,
+    d: torch.Tensor,
+    row_scopes: torch.Tensor,
+    column_scopes: torch.Tensor,
+    row_keys: torch.Tensor,
+    column_keys: torch.Tensor,
+    limits: torch.Tensor | None = None,
+    scale: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log of the sum of exp(score) over the columns that a row keeps. Contract: `reference.masked_lse`."""
+    q, d = _in_widest_dtype(q, d)
+    return reference.masked_lse(q, d, row_scopes, column_scopes, row_keys, column_keys, limits, scale)
+
+
 # a matrix product is a library's on every device
 linear, add_linear_ = reference.linear, reference.add_linear_
 

@@ -119,6 +119,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "network.model": {"torch"},
     "network.pooling_heads": {"einops", "torch"},
     "training.__init__": set(),
+    "training.loss": {"torch"},
     "training.recipe": set(),
 }
 # a file that may import more than its room

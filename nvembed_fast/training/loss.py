@@ -1,0 +1,260 @@
+"""The contrastive loss of NV-Embed's two stages: one masked log-sum-exp, in fp32.
+
+Dimensions: B rows (queries), M columns (documents), D width, P pairs of a row and
+one of its positives, K keys of a row.
+
+1. s_ij = cos(q_i, d_j) / temperature. Z_i = log sum exp(s_ij) over the negatives
+   that row i keeps, by `ops.masked_lse`. The matrix [B, M] is never whole.
+2. The loss of a pair is log(1 + exp(Z_i - s_ip)). With one positive that is the
+   cross entropy. Other positives of the row never stand in the denominator.
+3. The loss is the mean over the rows of weight times the mean over their pairs.
+   A row without negatives has the loss 0 and the gradient 0.
+
+A negative of a row is a column in its scope, with a text that is none of the row's
+keys, and with a cosine up to its limit. In-batch negatives, a switch for each data
+set and rows with their own candidates only are all one rule: see `Candidates`.
+
+Everything is computed in fp32 (float64 for float64), also under autocast: scores
+rounded to bf16 put the gradient off by 5 %. Source of the loss: InfoNCE (arXiv
+1807.03748) in the form of arXiv 2405.17428. The limits are those of NV-Retriever
+(arXiv 2407.15831).
+"""
+
+from dataclasses import dataclass, fields, replace
+from math import inf, isfinite
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from nvembed_fast import ops
+
+__all__ = ["Candidates", "Columns", "LossResult", "contrastive_loss"]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Which columns are positives, negatives or nothing to a row.
+
+    Column j is a candidate of row i if row_scopes[i] is one of column_scopes[j]. Scope 0 is everybody's.
+    The data sets have numbers from 1 on, the rows themselves from 2**32 on. Keys are 64-bit ids of texts. The
+    keys of a row are its positives and its own query. A candidate with one of them is no negative.
+
+    Attributes:
+        positives: [P, 2] int64 (row, column), sorted by row. Every row has one or more.
+        row_scopes: [B] int64, not negative.
+        column_scopes: [M, 2] int64 (shared, private). A negative number matches nothing.
+        row_keys: [B, K] int64. 0 pads.
+        column_keys: [M] int64, never 0.
+        weights: [B] fp32. None: all are 1. They should have a mean of 1.
+    """
+
+    positives: torch.Tensor
+    row_scopes: torch.Tensor
+    column_scopes: torch.Tensor
+    row_keys: torch.Tensor
+    column_keys: torch.Tensor
+    weights: torch.Tensor | None = None
+
+    def to(self, device: torch.device | str) -> "Candidates":
+        """The same on a device."""
+        given = {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
+        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in given.items()})
+
+    def check(self, num_rows: int, num_columns: int) -> None:
+        """Raise ValueError, naming the field, if this does not belong to so many rows and columns.
+
+        On a GPU the values are not looked at, because that would wait for it.
+        """
+        num_pairs, num_keys = len(self.positives), self.row_keys.shape[-1]
+        shapes = {
+            "positives": (num_pairs, 2),
+            "row_scopes": (num_rows,),
+            "column_scopes": (num_columns, 2),
+            "row_keys": (num_rows, num_keys),
+            "column_keys": (num_columns,),
+            "weights": (num_rows,),
+        }
+        for name, shape in shapes.items():
+            t = getattr(self, name)
+            wanted = torch.float32 if name == "weights" else torch.int64
+            if t is not None and (t.shape != shape or t.dtype != wanted):
+                raise ValueError(f"{name} must be {list(shape)} {wanted}, got {list(t.shape)} {t.dtype}")
+        if not self.positives.is_cpu:
+            return
+        rows, columns = self.positives.unbind(1)
+        if num_pairs and (int(columns.min()) < 0 or int(columns.max()) >= num_columns):
+            raise ValueError(f"positives must name columns from 0 to {num_columns - 1}, got others")
+        if not torch.equal(rows.unique_consecutive(), torch.arange(num_rows)):
+            raise ValueError(f"positives must be sorted by row and name each of the {num_rows} rows")
+        lacking = ~(self.row_keys[rows] == self.column_keys[columns, None]).any(1)
+        if lacking.any():
+            raise ValueError(
+                f"row_keys must hold the keys of the row's positives, row {int(rows[lacking][0])} lacks one"
+            )
+
+
+class Columns(NamedTuple):
+    """What rows are compared with: [N, D] unit vectors, [N, S] scopes and [N, K] keys."""
+
+    vectors: torch.Tensor
+    scopes: torch.Tensor
+    keys: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """A loss with a gradient, and what it says of the batch.
+
+    Attributes:
+        loss: [] fp32.
+        metrics: name -> [] fp32, detached. Shares of rows are of all rows.
+            `accuracy`: rows with a positive above all negatives.
+            `hard_negative_wins`: rows with a negative above their lowest positive.
+            `rows_without_negatives`: a share of the rows.
+            `positive_cosine`, `negative_cosine`: means over the pairs and over the kept negatives.
+            `masked_by_scope`: share of all rows times columns that are no candidates.
+            `masked_by_key`, `masked_by_limit`: shares of the candidates. The row's own positives count as
+            masked by key.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+
+
+def contrastive_loss(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    candidates: Candidates,
+    *,
+    temperature: float,
+    limit: float | None = None,
+    margin: float | None = None,
+    both_directions: bool = False,
+    all_documents: Columns | None = None,
+    all_queries: Columns | None = None,
+) -> LossResult:
+    """The mean loss of the rows.
+
+    Args:
+        queries: [B, D] in any floating dtype. They are normalized here, in fp32.
+        documents: [M, D], likewise.
+        candidates: of these rows and columns, on any device.
+        temperature: positive. Cosines are divided by it.
+        limit: a share such as 0.95. With lowest the row's lowest positive cosine, a negative above
+            lowest - (1 - limit) |lowest| is dropped.
+        margin: a negative above lowest - margin is dropped.
+        both_directions: average with the loss of finding each pair's query among all queries.
+        all_documents: the negatives come from these in place of `documents` (`training/gather.py`).
+        all_queries: likewise for the second direction.
+
+    Raises:
+        ValueError: candidates that do not fit, or a temperature that is not positive and finite.
+    """
+    if not 0 < temperature < inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    for name, value in (("limit", limit), ("margin", margin)):
+        if value is not None and not isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+    candidates.check(len(queries), len(documents))
+    with torch.autocast(queries.device.type, enabled=False):
+        q, d = unit_vectors(queries), unit_vectors(documents)
+        c = candidates.to(q.device)
+        rows, columns = c.positives.unbind(1)
+        # by indexing: its gradient is summed in a fixed order on a GPU, too
+        cosines = (q[rows] * d[columns]).sum(1)
+        num_positives = torch.bincount(rows, minlength=len(q))
+
+        documents_side = document_columns(d, c) if all_documents is None else all_documents
+        lowest = _lowest(cosines, rows, len(q))
+        of_rows = Columns(q, c.row_scopes[:, None], c.row_keys)
+        z, *statistics = _negatives(of_rows, documents_side, lowest, temperature, limit, margin)
+        terms = _pair_losses(cosines / temperature, z[rows])
+        metrics = _metrics(cosines, lowest, rows, len(documents_side.vectors), temperature, *statistics)
+        if both_directions:
+            queries_side = of_rows if all_queries is None else all_queries
+            of_pairs = Columns(d[columns], c.column_scopes[columns], c.column_keys[columns, None])
+            lowest = _lowest(cosines, columns, len(d))[columns]
+            z, *_ = _negatives(of_pairs, queries_side, lowest, temperature, limit, margin)
+            terms = (terms + _pair_losses(cosines / temperature, z)) / 2
+
+        per_row = torch.segment_reduce(terms, "sum", lengths=num_positives, unsafe=True) / num_positives
+        if c.weights is not None:
+            per_row = per_row * c.weights
+        loss = per_row.mean()
+    return LossResult(loss, {"loss": loss.detach(), **metrics})
+
+
+def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
+    """[N, D] of length 1 in fp32 (float64 for float64)."""
+    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=1)
+
+
+def document_columns(documents: torch.Tensor, candidates: Candidates) -> Columns:
+    """[M, D] unit vectors with their scopes and keys."""
+    return Columns(documents, candidates.column_scopes, candidates.column_keys[:, None])
+
+
+def _negatives(
+    rows: Columns,
+    columns: Columns,
+    lowest: torch.Tensor,
+    temperature: float,
+    limit: float | None,
+    margin: float | None,
+) -> tuple[torch.Tensor, ...]:
+    """`ops.masked_lse` of rows against columns. lowest: [B] the lowest positive cosine of a row."""
+    limits = None
+    if limit is not None or margin is not None:
+        bounds = [] if limit is None else [lowest - (1 - limit) * lowest.abs()]
+        bounds += [] if margin is None else [lowest - margin]
+        limits = torch.stack(bounds).amin(0) / temperature
+    return ops.masked_lse(
+        rows.vectors,
+        columns.vectors,
+        rows.scopes,
+        columns.scopes,
+        rows.keys,
+        columns.keys,
+        limits,
+        1 / temperature,
+    )
+
+
+def _pair_losses(scores: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+    """[P] log(1 + exp(z - score)). softplus would be linear above 20, and off by 2e-9."""
+    return -F.logsigmoid(scores - z)
+
+
+def _lowest(cosines: torch.Tensor, groups: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """[num_groups] the lowest cosine of each group of pairs, infinite for a group without pairs."""
+    start = cosines.new_full((num_groups,), inf)
+    return start.scatter_reduce(0, groups, cosines.detach(), "amin")
+
+
+@torch.no_grad()
+def _metrics(
+    cosines: torch.Tensor,
+    lowest: torch.Tensor,
+    rows: torch.Tensor,
+    num_columns: int,
+    temperature: float,
+    highest_score: torch.Tensor,
+    total_score: torch.Tensor,
+    counts: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    best = -_lowest(-cosines, rows, len(lowest))
+    hardest = highest_score * temperature
+    num_candidates, num_by_key, num_by_limit = counts.double().sum(0)
+    num_kept = num_candidates - num_by_key - num_by_limit
+    shares = {
+        "accuracy": (best > hardest).double().mean(),
+        "positive_cosine": cosines.double().mean(),
+        "negative_cosine": total_score.double().sum() * temperature / num_kept.clamp_min(1),
+        "hard_negative_wins": (hardest > lowest).double().mean(),
+        "masked_by_scope": 1 - num_candidates / max(1, len(lowest) * num_columns),
+        "masked_by_key": num_by_key / num_candidates.clamp_min(1),
+        "masked_by_limit": num_by_limit / num_candidates.clamp_min(1),
+        "rows_without_negatives": (highest_score == -inf).double().mean(),
+    }
+    return {name: value.float() for name, value in shares.items()}
