@@ -56,7 +56,7 @@ check: $(STAMP)
 .venv-integrations/installed: setup.py pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install -c constraints.txt -c constraints-integrations.txt \
-		-e . datasets faiss-cpu mteb peft pytest sentence-transformers sentencepiece \
+		-e . datasets faiss-cpu mteb peft pytest qdrant-client sentence-transformers sentencepiece usearch \
 		haystack-ai lancedb langchain-huggingface llama-index-embeddings-huggingface sentence-transformers-haystack
 	touch $@
 

@@ -1,4 +1,4 @@
-"""The examples around transformers, HippoRAG, BEIR and faiss give our ranks and our vectors."""
+"""The examples around transformers, HippoRAG, BEIR and the indexes give our ranks and our vectors."""
 
 import ast
 
@@ -7,7 +7,14 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 import nvembed_fast
-from examples import automodel_search, beir_search, faiss_search, hipporag_search
+from examples import (
+    automodel_search,
+    beir_search,
+    faiss_search,
+    hipporag_search,
+    qdrant_search,
+    usearch_search,
+)
 from nvembed_fast import NVEmbed
 
 
@@ -51,18 +58,27 @@ def test_beir(tiny_directory, model, capsys):
         np.testing.assert_allclose(encoder.encode_corpus(corpus, 1), wanted, rtol=0, atol=1e-6)
 
 
-def test_faiss_keeps_the_vectors(tiny_directory, model, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("example", [faiss_search, usearch_search, qdrant_search])
+def test_an_index_keeps_the_vectors(example, tiny_directory, model, tmp_path, capsys, monkeypatch):
     passages = ["how to bake bread", "what a date is", "the sum of two numbers"]
     file = tmp_path / "passages.txt"
     file.write_text("\n".join(passages))
     arguments = [str(file), "what a date is", "--model", str(tiny_directory), "--top", "9"]
-    faiss_search.main(arguments)
+    example.main(arguments)
     first = capsys.readouterr().out
-    scores = model.encode(passages) @ model.encode_query("what a date is", faiss_search.TASK)
-    assert [line[8:] for line in first.splitlines()] == [passages[i] for i in scores.argsort(descending=True)]
+    scores = (model.encode(passages) @ model.encode_query("what a date is", example.TASK)).numpy()
+    lines = [line.split("  ", 1) for line in first.splitlines()]
+    assert [text for _, text in lines] == [passages[i] for i in np.argsort(-scores)]
+    np.testing.assert_allclose([float(score) for score, _ in lines], np.sort(scores)[::-1], atol=1e-4)
+    encode = NVEmbed.encode_document
     monkeypatch.setattr(NVEmbed, "encode_document", None)
-    faiss_search.main(arguments)
+    example.main(arguments)
     assert capsys.readouterr().out == first
+    # other passages are another index
+    monkeypatch.setattr(NVEmbed, "encode_document", encode)
+    file.write_text("\n".join([*passages[:2], "another one"]))
+    example.main(arguments)
+    assert "another one" in capsys.readouterr().out
 
 
 def test_register_opens_no_way_to_the_plain_mean(tiny_directory):
