@@ -152,8 +152,8 @@ class NVEmbed(nn.Module):
             show_progress: a progress bar. None shows it in a terminal only.
             old_keywords: pretrained_model_name_or_path, torch_dtype and device_map are the old names of
                 path_or_id, dtype and device. trust_remote_code is accepted and not needed: code from a
-                checkpoint never runs. The same holds for low_cpu_mem_usage, use_safetensors and
-                attn_implementation.
+                checkpoint never runs. The same holds for low_cpu_mem_usage, use_safetensors and an
+                attn_implementation that transformers has.
 
         Raises:
             TypeError: a keyword is unknown, or asks for quantised or offloaded weights.

@@ -6,19 +6,22 @@ No other file knows their keywords.
 import difflib
 import inspect
 import os
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 
+from nvembed_fast import ops
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import Padded, pad_rows
 
 __all__ = [
     "Encoding",
+    "check_attention",
     "check_attribute",
     "encoding_call",
     "loading_place",
@@ -97,6 +100,10 @@ _NOT_SET = {
 }
 # values of device_map that name no device
 _ANY_DEVICE = ("auto", "balanced", "balanced_low_0", "sequential")
+# what transformers takes as attn_implementation, ids of kernels on the hub and ours included
+_ATTENTION = re.compile(
+    r"(paged\|)?(eager|sdpa|flex_attention|flash_attention_\d|nvembed_fast)|[\w.|-]+/[\w.:@-]+"
+)
 # names of prompts under which other libraries embed documents, which carry no instruction
 _DOCUMENT_PROMPTS = ("document", "passage", "corpus")
 
@@ -139,8 +146,10 @@ def loading_place(
 
     Raises:
         TypeError: a keyword is unknown.
+        ValueError: see `check_attention`.
     """
     _refuse_unknown(function, keywords)
+    check_attention(keywords.get("attn_implementation"))
     device = keywords.get("device_map") if device is None else device
     dtype = keywords.get("torch_dtype") if dtype is None else dtype
     if isinstance(device, dict):
@@ -243,6 +252,19 @@ def warn_of_end_marks(texts: list[str], end_mark: str) -> None:
                 stacklevel=4,
             )
             return
+
+
+def check_attention(attn_implementation: Any) -> None:
+    """ValueError for an attn_implementation that transformers does not have. Its own cannot change a vector."""
+    names = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
+    for name in names.values():
+        if name is None or (isinstance(name, str) and _ATTENTION.fullmatch(name)):
+            continue
+        first, *others, last = map(repr, get_args(ops.Impl))
+        way = f"leave it out, or pass impl={', '.join([first, *others])} or {last}"
+        if name in get_args(ops.Impl):
+            way = f"pass impl={name!r}"
+        raise ValueError(f"attn_implementation={name!r} is no attention of transformers: {way}")
 
 
 def check_attribute(name: str) -> None:

@@ -58,6 +58,35 @@ def test_old_names_give_way_to_ours(device, dtype, old, wanted):
     assert legacy.loading_place(NVEmbed.from_pretrained, device, dtype, old) == wanted
 
 
+def test_an_attention_that_transformers_has_changes_nothing():
+    for name in (
+        None,
+        "eager",
+        "sdpa",
+        "flash_attention_2",
+        "paged|eager",
+        "nvembed_fast",
+        "kernels-community/flash-attn2",
+        {"": "sdpa", "text_config": "eager"},
+    ):
+        keywords = {"attn_implementation": name}
+        assert legacy.loading_place(NVEmbed.from_pretrained, None, None, keywords) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("triton", "attn_implementation='triton' is no attention of transformers: pass impl='triton'$"),
+        ({"text_config": "torch"}, "attn_implementation='torch' .*: pass impl='torch'$"),
+        ("spda", "attn_implementation='spda' .*: leave it out, or pass impl='auto', 'triton', 'library' or"),
+        (2, "attn_implementation=2 is no attention of transformers: leave it out"),
+    ],
+)
+def test_another_attention_is_not_ignored(name, message, tiny_directory):
+    with pytest.raises(ValueError, match=message):
+        NVEmbed.from_pretrained(tiny_directory, attn_implementation=name)
+
+
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [

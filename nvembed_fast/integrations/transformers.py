@@ -141,6 +141,8 @@ class NVEmbedForTransformers(PreTrainedModel):
                 f"{path_or_id} has no modules.json, so sentence-transformers would pool by the plain mean: "
                 "load it with nvembed_fast.integrations.sentence_transformers.load, or save it again"
             )
+        if config is not None:  # AutoModel has put it there
+            legacy.check_attention(config._attn_implementation)
         encoder = NVEmbed.from_pretrained(path_or_id, **keywords)
         if config is None:
             config = cls.config_class.from_dict(encoder.config.to_dict())

@@ -194,6 +194,9 @@ def test_attributes_reach_the_encoder(tiny_directory):
     with pytest.raises(AttributeError, match="setting 'prompts' would change nothing here"):
         model.prompts = {}
     assert model.half().encoder.dtype is torch.float16
+    for name in ("triton", "nonsense"):
+        with pytest.raises(ValueError, match=f"attn_implementation='{name}' is no attention of transformers"):
+            AutoModel.from_pretrained(tiny_directory, attn_implementation=name)
 
 
 def encoders(**changes) -> list[tuple]:
