@@ -44,9 +44,7 @@ def main() -> None:
     began = time.perf_counter()
     model_directory = arguments.cache / "smollm2-135m-nvembed"
     gguf = fetch_decoder.fetch(arguments.cache)
-    if not (model_directory / "config.json").is_file():
-        print(f"making an NV-Embed model on {gguf.name} in {model_directory}")
-        init_model(gguf, model_directory)
+    make_model(gguf, model_directory)
     model = NVEmbed.from_pretrained(model_directory, dtype=_dtype())
     # the lines behind the ranking say both
     warnings.simplefilter("ignore", UntrainedModel)
@@ -86,6 +84,13 @@ def main() -> None:
     print(
         f"\nThe model stays in {model_directory}. Try it on a file of your own, one text a line:\n  {command}"
     )
+
+
+def make_model(gguf: Path, directory: Path) -> None:
+    """Make the model, if it is not there. A folder of an older version has no modules.json."""
+    if not all((directory / name).is_file() for name in ("config.json", "modules.json")):
+        print(f"making an NV-Embed model on {gguf.name} in {directory}")
+        init_model(gguf, directory)
 
 
 class ModuleClock:

@@ -78,6 +78,20 @@ def test_the_demo_runs(tmp_path):
     assert "12/12" in run.stderr  # the progress bar
 
 
+def test_a_folder_of_an_older_version_is_made_anew(tmp_path, monkeypatch):
+    """sentence-transformers reads modules.json, and older saves have none."""
+    made = []
+    monkeypatch.setattr(demo, "init_model", lambda decoder, directory: made.append((decoder, directory)))
+    gguf = tmp_path / "decoder.gguf"
+    demo.make_model(gguf, tmp_path)
+    (tmp_path / "config.json").touch()
+    demo.make_model(gguf, tmp_path)
+    assert made == [(gguf, tmp_path)] * 2
+    (tmp_path / "modules.json").touch()
+    demo.make_model(gguf, tmp_path)
+    assert len(made) == 2
+
+
 def test_there_are_enough_docstrings():
     texts = demo.standard_library_docstrings()
     assert len(texts) >= 2048 and len(set(texts)) == len(texts)
