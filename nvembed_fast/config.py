@@ -26,6 +26,7 @@ __all__ = [
     "NVEmbedConfig",
     "PoolingHeadName",
     "PoolingStart",
+    "Precision",
     "check_dtype_name",
     "check_flag",
     "check_integer",
@@ -42,6 +43,8 @@ DEFAULT_TASK = "Given a question, retrieve passages that answer the question"
 # how the latent head computes: see `network.latent_head`
 LatentForm = Literal["direct", "absorbed"]
 Latents = Literal["auto", "direct", "absorbed"]
+# of vectors: see `precision`
+Precision = Literal["float32", "float16", "int8", "uint8", "binary", "ubinary"]
 
 # tie_word_embeddings, use_cache and the like change nothing in an encoder without a language-model head
 _MUST_BE_ABSENT = ("attention_bias", "mlp_bias", "rope_scaling", "quantization_config")

@@ -25,7 +25,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nvembed_fast import checkpoint, files, fingerprint, legacy, ops
-from nvembed_fast.config import Latents, NVEmbedConfig, query_instruction
+from nvembed_fast.config import Latents, NVEmbedConfig, Precision, query_instruction
 from nvembed_fast.graphs import MAX_TOKENS, MIN_BUCKET, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.mistral import MistralBackbone
@@ -33,7 +33,7 @@ from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.network.pooling_heads import PoolingHead
 from nvembed_fast.packing import PackedBatch
 from nvembed_fast.placement import Placement
-from nvembed_fast.precision import Precision, check_precision, check_ranges, quantized
+from nvembed_fast.precision import check_precision, check_ranges, quantized
 from nvembed_fast.stream import Progress, Result, TextStream
 from nvembed_fast.tokenization import TextTokenizer, text_list
 from nvembed_fast.warm_up import batches
@@ -287,7 +287,7 @@ class NVEmbed(nn.Module):
             max_batch_tokens: tokens per batch. None: 16384 on a GPU, 2048 on a CPU.
             show_progress: a progress bar. None shows it in a terminal only.
             output: "torch" for a tensor on the model's device, "numpy" for an array on the host.
-            precision: "int8", "uint8", "binary" or "ubinary" for vectors in fewer bits: see
+            precision: "float16", "int8", "uint8", "binary" or "ubinary" for vectors in fewer bits: see
                 `nvembed_fast.precision`.
             truncate_dim: the number of leading dimensions to keep. The rest has no unit norm, unless
                 normalize_embeddings=True asks for it.

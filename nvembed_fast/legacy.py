@@ -255,7 +255,7 @@ def warn_of_end_marks(texts: list[str], end_mark: str) -> None:
 
 
 def check_attention(attn_implementation: Any) -> None:
-    """ValueError for an attn_implementation that transformers does not have. Its own cannot change a vector."""
+    """ValueError for an attn_implementation that transformers does not have. Its own change no vector."""
     names = attn_implementation if isinstance(attn_implementation, dict) else {"": attn_implementation}
     for name in names.values():
         if name is None or (isinstance(name, str) and _ATTENTION.fullmatch(name)):

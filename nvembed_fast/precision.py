@@ -1,5 +1,6 @@
 """Vectors in fewer bits, with the meaning that sentence-transformers gives to the same names.
 
+- float16: half the room of float32. That library does not have it.
 - int8, uint8: of each dimension the range from its min to its max is cut into 255 steps, and a number becomes
   its step. Both hold one byte a number. What lies outside of the range takes the step at its end.
 - binary, ubinary: one bit a number, 1 where it is above 0. Eight of them are a byte, int8 or uint8.
@@ -9,12 +10,13 @@ Ranges belong to the vectors: bytes of other ranges must not be compared with th
 
 import warnings
 from collections.abc import Iterator
-from typing import Literal, cast, get_args
+from typing import cast, get_args
 
 import numpy as np
 
+from nvembed_fast.config import Precision
+
 __all__ = [
-    "Precision",
     "byte_width",
     "check_precision",
     "check_ranges",
@@ -23,9 +25,9 @@ __all__ = [
     "value_ranges",
 ]
 
-Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
 _MIN_TEXTS = 100  # fewer make poor ranges
 _CHUNK = 8192  # rows at a time
+_MAX_HALF = 65504.0
 
 
 def check_precision(precision: str | None) -> Precision:
@@ -85,14 +87,21 @@ def quantized(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | No
         ranges: see `check_ranges`.
 
     Returns:
-        [N, D] for int8 and uint8, [N, ceil(D / 8)] for binary (int8) and ubinary (uint8).
+        [N, D] for float16, int8 and uint8, [N, ceil(D / 8)] for binary (int8) and ubinary (uint8).
+
+    Raises:
+        ValueError: a vector is beyond the range of float16.
     """
     if precision == "float32":
         return vectors
     if precision in ("int8", "uint8") and ranges is None and len(vectors):
         ranges = value_ranges(vectors)
-    found = np.empty((len(vectors), byte_width(vectors.shape[1], precision)), dtype=_bytes_of(precision))
+    found = np.empty((len(vectors), byte_width(vectors.shape[1], precision)), dtype=_kind_of(precision))
     for first, chunk in zip(range(0, len(vectors), _CHUNK), _chunks(vectors), strict=True):
+        if precision == "float16" and len(far := np.flatnonzero((np.abs(chunk) > _MAX_HALF).any(axis=1))):
+            raise ValueError(
+                f"vector {first + far[0]} is beyond the range of float16: choose another precision"
+            )
         found[first : first + _CHUNK] = _quantized(chunk, precision, ranges)
     return found
 
@@ -101,6 +110,8 @@ def _quantized(vectors: np.ndarray, precision: Precision, ranges: np.ndarray | N
     if precision in ("binary", "ubinary"):
         bits = np.packbits(vectors > 0, axis=-1)
         return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+    if precision == "float16":
+        return vectors.astype(np.float16)
     assert ranges is not None
     low, step = _low_and_step(ranges)
     steps = np.clip(np.floor((vectors - low) / np.where(step == 0, 1, step)), 0, 255)
@@ -114,8 +125,8 @@ def restored(
 
     Bytes give the middle of their step. Bits give 1 / sqrt(width), with a minus for 0.
     """
-    if precision == "float32":
-        return vectors
+    if precision in ("float32", "float16"):
+        return vectors.astype(np.float32, copy=False)
     found = np.empty((len(vectors), width), dtype=np.float32)
     for first, chunk in zip(range(0, len(vectors), _CHUNK), _chunks(vectors), strict=True):
         if precision in ("binary", "ubinary"):
@@ -135,8 +146,8 @@ def byte_width(width: int, precision: Precision) -> int:
     return -(-width // 8) if precision in ("binary", "ubinary") else width
 
 
-def _bytes_of(precision: Precision) -> type[np.int8] | type[np.uint8]:
-    return np.int8 if precision in ("int8", "binary") else np.uint8
+def _kind_of(precision: Precision) -> np.dtype:
+    return np.dtype({"binary": "int8", "ubinary": "uint8"}.get(precision, precision))
 
 
 def _low_and_step(ranges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,8 @@ from typing import IO, Any, cast
 
 import numpy as np
 
-from nvembed_fast.precision import Precision, byte_width, quantized, restored, value_ranges
+from nvembed_fast.config import Precision
+from nvembed_fast.precision import byte_width, quantized, restored, value_ranges
 
 __all__ = ["Record", "read_vectors", "write_quantized", "write_record", "write_vectors"]
 
@@ -51,7 +52,7 @@ class Record:
         instruction: in front of every text.
         max_length: tokens at which texts were cut.
         dtype: in which the model computed.
-        precision: of the vectors in the file, see `precision`. Floats are float32, whatever their dtype.
+        precision: of the vectors in the file, see `precision`.
         width: dimensions of a vector. None for all of the model's.
         ranges: [2, width], of int8 and uint8 vectors.
     """

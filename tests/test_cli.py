@@ -320,7 +320,7 @@ def test_a_bad_line_of_jsonl_is_named(tiny_directory, tmp_path, capsys):
 def test_an_array_of_another_file_or_model_is_refused(tiny_directory, texts_file, tmp_path, capsys):
     np.save(tmp_path / "e.npy", np.zeros((3, 64), np.float32))
     arguments = ("search", texts_file, "q", "--model", tiny_directory, "--embeddings", tmp_path / "e.npy")
-    assert "has shape (3, 64), but" in run(capsys, *arguments)[2]
+    assert "has 3 vectors, but" in run(capsys, *arguments)[2]
     np.save(tmp_path / "e.npy", np.zeros((4, 32), np.float32))
     assert "not of the same model" in run(capsys, *arguments)[2]
 

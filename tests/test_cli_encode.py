@@ -69,7 +69,7 @@ def test_an_array_goes_to_standard_output_and_its_line_to_standard_error(
     model, texts_file, capfdbinary, monkeypatch
 ):
     arguments = ["encode", str(texts_file), "-o", "-"]
-    assert cli.main([*arguments, "--output-dtype", "float16"]) == 0
+    assert cli.main([*arguments, "--precision", "float16"]) == 0
     printed, error = capfdbinary.readouterr()
     vectors = np.load(io.BytesIO(printed))
     assert vectors.dtype == np.float16 and b"standard output: float16 [4, 64]" in error

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nvembed_fast import NVEmbed, cli
+from nvembed_fast.config import DEFAULT_TASK
 from nvembed_fast.precision import byte_width, quantized, restored, value_ranges
 from nvembed_fast.vectors import Record, read_vectors, write_quantized, write_vectors
 
@@ -59,7 +60,7 @@ def test_restored_bytes_are_half_a_step_away(num, precision):
     assert (np.abs(back - rows) <= 0.501 * (ranges[1] - ranges[0]) / 255 + 1e-6).all()
 
 
-@pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
+@pytest.mark.parametrize("precision", ["float16", "int8", "uint8", "binary", "ubinary"])
 def test_encode_gives_the_precision_of_its_vectors(precision, model, vectors):
     got = model.encode(TEXTS, output="numpy", precision=precision)
     np.testing.assert_array_equal(got, quantized(vectors, precision))
@@ -89,7 +90,7 @@ def test_a_cut_keeps_the_first_dimensions(model, vectors):
 @pytest.mark.parametrize(
     "keywords, kind, message",
     [
-        ({"precision": "int4"}, ValueError, "precision must be one of float32, int8, .* got 'int4'"),
+        ({"precision": "int4"}, ValueError, "precision must be one of float32, float16, int8, .* got 'int4'"),
         ({"precision": "int8"}, ValueError, "int8 needs ranges, and a single text has none"),
         ({"precision": "int8", "ranges": np.zeros((2, 3))}, ValueError, r"ranges must be \[2, 64\]"),
         ({"precision": "int8", "ranges": np.full((2, 64), np.nan)}, ValueError, r"ranges must be .* finite"),
@@ -112,6 +113,14 @@ def test_wrong_precisions_are_named_before_the_work(keywords, kind, message, mod
 def test_ranges_of_few_texts_are_told(model):
     with pytest.warns(UserWarning, match="the ranges of int8 are those of 2 texts"):
         model.encode(["one", "two"], precision="int8")
+
+
+def test_half_precision_is_rounded_once_and_refuses_what_it_cannot_hold(model, vectors):
+    got = model.encode(TEXTS, precision="float16", truncate_dim=5)
+    assert got.dtype is torch.float16
+    np.testing.assert_array_equal(got.numpy(), vectors[:, :5].astype(np.float16))
+    with pytest.raises(ValueError, match="vector 1 is beyond the range of float16: choose another precision"):
+        quantized(np.array([[1.0], [1e5]], dtype=np.float32), "float16")
 
 
 @pytest.mark.parametrize("precision", ["int8", "uint8", "binary", "ubinary"])
@@ -145,23 +154,29 @@ def test_a_record_that_does_not_fit_is_refused(changes, tmp_path):
         read_vectors(tmp_path / "x.npy")
 
 
-@pytest.mark.parametrize("precision", ["float32", "int8", "binary"])
-def test_commands_write_and_search_such_a_file(precision, tiny_directory, tmp_path, capsys, vectors):
+@pytest.mark.parametrize("precision", ["float32", "float16", "int8", "binary"])
+def test_commands_write_and_search_such_a_file(precision, tiny_directory, tmp_path, capsys, model, vectors):
     texts, out = tmp_path / "texts.txt", tmp_path / "out.npy"
     texts.write_text("\n".join(TEXTS))
     common = ["--model", str(tiny_directory), "--device", "cpu"]
-    command = ["encode", str(texts), "-o", str(out), "--output-dtype", precision, "--truncate-dim", "40"]
+    command = ["encode", str(texts), "-o", str(out), "--precision", precision, "--truncate-dim", "40"]
     assert cli.main([*command, *common]) == 0
     assert f"{precision} [100, {byte_width(40, precision)}]" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir() if p.name not in ("texts.txt", "out.npy")] == []
-    unit = vectors[:, :40] / np.linalg.norm(vectors[:, :40], axis=1, keepdims=True)
+    # as encode(truncate_dim=40) gives them
+    cut = vectors[:, :40]
+    np.testing.assert_allclose(np.load(out), quantized(cut, precision), rtol=0, atol=1e-6)
     got, record = read_vectors(out)
-    assert np.abs(got - unit).max() < {"float32": 1e-6, "int8": 0.01, "binary": 0.5}[precision]
-    assert record.width == 40
+    assert record.width == 40 and record.precision == precision
     search = ["search", str(texts), TEXTS[7], "--embeddings", str(out), "--top", "3", "--json"]
     assert cli.main([*search, *common]) == 0
     (line,) = capsys.readouterr().out.splitlines()
+    # and ranked by their cosines
+    question = model.encode_query(TEXTS[7], DEFAULT_TASK, output="numpy", truncate_dim=40)
+    got = got.astype(np.float32)
+    cosines = got @ question / np.linalg.norm(got, axis=1) / np.linalg.norm(question)
     for result in json.loads(line)["results"]:
-        assert abs(result["score"]) < 1.5
+        assert result["score"] == pytest.approx(cosines[result["index"]], abs=1e-5)
+    assert [result["index"] for result in json.loads(line)["results"]] == np.argsort(-cosines)[:3].tolist()
     assert cli.main([*command[:-1], "65", *common]) == 1
     assert "--truncate-dim must be from 1 to 64, got 65" in capsys.readouterr().err

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from nvembed_fast.cli import options, process
 from nvembed_fast.stream import Progress, Result
@@ -34,7 +33,7 @@ def embed(
     Args:
         arguments: the text options.
         partial: where the rows go. Those that are there already are not made again.
-        width: dimensions to keep, normalised anew. None keeps all.
+        width: dimensions to keep. None keeps all.
 
     Returns:
         [N, D] fp32 on the host, or the rows of `partial`.
@@ -54,9 +53,7 @@ def embed(
     with progress, process.telling(state), options.note_cut(), _counted_among(left, texts):
         model.warn_about(left)
         for indices, vectors in model.stream(left, instruction, **options.encode_options(arguments)):
-            if width is not None:
-                vectors = F.normalize(vectors[:, :width], dim=1)
-            landed = result.put([missing[index] for index in indices], vectors)
+            landed = result.put([missing[index] for index in indices], vectors[:, :width])
             progress.advance(indices)
             if partial is not None:
                 partial.arrived(landed)

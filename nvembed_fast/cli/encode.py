@@ -5,9 +5,11 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import get_args
 
 from nvembed_fast import files
 from nvembed_fast.cli import options, process
+from nvembed_fast.config import Precision
 from nvembed_fast.texts import read_records
 
 SUMMARY = "Embed the texts of a file into a .npy array, one row a text."
@@ -16,7 +18,7 @@ examples:
   nvembed-fast encode passages.txt -o passages.npy
   nvembed-fast encode questions.txt -o questions.npy --task "Given a question, retrieve passages"
   nvembed-fast encode corpus.jsonl --field body -o corpus.npy --model ./my-model --dtype bfloat16
-  nvembed-fast encode corpus.csv.gz --field body -o corpus.npy --output-dtype float16
+  nvembed-fast encode corpus.csv.gz --field body -o corpus.npy --precision float16
   cat corpus.jsonl | nvembed-fast encode - --format jsonl -o corpus.npy
   nvembed-fast encode --text "one text" --text "another" -o - > two.npy"""
 
@@ -41,9 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "OUT.npy.partial, and the same command goes on from there",
     )
     parser.add_argument(
-        "--output-dtype",
+        "--precision",
         default="float32",
-        choices=("float32", "float16", "int8", "uint8", "binary", "ubinary"),
+        choices=get_args(Precision),
         help="float16 takes half the room, int8 and uint8 a quarter, binary and ubinary one bit a number. "
         "OUT.npy keeps the ranges of int8 and uint8 (default: %(default)s)",
     )
@@ -51,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--truncate-dim",
         type=int,
         metavar="N",
-        help="keep the first N dimensions, and normalise them anew (default: all)",
+        help="keep the first N dimensions as they are, without unit norm, as sentence-transformers does "
+        "(default: all)",
     )
     prefix = parser.add_mutually_exclusive_group()
     prefix.add_argument(
@@ -87,7 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
     from nvembed_fast.encoder import query_instruction
     from nvembed_fast.placement import dtype_name
     from nvembed_fast.precision import byte_width
-    from nvembed_fast.vectors import Record, write_quantized, write_vectors
+    from nvembed_fast.vectors import Record, write_quantized
 
     instruction = arguments.instruction if arguments.task is None else query_instruction(arguments.task)
     model = options.load(arguments)
@@ -96,8 +99,8 @@ def run(arguments: argparse.Namespace) -> None:
     width = model.config.hidden_size
     if (cut := arguments.truncate_dim) is not None and not 1 <= cut <= width:
         raise ValueError(f"--truncate-dim must be from 1 to {width}, got {cut}")
-    asked = arguments.output_dtype
-    is_float = asked in ("float32", "float16")
+    precision = arguments.precision
+    is_float = precision in ("float32", "float16")
     record = Record(
         # of a directory the name alone: the array may be passed on
         model=os.path.basename(os.path.abspath(named)) if named.is_dir() else arguments.model,
@@ -106,14 +109,13 @@ def run(arguments: argparse.Namespace) -> None:
         instruction=instruction,
         max_length=arguments.max_length,
         dtype=dtype_name(model.dtype),
-        precision="float32" if is_float else asked,
+        precision=precision,
         width=cut if is_float else cut or width,
     )
-    shape, dtype = (len(texts), cut or width), asked if is_float else "float32"
-    made = f"{asked} [{shape[0]}, {byte_width(shape[1], record.precision)}]"
+    shape, dtype = (len(texts), cut or width), precision if is_float else "float32"
+    made = f"{precision} [{shape[0]}, {byte_width(shape[1], precision)}]"
     if to_stdout:
-        vectors = embed(model, texts, instruction, arguments, width=cut).astype(dtype, copy=False)
-        (write_vectors if is_float else write_quantized)(sys.stdout.buffer, vectors, record)
+        write_quantized(sys.stdout.buffer, embed(model, texts, instruction, arguments, width=cut), record)
         sys.stdout.buffer.flush()
         process.say(f"standard output: {made}")
         return

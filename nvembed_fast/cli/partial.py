@@ -107,7 +107,7 @@ class Partial:
         self._mark()
         if missing := self.missing():
             name = self.rows.dtype
-            raise ValueError(f"row {missing[0]} is NaN or Inf in {name}: choose --output-dtype float32")
+            raise ValueError(f"row {missing[0]} is NaN or Inf in {name}: choose --precision float32")
         if write is not None:
             with files.replacing(self.output) as aside, open(aside, "wb") as file:
                 write(file, self.rows)

@@ -75,8 +75,11 @@ def run(arguments: argparse.Namespace) -> None:
     keywords = options.encode_options(arguments)
     if documents is not None:
         _check_model(arguments, model, documents, record)
-    if record is not None and record.width not in (None, model.config.hidden_size):
-        keywords |= {"truncate_dim": record.width, "normalize_embeddings": True}
+        if record is not None and record.width not in (None, model.config.hidden_size):
+            # cut vectors have no unit norm
+            documents = documents.astype(np.promote_types(documents.dtype, np.float32), copy=False)
+            documents = documents / np.linalg.norm(documents, axis=1, keepdims=True).clip(min=1e-12)
+            keywords |= {"truncate_dim": record.width, "normalize_embeddings": True}
     # first: what is wrong with a question is told before the work on the texts
     with options.note_cut():
         queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
@@ -120,7 +123,7 @@ def _check_texts(
     file = arguments.embeddings
     if len(vectors) != len(texts):
         raise ValueError(
-            f"{file} has shape {vectors.shape}, but {arguments.file} has {len(texts)} texts: make it from "
+            f"{file} has {len(vectors)} vectors, but {arguments.file} has {len(texts)} texts: make it from "
             "this file with nvembed-fast encode"
         )
     if record is None:
