@@ -119,6 +119,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "network.model": {"torch"},
     "network.pooling_heads": {"einops", "torch"},
     "training.__init__": set(),
+    "training.gather": {"torch"},
     "training.loss": {"torch"},
     "training.recipe": set(),
 }

@@ -156,6 +156,8 @@ def contrastive_loss(
     for name, value in (("limit", limit), ("margin", margin)):
         if value is not None and not isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+    if not len(queries):
+        raise ValueError("queries must hold one row or more, got none")
     candidates.check(len(queries), len(documents))
     with torch.autocast(queries.device.type, enabled=False):
         q, d = unit_vectors(queries), unit_vectors(documents)
@@ -167,7 +169,7 @@ def contrastive_loss(
 
         documents_side = document_columns(d, c) if all_documents is None else all_documents
         lowest = _lowest(cosines, rows, len(q))
-        of_rows = Columns(q, c.row_scopes[:, None], c.row_keys)
+        of_rows = query_columns(q, c)
         z, *statistics = _negatives(of_rows, documents_side, lowest, temperature, limit, margin)
         terms = _pair_losses(cosines / temperature, z[rows])
         metrics = _metrics(cosines, lowest, rows, len(documents_side.vectors), temperature, *statistics)
@@ -195,6 +197,11 @@ def document_columns(documents: torch.Tensor, candidates: Candidates) -> Columns
     return Columns(documents, candidates.column_scopes, candidates.column_keys[:, None])
 
 
+def query_columns(queries: torch.Tensor, candidates: Candidates) -> Columns:
+    """[B, D] unit vectors with their scopes and keys."""
+    return Columns(queries, candidates.row_scopes[:, None], candidates.row_keys)
+
+
 def _negatives(
     rows: Columns,
     columns: Columns,
@@ -212,10 +219,7 @@ def _negatives(
     return ops.masked_lse(
         rows.vectors,
         columns.vectors,
-        rows.scopes,
-        columns.scopes,
-        rows.keys,
-        columns.keys,
+        *(t.contiguous() for t in (rows.scopes, columns.scopes, rows.keys, columns.keys)),
         limits,
         1 / temperature,
     )

@@ -1,0 +1,69 @@
+"""One rank of `test_two_ranks_get_the_loss_of_one`: torchrun gathered_loss.py."""
+
+import os
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_loss import PRIVATE, problem
+
+from nvembed_fast.training.gather import gathered_loss
+from nvembed_fast.training.loss import Candidates, contrastive_loss
+
+
+def part(c: Candidates, rows: list[int], columns: list[int]) -> Candidates:
+    pairs = [(rows.index(i), columns.index(j)) for i, j in c.positives.tolist() if i in rows]
+    # a rank knows as many keys as its own rows have
+    keys = c.row_keys[rows]
+    keys = keys[:, : int((keys != 0).sum(1).max())]
+    return Candidates(
+        torch.tensor(pairs), c.row_scopes[rows], c.column_scopes[columns], keys, c.column_keys[columns]
+    )
+
+
+def check(rank: int, ranks: int, scopes: str, both_directions: bool) -> None:
+    q, d, c = problem(7, 2, 24, scopes)
+    options = {"temperature": 0.2, "limit": 0.95, "both_directions": both_directions}
+    q, d = (t.float().requires_grad_() for t in (q, d))
+    wanted = contrastive_loss(q, d, c, **options)
+    wanted.loss.backward()
+
+    # unequal numbers of rows, columns and keys
+    rows = list(range(2)) if rank == 0 else list(range(2, 7))
+    columns = [j for j in range(len(d)) if int(c.column_scopes[j, 1]) - PRIVATE in rows]
+    q_here, d_here = (t.detach()[own].requires_grad_() for t, own in ((q, rows), (d, columns)))
+    got = gathered_loss(q_here, d_here, part(c, rows, columns), **options)
+    got.loss.backward()
+    # as DDP does
+    mean = got.loss.detach() / ranks
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean, wanted.loss.detach(), rtol=1e-6, atol=0)
+    for name, ours, whole in (("q", q_here, q.grad[rows]), ("d", d_here, d.grad[columns])):
+        distance = (ours.grad / ranks - whole).norm() / whole.norm()
+        assert distance < 1e-6, f"{name} {scopes} {both_directions}: {distance}"
+    for name in ("loss", "accuracy", "hard_negative_wins", "rows_without_negatives"):
+        torch.testing.assert_close(got.metrics[name], wanted.metrics[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    for scopes in ("everybody", "mixed", "own"):
+        for both_directions in (False, True):
+            check(rank, ranks, scopes, both_directions)
+    q, d, c = problem(3, 2, 8)
+    rows = [[], [0, 1, 2]][rank]
+    none = torch.zeros(0, 2, dtype=torch.int64)
+    c = c if rows else Candidates(none, c.row_scopes[:0], c.column_scopes, c.row_keys[:0], c.column_keys)
+    with pytest.raises(ValueError, match="every rank must have rows, got none on rank 0"):
+        gathered_loss(q[rows], d, c, temperature=0.1)
+    sys.stdout.write(f"equal on rank {rank}\n")
+    sys.stdout.flush()
+    dist.barrier()
+    # no teardown: gloo's thread and the interpreter may wait for each other there (torch 2.13)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
