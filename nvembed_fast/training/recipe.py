@@ -29,6 +29,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HeadTraining = Literal["full", "lora", "frozen"]
 HeadStart = Literal["mean", "random"]
 Batches = Literal["mixed", "one_set"]
+Labels = Literal["none", "examples", "texts"]
 Sharding = Literal["ddp", "fsdp"]
 
 
@@ -97,8 +98,11 @@ class DataPart:
     file: str = _required("pairs.jsonl", "rows {query, pos: [..], neg: [..]}, JSONL or Arrow")
     instruction: str = _key("", "the task of its queries; empty for none")
     symmetric: bool = _key(False, "the instruction stands in front of the documents, too")
-    in_batch: bool = _key(True, "the documents of the other rows of this data set are negatives")
+    in_batch: bool = _key(True, "the documents of other rows are negatives, too")
+    separate: bool = _key(False, "of those the rows of this data set alone count")
     hard_negatives: int = _key(7, "negatives of its own that a row takes, fewer where it has fewer", 0, 1024)
+    positives: int = _key(1, "positives that a row takes, drawn anew each time", 1, 1024)
+    labels: Labels = _key("none", "of rows {text, label}: examples or texts stand for a class")
     weight: float = _key(1.0, "its share of the rows, relative to the other data sets", above=0, high=1e9)
 
 

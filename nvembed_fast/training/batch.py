@@ -1,0 +1,353 @@
+"""A batch of training: rows to tokenised texts, and who is a candidate of whom.
+
+1. `Mix.draw` says which rows a step takes.
+2. A row gives its query, some of its positives and some of its own negatives, drawn by (seed, step, slot).
+   Of texts with a label the positive is another text of the class and the negatives are texts of other
+   classes ("examples"), or the positive is the label itself and the negatives are other labels ("texts").
+3. Queries carry the data set's instruction. Documents carry it where both sides are of one kind
+   (`symmetric`).
+4. Scopes and keys tell the loss which documents may be negatives (`loss.Candidates`). A document's key is
+   the hash of its text, or of its class among texts with a label. All positives of a row are among its
+   keys, also those that were not drawn.
+5. Ranks take neighbouring slots of the same batch. So what a step learns from does not depend on their
+   number.
+
+A thread makes the next batch while a step runs.
+"""
+
+import hashlib
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nvembed_fast.config import query_instruction
+from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts
+from nvembed_fast.training.loss import Candidates
+from nvembed_fast.training.mix import Draws, Mix
+from nvembed_fast.training.recipe import DataPart
+from nvembed_fast.training.rows import Rows, open_rows, to_labelled, to_row
+
+__all__ = ["BatchBuilder", "DataSet", "TrainingBatch", "batches", "open_sets", "text_id"]
+
+EVERYBODY, NOBODY, PRIVATE = 0, -2, 2**32
+
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What a rank computes in a step.
+
+    Attributes:
+        texts: B queries, then M documents row by row: the row's positives in front of its negatives.
+        num_queries: B.
+        candidates: on the CPU.
+        rows: [B] data set and index of each row, for messages.
+        has_own_candidates_only: no row of the step, on any rank, sees documents of another row.
+    """
+
+    texts: TokenizedTexts
+    num_queries: int
+    candidates: Candidates
+    rows: list[tuple[str, int]]
+    has_own_candidates_only: bool = False
+
+    def part(self, rows: Sequence[int], columns: Sequence[int]) -> "TrainingBatch":
+        """Some of its queries and some of its documents, by their numbers among each."""
+        texts = [*rows, *(self.num_queries + column for column in columns)]
+        ids, first = ([values[i] for i in texts] for values in (self.texts.ids, self.texts.first_pooled))
+        return TrainingBatch(
+            TokenizedTexts(ids, first),
+            len(rows),
+            self.candidates.part(list(rows), list(columns)),
+            [self.rows[row] for row in rows],
+            self.has_own_candidates_only,
+        )
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A file of rows and how it is used.
+
+    Attributes:
+        name: unique in a recipe.
+        rows: its rows.
+        settings: the `[[data]]` of the recipe.
+    """
+
+    name: str
+    rows: Rows
+    settings: DataPart
+
+    def __post_init__(self) -> None:
+        if not self.settings.in_batch and not self.settings.hard_negatives:
+            raise ValueError(
+                f"{self.name}: without negatives of their own (hard_negatives = 0) and of the batch "
+                "(in_batch = false) its rows have nothing to learn from"
+            )
+
+    @property
+    def instruction(self) -> str:
+        """What stands in front of a query: the task in the published template, or a whole instruction."""
+        task = self.settings.instruction
+        return task if not task.strip() or task.startswith("Instruct: ") else query_instruction(task)
+
+    def check(self) -> None:
+        """Read every row. Raises ValueError naming the file and the line of one that cannot be used."""
+        for index, record in enumerate(self.rows.records()):
+            parse = to_row if self.settings.labels == "none" else to_labelled
+            parse(record, self.rows.place(index))
+
+
+def open_sets(parts: Sequence[DataPart]) -> list[DataSet]:
+    """Open the data sets of a recipe. Each has the name of its file, and a number where two have one name.
+
+    Raises:
+        ValueError, ImportError: see `open_rows`.
+    """
+    names: list[str] = []
+    for part in parts:
+        name = PurePath(part.file).name
+        names.append(name if name not in names else f"{name} ({len(names) + 1})")
+    return [DataSet(name, open_rows(part.file), part) for name, part in zip(names, parts, strict=True)]
+
+
+class _Picked(NamedTuple):
+    """What a row gives in one step: texts, and the keys that go with them."""
+
+    query: str
+    positives: list[str]
+    negatives: list[str]
+    row_keys: list[int]  # never negatives of this row
+    column_keys: list[int]  # of the positives, then of the negatives
+
+
+class _Pairs:
+    """Rows {query, pos, neg}."""
+
+    def __init__(self, data: DataSet):
+        self._data = data
+
+    def pick(self, index: int, draws: Draws) -> _Picked:
+        row = self._data.rows.row(index)
+        positives = [
+            row.positives[i] for i in draws.sample(len(row.positives), self._data.settings.positives)
+        ]
+        negatives = [
+            row.negatives[i] for i in draws.sample(len(row.negatives), self._data.settings.hard_negatives)
+        ]
+        keys = [text_id(text) for text in dict.fromkeys((row.query, *row.positives))]
+        return _Picked(row.query, positives, negatives, keys, [text_id(t) for t in positives + negatives])
+
+
+class _Classes:
+    """Rows {text, label}. Their classes are read once, which takes 8 bytes a row."""
+
+    def __init__(self, data: DataSet):
+        self._data, rows = data, data.rows
+        known: dict[str, int] = {}
+        classes = np.empty(len(rows), dtype=np.int32)
+        for index in range(len(rows)):
+            classes[index] = known.setdefault(rows.labelled(index).label, len(known))
+        if len(known) < 2:
+            raise ValueError(f"{rows.file}: all rows have one label, so there is nothing to tell apart")
+        self._labels = list(known)
+        self._keys = [text_id("\0".join(("class", data.name, label))) for label in known]
+        self._classes = classes
+        # rows of class c stand from starts[c] to starts[c + 1]
+        self._members = np.argsort(classes, kind="stable").astype(np.uint32)
+        counts = np.bincount(classes)
+        self._starts = np.concatenate([[0], np.cumsum(counts)])
+        if data.settings.labels == "examples" and (counts < 2).any():
+            lonely = int(self._members[self._starts[counts.argmin()]])
+            raise ValueError(
+                f"{rows.place(lonely)}: no other row has the label {rows.labelled(lonely).label!r:.80}, so "
+                'it has no positive: remove the row, or use labels = "texts"'
+            )
+
+    def pick(self, index: int, draws: Draws) -> _Picked:
+        return (self._texts if self._data.settings.labels == "texts" else self._examples)(index, draws)
+
+    def _texts(self, index: int, draws: Draws) -> _Picked:
+        own = int(self._classes[index])
+        others = draws.sample(len(self._labels) - 1, self._data.settings.hard_negatives)
+        negatives = [self._labels[other + (other >= own)] for other in others]
+        text, label = self._data.rows.labelled(index).text, self._labels[own]
+        keys = [text_id(t) for t in (label, *negatives)]
+        return _Picked(text, [label], negatives, [text_id(text), keys[0]], keys)
+
+    def _examples(self, index: int, draws: Draws) -> _Picked:
+        own = int(self._classes[index])
+        first, end = self._starts[own], self._starts[own + 1]
+        text = self._data.rows.labelled(index).text
+        # the members of the class without the row, in random order, but for those with the same text
+        place = int(np.searchsorted(self._members[first:end], index))
+        positives: list[str] = []
+        for other in draws.sample(int(end - first) - 1, self._data.settings.positives + _TRIES):
+            found = self._data.rows.labelled(int(self._members[first + other + (other >= place)])).text
+            if found != text:
+                positives.append(found)
+            if len(positives) == self._data.settings.positives:
+                break
+        if not positives:
+            raise ValueError(
+                f"{self._data.rows.place(index)}: all other rows of the label {self._labels[own]!r:.80} that "
+                "were drawn have the same text: remove duplicates"
+            )
+        # those of other classes stand in front of the class and behind it
+        num_others = len(self._members) - int(end - first)
+        negatives, keys = [], [self._keys[own]] * len(positives)
+        for other in draws.sample(num_others, self._data.settings.hard_negatives):
+            member = int(self._members[other if other < first else other + end - first])
+            negatives.append(self._data.rows.labelled(member).text)
+            keys.append(self._keys[self._classes[member]])
+        return _Picked(text, positives, negatives, [text_id(text), self._keys[own]], keys)
+
+
+_TRIES = 8  # further texts that are looked at if one equals the query
+
+
+class BatchBuilder:
+    """Makes the batches of a run.
+
+    Args:
+        sets: the data sets. Their order gives the numbers of their scopes.
+        tokenizer: of the model.
+        max_length: tokens a text, instruction and marks included.
+        seed: of the whole run.
+
+    Raises:
+        ValueError: two data sets have one name, or labels that cannot be used.
+    """
+
+    def __init__(self, sets: Sequence[DataSet], tokenizer: TextTokenizer, *, max_length: int, seed: int):
+        names = [data.name for data in sets]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two data sets have one name: {', '.join(names)}")
+        self._sets = {data.name: data for data in sets}
+        self._numbers = {name: number for number, name in enumerate(names, start=1)}
+        self._sources = {d.name: _Pairs(d) if d.settings.labels == "none" else _Classes(d) for d in sets}
+        self._tokenizer, self._max_length, self._seed = tokenizer, max_length, seed
+
+    def build(
+        self, step: int, rows: Sequence[tuple[str, int]], rank: int = 0, num_ranks: int = 1
+    ) -> TrainingBatch:
+        """The part of a rank in the batch of a step.
+
+        Args:
+            step: its number, which with the seed decides what is drawn from each row.
+            rows: of the whole step, by `Mix.draw`.
+
+        Raises:
+            ValueError: a row cannot be used. The message names file and line.
+        """
+        slots = range(len(rows) * rank // num_ranks, len(rows) * (rank + 1) // num_ranks)
+        picked = []
+        for slot in slots:
+            name, index = rows[slot]
+            picked.append(self._sources[name].pick(index, Draws(self._seed, "row", step, slot)))
+        sets = [self._sets[rows[slot][0]] for slot in slots]
+        places = [self._sets[rows[slot][0]].rows.place(rows[slot][1]) for slot in slots]
+        return TrainingBatch(
+            self._tokenized(picked, sets, places),
+            len(picked),
+            self._candidates(picked, sets, slots),
+            [rows[slot] for slot in slots],
+            not any(self._sets[name].settings.in_batch for name, _ in rows),
+        )
+
+    def _candidates(self, picked: list[_Picked], sets: list[DataSet], slots: range) -> Candidates:
+        positives, row_scopes, column_scopes = [], [], []
+        column_keys: list[int] = []
+        for row, (texts, data, slot) in enumerate(zip(picked, sets, slots, strict=True)):
+            private = PRIVATE + slot
+            shared = (
+                (self._numbers[data.name] if data.settings.separate else EVERYBODY)
+                if data.settings.in_batch
+                else NOBODY
+            )
+            row_scopes.append(shared if data.settings.in_batch else private)
+            positives += [(row, len(column_keys) + i) for i in range(len(texts.positives))]
+            column_keys += texts.column_keys
+            column_scopes += [(shared, private)] * len(texts.column_keys)
+        width = max((len(texts.row_keys) for texts in picked), default=1)
+        row_keys = [texts.row_keys + [0] * (width - len(texts.row_keys)) for texts in picked]
+        return Candidates(
+            positives=torch.tensor(positives, dtype=torch.int64).view(-1, 2),
+            row_scopes=torch.tensor(row_scopes, dtype=torch.int64),
+            column_scopes=torch.tensor(column_scopes, dtype=torch.int64).view(-1, 2),
+            row_keys=torch.tensor(row_keys, dtype=torch.int64).view(-1, width),
+            column_keys=torch.tensor(column_keys, dtype=torch.int64),
+        )
+
+    def _tokenized(self, picked: list[_Picked], sets: list[DataSet], places: list[str]) -> TokenizedTexts:
+        texts = [row.query for row in picked]
+        prefixes = [data.instruction for data in sets]
+        origins = list(places)
+        for row, data, place in zip(picked, sets, places, strict=True):
+            documents = row.positives + row.negatives
+            texts += documents
+            prefixes += [data.instruction if data.settings.symmetric else ""] * len(documents)
+            origins += [place] * len(documents)
+        ids: list[np.ndarray] = [np.empty(0, dtype=np.int32)] * len(texts)
+        first_pooled, num_cut = [0] * len(texts), 0
+        # the tokenizer takes the texts of one instruction at once
+        for prefix in dict.fromkeys(prefixes):
+            members = [i for i, own in enumerate(prefixes) if own == prefix]
+            found = self._tokenizer([texts[i] for i in members], prefix, self._max_length)
+            num_cut += found.num_cut
+            for i, text_ids, first in zip(members, found.ids, found.first_pooled, strict=True):
+                if first >= len(text_ids):
+                    raise ValueError(
+                        f"{origins[i]}: the instruction uses up all {self._max_length} tokens of "
+                        "max_length, so nothing of the text is pooled: raise max_length"
+                    )
+                ids[i], first_pooled[i] = text_ids, first
+        return TokenizedTexts(ids, first_pooled, num_cut)
+
+
+def batches(
+    mix: Mix,
+    builder: BatchBuilder,
+    counters: Mapping[str, int],
+    start: int,
+    stop: int,
+    *,
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> Generator[tuple[int, TrainingBatch, dict[str, int]]]:
+    """The batches of the steps from `start` up to `stop`, each made while the step before it runs.
+
+    Close the generator to end the thread, such as by `contextlib.closing`.
+
+    Args:
+        counters: rows taken per data set in the steps before `start`.
+
+    Yields:
+        The step, its batch, and the counters behind it, which a checkpoint keeps.
+
+    Raises:
+        ValueError: a row cannot be used. It is raised in its step, and not before.
+    """
+
+    def make(step: int, counters: Mapping[str, int]) -> tuple[TrainingBatch, dict[str, int]]:
+        rows, after = mix.draw(step, counters)
+        return builder.build(step, rows, rank, num_ranks), after
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+        ahead = thread.submit(make, start, counters) if start < stop else None
+        for step in range(start, stop):
+            assert ahead is not None
+            batch, after = ahead.result()
+            if step + 1 < stop:
+                ahead = thread.submit(make, step + 1, after)
+            yield step, batch, after
+
+
+def text_id(text: str) -> int:
+    """The key of a text for `Candidates`: 64 bits of its hash as a signed integer, and never 0."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1

@@ -1,0 +1,336 @@
+"""Rows of training data by their number: files of JSON lines, Arrow or Parquet.
+
+A row is `{"query": "..", "pos": [".."], "neg": [".."]}` with optional `pos_scores` and `neg_scores`, the
+form of FlagEmbedding, or `{"text": "..", "label": ".."}`. A plain string may stand where a list is
+expected.
+
+A file of JSON lines is read by offsets, without a library and without an index beside it:
+
+1. Opening reads it once in chunks. Each chunk leaves one entry: the first line that starts in it, and
+   where.
+2. If there are more than MAX_ENTRIES entries, every second one goes and the chunks become twice as long. So
+   the index has at most 2 MB, whatever the size of the file.
+3. A row is found between the last entry in front of it and the next one, with one read.
+
+The invariant: row i is line i + 1. So a blank line is an error, but for those at the end. A file that
+another process changes is no longer the same data, which `fingerprint` tells.
+"""
+
+import codecs
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from nvembed_fast import files
+
+__all__ = ["ArrowRows", "JsonRows", "Labelled", "Row", "Rows", "open_rows", "to_labelled", "to_row"]
+
+MAX_ENTRIES = 2**16
+_CHUNK_BYTES = 2**16
+_ARROW_ROWS = 128  # of a Parquet file at once
+_ARROW, _PARQUET = (".arrow", ".feather", ".ipc"), (".parquet",)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A query, its positives and its own negatives.
+
+    The scores are a teacher's, one for each text, or None.
+    """
+
+    query: str
+    positives: tuple[str, ...]
+    negatives: tuple[str, ...] = ()
+    positive_scores: tuple[float, ...] | None = None
+    negative_scores: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its class."""
+
+    text: str
+    label: str
+
+
+def open_rows(file: str | PathLike) -> "Rows":
+    """Open a file of rows by its suffix: .arrow, .feather, .ipc, .parquet, or else JSON lines.
+
+    Raises:
+        ValueError: there is no such file, it holds no row, or it is of another kind.
+        ImportError: pyarrow is missing.
+    """
+    path = files.expanded(file)
+    if not path.is_file():
+        raise ValueError(f"{path} is no file: a data set is one file of JSON lines, Arrow or Parquet")
+    suffix = path.suffix.lower()
+    rows: Rows = ArrowRows(path) if suffix in (*_ARROW, *_PARQUET) else JsonRows(path)
+    if not len(rows):
+        raise ValueError(f"{path} holds no row")
+    return rows
+
+
+class Rows:
+    """The rows of one file.
+
+    Attributes:
+        file: its path.
+        fingerprint: 32 hexadecimal digits of its content.
+    """
+
+    file: Path
+    fingerprint: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def record(self, index: int) -> Any:
+        """Row `index` as it was parsed, not yet looked at."""
+        raise NotImplementedError
+
+    def records(self) -> Iterator[Any]:
+        """All of them in the file's order."""
+        raise NotImplementedError
+
+    def place(self, index: int) -> str:
+        """Where row `index` stands, for messages."""
+        raise NotImplementedError
+
+    def row(self, index: int) -> Row:
+        """Row `index` as a query with its documents.
+
+        Raises:
+            ValueError: it is none. The message names file and line.
+        """
+        return to_row(self.record(index), self.place(index))
+
+    def labelled(self, index: int) -> Labelled:
+        """Row `index` as a text with its label. Raises ValueError like `row`."""
+        return to_labelled(self.record(index), self.place(index))
+
+
+class JsonRows(Rows):
+    """A file of JSON lines. Its rows may be read from several threads."""
+
+    def __init__(self, file: str | PathLike):
+        self.file = Path(file)
+        self._source = open(self.file, "rb", buffering=0)  # noqa: SIM115 - open as long as the rows
+        digest = hashlib.blake2b(digest_size=16)
+        chunk_bytes, offset, num_lines = _CHUNK_BYTES, 0, 0
+        self._lines, self._offsets = [0], [0]
+        ends_with_line = True
+        while chunk := os.pread(self._source.fileno(), chunk_bytes, offset):
+            digest.update(chunk)
+            ends_with_line = chunk.endswith(b"\n")
+            first = chunk.find(b"\n") + 1
+            if first and first + offset > self._offsets[-1]:
+                self._lines.append(num_lines + 1)
+                self._offsets.append(offset + first)
+            num_lines += chunk.count(b"\n")
+            offset += len(chunk)
+            if len(self._lines) > MAX_ENTRIES:
+                del self._lines[1::2], self._offsets[1::2]
+                chunk_bytes *= 2
+        self._num_bytes = offset
+        self._num_rows = num_lines + (not ends_with_line)
+        while self._num_rows and not self._line(self._num_rows - 1).strip():
+            self._num_rows -= 1
+        self.fingerprint = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def place(self, index: int) -> str:
+        return f"{self.file}, line {index + 1}"
+
+    def record(self, index: int) -> Any:
+        if not 0 <= index < self._num_rows:
+            raise IndexError(f"{self.file} has {self._num_rows} rows, and no row {index}")
+        return self._parse(self._line(index), index)
+
+    def records(self) -> Iterator[Any]:
+        index = 0
+        for entry in range(len(self._lines)):
+            for line in self._block(entry):
+                if index == self._num_rows:
+                    return
+                yield self._parse(line, index)
+                index += 1
+
+    def _line(self, index: int) -> bytes:
+        entry = bisect_right(self._lines, index) - 1
+        return self._block(entry)[index - self._lines[entry]]
+
+    def _block(self, entry: int) -> list[bytes]:
+        """The lines from an entry to the next one."""
+        start = self._offsets[entry]
+        end = self._offsets[entry + 1] if entry + 1 < len(self._offsets) else self._num_bytes
+        content = os.pread(self._source.fileno(), end - start, start)
+        if len(content) < end - start:
+            raise ValueError(f"{self.file} became shorter while it was in use: start again")
+        lines = content.split(b"\n")
+        return lines[:-1] if not lines[-1] else lines
+
+    def _parse(self, line: bytes, index: int) -> Any:
+        place = self.place(index)
+        if index == 0:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{place} is not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}. Convert the file"
+            ) from error
+        if not text.strip():
+            raise ValueError(f"{place} is blank: remove it")
+        try:
+            return json.loads(text)
+        except RecursionError as error:
+            raise ValueError(f"{place}: its JSON is nested too deeply to be read") from error
+        except ValueError as error:
+            raise ValueError(f"{place}: not JSON ({error}): {text.strip()!r:.80}") from error
+
+
+class ArrowRows(Rows):
+    """A table in an Arrow file, mapped into memory. A Parquet file is first written as one, into a temporary
+    file, because single rows of Parquet cannot be read fast."""
+
+    def __init__(self, file: str | PathLike):
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise ImportError(
+                f"{file} needs pyarrow: pip install 'nvembed-fast[train]', or convert the file to JSON lines"
+            ) from error
+        self.file = Path(file)
+        try:
+            with open(self.file, "rb") as source:
+                digest = hashlib.file_digest(source, lambda: hashlib.blake2b(digest_size=16))
+                self.fingerprint = digest.hexdigest()
+                source.seek(0)
+                is_file = source.read(6) == b"ARROW1"  # else a stream, as `datasets` writes it
+            if self.file.suffix.lower() in _PARQUET:
+                source, is_file = _as_arrow(self.file), True
+            else:
+                source = pyarrow.memory_map(str(self.file))
+            reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+            self._table = reader.read_all()
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, pyarrow.ArrowNotImplementedError) as error:
+            raise ValueError(f"{self.file} is no readable table: {error}") from error
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def place(self, index: int) -> str:
+        return f"{self.file}, row {index + 1}"
+
+    def record(self, index: int) -> Any:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.file} has {len(self)} rows, and no row {index}")
+        return self._table.slice(index, 1).to_pylist()[0]
+
+    def records(self) -> Iterator[Any]:
+        for batch in self._table.to_batches(max_chunksize=_ARROW_ROWS):
+            yield from batch.to_pylist()
+
+
+def _as_arrow(file: Path) -> Any:
+    """The table of a Parquet file as an Arrow file that goes when it is closed."""
+    import pyarrow
+    import pyarrow.parquet
+
+    parquet = pyarrow.parquet.ParquetFile(file)
+    with tempfile.NamedTemporaryFile(suffix=".arrow") as copy:
+        with pyarrow.ipc.new_file(copy, parquet.schema_arrow) as writer:
+            for batch in parquet.iter_batches(batch_size=_ARROW_ROWS):
+                writer.write_batch(batch)
+        copy.flush()
+        # the mapping stays when the name goes
+        return pyarrow.memory_map(copy.name)
+
+
+def to_row(record: Any, place: str) -> Row:
+    """A parsed record as a query with its documents. Raises ValueError naming the place."""
+    if isinstance(record, dict) and "query" not in record and "label" in record:
+        raise ValueError(
+            f"{place}: no 'query', the row has a label: say how it is used, by labels = \"examples\" or "
+            '"texts" of its data set'
+        )
+    query = _text(_value(record, "query", place), "'query'", place)
+    positives = _texts(_value(record, "pos", place), "pos", place)
+    negatives = _texts(record.get("neg"), "neg", place)
+    if not positives:
+        raise ValueError(f"{place}: 'pos' is empty, so there is nothing to learn: remove the row")
+    if set(positives) == {query}:
+        raise ValueError(f"{place}: the only positive equals the query: remove the row")
+    scores = [
+        _scores(record.get(key), key, texts, place)
+        for key, texts in (("pos_scores", positives), ("neg_scores", negatives))
+    ]
+    return Row(query, positives, negatives, *scores)
+
+
+def to_labelled(record: Any, place: str) -> Labelled:
+    """A parsed record as a text with its label. Raises ValueError naming the place."""
+    text = _text(_value(record, "text", place), "'text'", place)
+    label = _value(record, "label", place)
+    label = str(label) if type(label) is int else label
+    return Labelled(text, _text(label, "'label'", place))
+
+
+def _value(record: Any, key: str, place: str) -> Any:
+    if not isinstance(record, dict):
+        raise ValueError(f"{place}: must be an object with {key!r}, got {_kind(record)}")
+    if key not in record:
+        raise ValueError(
+            f"{place}: no {key!r}, the row has {', '.join(map(repr, record)) or 'nothing'!s:.200}"
+        )
+    return record[key]
+
+
+def _texts(value: Any, key: str, place: str) -> tuple[str, ...]:
+    """A list of texts, one text, or nothing."""
+    if isinstance(value, str):
+        return (_text(value, f"'{key}'", place),)
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"{place}: '{key}' must be a list of strings, got {_kind(value)}")
+    return tuple(_text(text, f"'{key}'[{i}]", place) for i, text in enumerate(value or ()))
+
+
+def _text(value: Any, what: str, place: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {what} must be a string, got {_kind(value)}")
+    if not value.strip():
+        raise ValueError(f"{place}: {what} is empty")
+    # a JSON escape can give what no file in UTF-8 holds
+    if not value.isascii() and (lone := re.search("[\ud800-\udfff]", value)):
+        raise ValueError(
+            f"{place}: {what} has a lone surrogate, \\u{ord(lone[0]):04x}, which is no character: remove it"
+        )
+    return value
+
+
+def _scores(value: Any, key: str, texts: Sequence[str], place: str) -> tuple[float, ...] | None:
+    if value is None or (value == [] and not texts):
+        return None
+    if not isinstance(value, list) or len(value) != len(texts):
+        got = f"{len(value)} of them" if isinstance(value, list) else _kind(value)
+        raise ValueError(f"{place}: '{key}' must be {len(texts)} numbers, one for each text, got {got}")
+    for score in value:
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            raise ValueError(f"{place}: '{key}' must be finite numbers, got {score!r:.40}")
+    return tuple(map(float, value))
+
+
+def _kind(value: Any) -> str:
+    names = {"NoneType": "null", "dict": "an object", "list": "an array", "str": "a string"}
+    return names.get(type(value).__name__, type(value).__name__)

@@ -1,0 +1,359 @@
+"""A batch: what a row gives, who is a candidate of whom, ranks, and the thread that makes the next one."""
+
+import json
+import threading
+import time
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from tiny_checkpoint import TINY
+from tokenizers import Tokenizer, models, pre_tokenizers
+
+from nvembed_fast.checkpoint import load_model
+from nvembed_fast.packing import PackedBatch
+from nvembed_fast.tokenization import TextTokenizer
+from nvembed_fast.training import batch as module
+from nvembed_fast.training.batch import BatchBuilder, DataSet, batches, open_sets, text_id
+from nvembed_fast.training.mix import Mix
+from nvembed_fast.training.recipe import DataPart
+from nvembed_fast.training.rows import open_rows
+
+WORDS = [
+    "<unk>",
+    "</s>",
+    "Instruct",
+    ":",
+    "Query",
+    "find",
+    "it",
+    *(f"{c}{i}" for c in "qpnt" for i in range(99)),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TextTokenizer:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["</s>"])
+    return TextTokenizer(backend, "</s>", pooling_start="text_offset")
+
+
+def data_set(path, records, name="a", **settings) -> DataSet:
+    file = path / f"{name}.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return DataSet(name, open_rows(file), DataPart(str(file), **settings))
+
+
+def pairs(number=20, start=0, num_negatives=3) -> list[dict]:
+    return [
+        {"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{(i + j) % 99}" for j in range(num_negatives)]}
+        for i in range(start, start + number)
+    ]
+
+
+def words_of(batch) -> list[str]:
+    """The texts of a batch, without the end mark."""
+    return [" ".join(WORDS[i] for i in ids[:-1]) for ids in batch.texts.ids]
+
+
+def parts_of(batch) -> list[tuple[str, list[str], list[str]]]:
+    """(query, positives, own negatives) of each row."""
+    words, candidates = words_of(batch), batch.candidates
+    documents = words[batch.num_queries :]
+    privates = candidates.column_scopes[:, 1]
+    own = {}
+    for row, column in candidates.positives.tolist():
+        private = privates[column]
+        mine = (privates == private).nonzero()[:, 0].tolist()
+        own.setdefault(row, ([], mine))[0].append(column)
+    return [
+        (words[row], [documents[c] for c in columns], [documents[c] for c in mine if c not in columns])
+        for row, (columns, mine) in own.items()
+    ]
+
+
+def losses(batch) -> list[float]:
+    """The loss of each row in float64, by the definition, on vectors that follow from the tokens."""
+    vectors = []
+    for ids in batch.texts.ids:
+        vector = np.random.default_rng(ids.astype(np.uint64)).normal(size=8)
+        vectors.append(vector / np.linalg.norm(vector))
+    scores = np.stack(vectors[: batch.num_queries]) @ np.stack(vectors[batch.num_queries :]).T / 0.1
+    candidates, found = batch.candidates, []
+    for row, scope in enumerate(candidates.row_scopes):
+        is_candidate = (candidates.column_scopes == scope).any(1)
+        is_key = (candidates.column_keys[:, None] == candidates.row_keys[row]).any(1)
+        z = np.log(np.exp(scores[row][(is_candidate & ~is_key).numpy()]).sum())
+        columns = [column for r, column in candidates.positives.tolist() if r == row]
+        found.append(np.mean([np.logaddexp(0, z - scores[row, column]) for column in columns]))
+    return found
+
+
+def test_a_row_gives_its_query_a_positive_and_some_negatives(tmp_path, tokenizer):
+    records = [
+        {"query": f"q{i}", "pos": [f"p{i}", f"p{i + 30}"], "neg": [f"n{i}", f"n{i + 30}", f"n{i + 60}"]}
+        for i in range(8)
+    ]
+    data = data_set(tmp_path, records, instruction="find it", hard_negatives=2)
+    builder = BatchBuilder([data], tokenizer, max_length=16, seed=3)
+    seen = set()
+    for step in range(8):
+        batch = builder.build(step, [("a", i) for i in (3, 0, 7)])
+        assert batch.num_queries == 3 and batch.rows == [("a", 3), ("a", 0), ("a", 7)]
+        assert not batch.has_own_candidates_only
+        for (query, positives, negatives), i in zip(parts_of(batch), (3, 0, 7), strict=True):
+            assert query == f"Instruct : find it Query : q{i}"
+            assert len(positives) == 1 and positives[0] in records[i]["pos"]
+            assert len(set(negatives)) == 2 and set(negatives) <= set(records[i]["neg"])
+            seen |= {(i, *positives, *negatives)}
+        keys = batch.candidates.row_keys
+        # also those that were not drawn
+        assert [set(row.tolist()) for row in keys] == [
+            {text_id(f"q{i}"), text_id(f"p{i}"), text_id(f"p{i + 30}")} for i in (3, 0, 7)
+        ]
+        firsts = batch.texts.first_pooled
+        assert firsts[:3] == [6] * 3 and set(firsts[3:]) == {0}
+        batch.candidates.check(3, 9)
+        again = BatchBuilder([data], tokenizer, max_length=16, seed=3).build(step, batch.rows)
+        assert words_of(again) == words_of(batch)
+    assert len(seen) > 20  # of 36: the steps draw anew
+
+
+def test_several_positives_and_fewer_negatives_than_asked_for(tmp_path, tokenizer):
+    records = [
+        {"query": "q1", "pos": ["p1", "p2", "p3"], "neg": ["n1"]},
+        {"query": "q2", "pos": "p4"},
+    ]
+    data = data_set(tmp_path, records, positives=2, hard_negatives=4)
+    batch = BatchBuilder([data], tokenizer, max_length=9, seed=0).build(0, [("a", 0), ("a", 1)])
+    (_, positives, negatives), (query, lonely, nothing) = parts_of(batch)
+    assert len(positives) == 2 and set(positives) < {"p1", "p2", "p3"} and negatives == ["n1"]
+    assert (query, lonely, nothing) == ("q2", ["p4"], [])
+    assert batch.candidates.positives.tolist() == [[0, 0], [0, 1], [1, 3]]
+    assert batch.candidates.row_keys[1].tolist() == [text_id("q2"), text_id("p4"), 0, 0]
+    batch.candidates.check(2, 4)
+
+
+def test_symmetric_texts_carry_the_instruction_on_both_sides(tmp_path, tokenizer):
+    data = data_set(tmp_path, pairs(), instruction="Instruct: it :", symmetric=True, hard_negatives=1)
+    batch = BatchBuilder([data], tokenizer, max_length=9, seed=0).build(0, [("a", 0)])
+    assert words_of(batch)[:2] == ["Instruct : it : q0", "Instruct : it : p0"]
+    assert batch.texts.first_pooled == [4, 4, 4]
+    # the text alone makes the key
+    assert batch.candidates.column_keys[0] == text_id("p0")
+
+
+def test_scopes_follow_the_switches(tmp_path, tokenizer):
+    sets = [
+        data_set(tmp_path, pairs(), "all"),
+        data_set(tmp_path, pairs(), "apart", separate=True),
+        data_set(tmp_path, pairs(), "own", in_batch=False),
+    ]
+    builder = BatchBuilder(sets, tokenizer, max_length=9, seed=0)
+    batch = builder.build(0, [("all", 0), ("apart", 1), ("own", 2), ("all", 3)])
+    private = 2**32
+    assert batch.candidates.row_scopes.tolist() == [0, 2, private + 2, 0]
+    rows = batch.candidates.column_scopes.view(4, 4, 2)
+    assert (rows == rows[:, :1]).all()
+    assert rows[:, 0].tolist() == [[0, private], [2, private + 1], [-2, private + 2], [0, private + 3]]
+    assert not batch.has_own_candidates_only
+    assert builder.build(0, [("own", 0), ("own", 1)]).has_own_candidates_only
+    # what decides is the whole step, or ranks would take different ways
+    part = builder.build(0, [("own", 0), ("all", 1)], rank=0, num_ranks=2)
+    assert part.rows == [("own", 0)] and not part.has_own_candidates_only
+
+
+def test_a_mixed_batch_equals_its_parts(tmp_path, tokenizer):
+    sets = [
+        data_set(tmp_path, pairs(), "all", instruction="find it"),
+        data_set(tmp_path, pairs(start=20), "also"),
+        data_set(tmp_path, pairs(start=40), "apart", separate=True, symmetric=True, instruction="it"),
+        data_set(tmp_path, pairs(start=60), "own", in_batch=False),
+    ]
+    builder = BatchBuilder(sets, tokenizer, max_length=12, seed=0)
+    rows = [(("all", "own", "apart", "also")[i % 4], i) for i in range(12)]
+    mixed = dict(zip(rows, losses(builder.build(0, rows)), strict=True))
+    assert len(set(mixed.values())) == 12 and min(mixed.values()) > 0
+    alone = {}
+    for members in (("all", "also"), ("apart",), *((row,) for row in rows if row[0] == "own")):
+        part = [row for row in rows if row[0] in members or row in members]
+        alone |= dict(zip(part, losses(builder.build(0, part)), strict=True))
+    for row in rows:
+        assert abs(mixed[row] - alone[row]) < 1e-12, row
+    # the parts differ from a batch in which everybody sees everybody
+    everybody = [replace(s, settings=replace(s.settings, separate=False, in_batch=True)) for s in sets]
+    other = losses(BatchBuilder(everybody, tokenizer, max_length=12, seed=0).build(0, rows))
+    assert all(abs(a - b) > 1e-3 for a, b in zip(other, mixed.values(), strict=True))
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_split_the_same_batch(num_ranks, tmp_path, tokenizer):
+    sets = [
+        data_set(tmp_path, pairs(30, num_negatives=9), "a", hard_negatives=2),
+        data_set(tmp_path, pairs(30), "b", in_batch=False),
+    ]
+    builder = BatchBuilder(sets, tokenizer, max_length=9, seed=0)
+    mix = Mix({"a": 30, "b": 30}, {"a": 1, "b": 1}, batch=8, seed=0)
+    options = {"counters": mix.start(), "start": 0, "stop": 5}
+    whole = list(batches(mix, builder, **options))
+    ranks = [list(batches(mix, builder, **options, rank=r, num_ranks=num_ranks)) for r in range(num_ranks)]
+    for (step, batch, after), *parts in zip(whole, *ranks, strict=True):
+        assert all((s, a) == (step, after) for s, _, a in parts)
+        assert sum((parts_of(part) for _, part, _ in parts), []) == parts_of(batch)
+        assert sum((part.rows for _, part, _ in parts), []) == batch.rows
+        for name in ("row_scopes", "column_scopes", "column_keys"):
+            joined = torch.cat([getattr(part.candidates, name) for _, part, _ in parts])
+            assert torch.equal(joined, getattr(batch.candidates, name))
+
+
+CLASSES = [{"text": f"t{i}", "label": ("n1", "n2", 3)[i % 3]} for i in range(12)]
+
+
+def test_examples_stand_for_a_class(tmp_path, tokenizer):
+    data = data_set(tmp_path, CLASSES, labels="examples", hard_negatives=3, positives=2)
+    builder = BatchBuilder([data], tokenizer, max_length=9, seed=0)
+    seen = set()
+    for step in range(20):
+        batch = builder.build(step, [("a", i) for i in range(12)])
+        batch.candidates.check(12, 60)
+        for i, (query, positives, negatives) in enumerate(parts_of(batch)):
+            numbers = [int(text[1:]) for text in positives], [int(text[1:]) for text in negatives]
+            assert query == f"t{i}" and all(n % 3 == i % 3 and n != i for n in numbers[0])
+            assert all(n % 3 != i % 3 for n in numbers[1])
+            assert (len(set(positives)), len(set(negatives))) == (2, 3)
+            seen |= {(i, n) for n in numbers[0] + numbers[1]}
+        # in the batch no text of the own class is a negative
+        candidates = batch.candidates
+        for i in range(12):
+            is_key = (candidates.column_keys[:, None] == candidates.row_keys[i]).any(1).tolist()
+            documents = words_of(batch)[12:]
+            assert is_key == [int(text[1:]) % 3 == i % 3 for text in documents]
+    assert len(seen) == 12 * 11
+
+
+def test_label_texts_are_documents(tmp_path, tokenizer):
+    data = data_set(tmp_path, CLASSES, labels="texts", hard_negatives=1)
+    builder = BatchBuilder([data], tokenizer, max_length=9, seed=0)
+    seen = set()
+    for step in range(9):
+        batch = builder.build(step, [("a", 0), ("a", 3), ("a", 1)])
+        rows = parts_of(batch)
+        assert [row[:2] for row in rows] == [("t0", ["n1"]), ("t3", ["n1"]), ("t1", ["n2"])]
+        seen |= {negative for _, _, negatives in rows[:1] for negative in negatives}
+        assert batch.candidates.column_keys[0] == text_id("n1")
+    assert seen == {"n2", "<unk>"}
+
+
+def test_classes_that_teach_nothing(tmp_path, tokenizer):
+    def build(records, labels="examples"):
+        data = data_set(tmp_path, records, labels=labels)
+        return BatchBuilder([data], tokenizer, max_length=9, seed=0)
+
+    with pytest.raises(ValueError, match=r"a\.jsonl: all rows have one label"):
+        build([{"text": "t1", "label": "x"}] * 3)
+    lonely = [*CLASSES, {"text": "t50", "label": "new"}]
+    with pytest.raises(ValueError, match=r"a\.jsonl, line 13: no other row has the label 'new'"):
+        build(lonely)
+    assert build(lonely, "texts")
+    same = [{"text": "t1", "label": "x"}] * 3 + [{"text": "t2", "label": "y"}] * 2
+    with pytest.raises(ValueError, match=r"line 2: all other rows of the label 'x' .* have the same text"):
+        build(same).build(0, [("a", 1)])
+    with pytest.raises(ValueError, match="line 1: no 'text'"):
+        build(pairs())
+
+
+def test_what_a_builder_refuses(tmp_path, tokenizer):
+    data = data_set(tmp_path, pairs(), instruction="find it")
+    with pytest.raises(ValueError, match="two data sets have one name: a, a"):
+        BatchBuilder([data, data], tokenizer, max_length=9, seed=0)
+    builder = BatchBuilder([data], tokenizer, max_length=6, seed=0)
+    with pytest.raises(ValueError, match=r"line 3: the instruction uses up all 6 tokens of max_length"):
+        builder.build(0, [("a", 2)])
+    with pytest.raises(ValueError, match=r"b: without negatives .* nothing to learn from"):
+        data_set(tmp_path, pairs(), "b", in_batch=False, hard_negatives=0)
+
+
+def test_data_sets_of_a_recipe(tmp_path):
+    (tmp_path / "other").mkdir()
+    files = [data_set(folder, pairs(), "x").settings for folder in (tmp_path, tmp_path / "other")]
+    sets = open_sets(files)
+    assert [s.name for s in sets] == ["x.jsonl", "x.jsonl (2)"] and sets[1].settings is files[1]
+    sets[0].check()
+    bad = data_set(tmp_path, [*pairs(), {"query": "q"}], "bad")
+    with pytest.raises(ValueError, match=r"bad\.jsonl, line 21: no 'pos'"):
+        bad.check()
+    with pytest.raises(ValueError, match="line 1: no 'text'"):
+        replace(bad, settings=replace(bad.settings, labels="texts")).check()
+
+
+def test_the_next_batch_is_made_while_a_step_runs(tmp_path, tokenizer):
+    builder = BatchBuilder([data_set(tmp_path, pairs())], tokenizer, max_length=9, seed=0)
+    mix = Mix({"a": 20}, {"a": 1}, batch=4, seed=0)
+    begun, build = [], builder.build
+    builder.build = lambda step, *rest: begun.append((step, threading.current_thread())) or build(step, *rest)
+    with closing(batches(mix, builder, mix.start(), 2, 6)) as ahead:
+        step, batch, after = next(ahead)
+        deadline = time.monotonic() + 10
+        while len(begun) < 2 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert step == 2 and [s for s, _ in begun] == [2, 3] and after == {"a": 4}
+        assert threading.current_thread() not in {thread for _, thread in begun}
+        assert [s for s, _, _ in ahead] == [3, 4, 5]
+    assert not any(thread.is_alive() for _, thread in begun) and [s for s, _ in begun] == [2, 3, 4, 5]
+    # left in the middle
+    ahead = batches(mix, builder, after, 3, 9)
+    assert words_of(next(ahead)[1]) == words_of(builder.build(3, mix.draw(3, after)[0]))
+    ahead.close()
+    assert not any(thread.name.startswith("batches") for thread in threading.enumerate())
+    assert list(batches(mix, builder, after, 3, 3)) == []
+
+
+def test_an_error_comes_in_its_step(tmp_path, tokenizer):
+    mix = Mix({"a": 20}, {"a": 1}, batch=4, seed=0)
+    (_, bad), *_ = mix.draw(2, {"a": 8})[0]
+    records = pairs()
+    records[bad]["pos"] = []
+    builder = BatchBuilder([data_set(tmp_path, records)], tokenizer, max_length=9, seed=0)
+    found = batches(mix, builder, mix.start(), 0, 5)
+    assert [next(found)[0], next(found)[0]] == [0, 1]
+    with pytest.raises(ValueError, match=rf"a\.jsonl, line {bad + 1}: 'pos' is empty"):
+        next(found)
+    assert not any(t.name.startswith("batches") for t in threading.enumerate())
+
+
+def test_a_part_of_a_batch(tmp_path, tokenizer):
+    builder = BatchBuilder([data_set(tmp_path, pairs(), in_batch=False)], tokenizer, max_length=9, seed=0)
+    batch = builder.build(0, [("a", i) for i in range(4)])
+    part = batch.part([2, 3], range(8, 16))
+    assert parts_of(part) == parts_of(batch)[2:] and part.rows == batch.rows[2:]
+    assert losses(part) == losses(batch)[2:] and part.has_own_candidates_only
+
+
+def test_the_state_of_a_masked_instruction_token_changes_nothing(tmp_path, tiny_directory):
+    """Neither a vector nor a gradient, for all that a batch of training does."""
+    config_tokenizer = TextTokenizer.from_directory(tiny_directory)
+    data = data_set(tmp_path, pairs(4), instruction="find it", hard_negatives=1)
+    texts = BatchBuilder([data], config_tokenizer, max_length=32, seed=0).build(0, [("a", 0), ("a", 1)]).texts
+    model = load_model(TINY, dtype="float32")
+    packed = PackedBatch.from_ids(texts.ids, texts.first_pooled)
+    assert packed.pool_mask is not None and 10 < (~packed.pool_mask).sum() < len(packed.pool_mask) - 10
+    vectors, gradients = [], []
+    for change in (0.0, 1e3):
+        states = model.embedding_model(packed).detach()
+        states[~packed.pool_mask] += change
+        states.requires_grad_()
+        found = model.head(states, packed.layout, packed.pool_mask)
+        (gradient,) = torch.autograd.grad((found * torch.arange(found.shape[1])).sum(), states)
+        assert gradient[~packed.pool_mask].abs().max() == 0 and gradient[packed.pool_mask].abs().min() >= 0
+        vectors.append(found)
+        gradients.append(gradient)
+    assert torch.equal(*vectors) and torch.equal(*gradients) and gradients[0].abs().max() > 0
+
+
+def test_keys_are_those_of_a_checkpoint():
+    assert text_id("caf\u00e9") == text_id("caf\u00e9") != text_id("cafe") and text_id("") != 0
+    assert -(2**63) <= min(map(text_id, WORDS)) < 0 < max(map(text_id, WORDS)) < 2**63
+    assert module.PRIVATE == 2**32
