@@ -119,13 +119,16 @@ FOLDER_FILES: dict[str, set[str]] = {
     "network.model": {"torch"},
     "network.pooling_heads": {"einops", "torch"},
     "training.__init__": set(),
+    "training.batch": {"numpy", "torch"},
     "training.gather": {"torch"},
     "training.loss": {"torch"},
+    "training.mix": {"numpy"},
     "training.recipe": set(),
+    "training.rows": {"pyarrow"},
 }
 # a file that may import more than its room
 BEYOND = {"curation.decontamination": {"evaluation.tasks"}, "evaluation.ablation": {"curation", "training"}}
-LATE_IMPORTS = {"gguf", "transformers", "triton"}  # in nvembed_fast/, inside a function only
+LATE_IMPORTS = {"gguf", "pyarrow", "transformers", "triton"}  # in nvembed_fast/, inside a function only
 
 
 def _imports(path: Path, top_level: bool = False) -> set[str]:

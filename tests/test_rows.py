@@ -1,6 +1,7 @@
 """Rows of a file by their number: any chunk length, bounded memory, and one test per error."""
 
 import json
+import sys
 import threading
 
 import pytest
@@ -146,3 +147,10 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "x.jsonl").write_text("")
     with pytest.raises(ValueError, match="became shorter"):
         rows.row(0)
+
+
+def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ImportError, match=r"x\.parquet needs pyarrow: pip install 'nvembed-fast\[train\]'"):
+        open_rows(tmp_path / "x.parquet")

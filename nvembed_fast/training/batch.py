@@ -32,7 +32,7 @@ from nvembed_fast.training.mix import Draws, Mix
 from nvembed_fast.training.recipe import DataPart
 from nvembed_fast.training.rows import Rows, open_rows, to_labelled, to_row
 
-__all__ = ["BatchBuilder", "DataSet", "TrainingBatch", "batches", "open_sets", "text_id"]
+__all__ = ["BatchBuilder", "Batches", "DataSet", "TrainingBatch", "open_sets", "text_id"]
 
 EVERYBODY, NOBODY, PRIVATE = 0, -2, 2**32
 
@@ -58,9 +58,9 @@ class TrainingBatch:
     def part(self, rows: Sequence[int], columns: Sequence[int]) -> "TrainingBatch":
         """Some of its queries and some of its documents, by their numbers among each."""
         texts = [*rows, *(self.num_queries + column for column in columns)]
-        ids, first = ([values[i] for i in texts] for values in (self.texts.ids, self.texts.first_pooled))
+        ids, first_pooled, _ = self.texts
         return TrainingBatch(
-            TokenizedTexts(ids, first),
+            TokenizedTexts([ids[i] for i in texts], [first_pooled[i] for i in texts]),
             len(rows),
             self.candidates.part(list(rows), list(columns)),
             [self.rows[row] for row in rows],
@@ -309,42 +309,91 @@ class BatchBuilder:
         return TokenizedTexts(ids, first_pooled, num_cut)
 
 
-def batches(
-    mix: Mix,
-    builder: BatchBuilder,
-    counters: Mapping[str, int],
-    start: int,
-    stop: int,
-    *,
-    rank: int = 0,
-    num_ranks: int = 1,
-) -> Generator[tuple[int, TrainingBatch, dict[str, int]]]:
-    """The batches of the steps from `start` up to `stop`, each made while the step before it runs.
-
-    Close the generator to end the thread, such as by `contextlib.closing`.
+class Batches:
+    """The batches of a run: a function of the step and of the rows taken before it.
 
     Args:
-        counters: rows taken per data set in the steps before `start`.
+        parts: the data sets of the recipe. Their order gives the numbers of their scopes.
+        tokenizer: of the model.
+        batch: rows of a step, over all ranks.
+        seed: of the whole run.
+        max_length: tokens a text, instruction and marks included.
+        is_one_set: all rows of a step come from one data set.
+        rank: whose part of a batch is made.
+        num_ranks: how many there are.
 
-    Yields:
-        The step, its batch, and the counters behind it, which a checkpoint keeps.
+    Attributes:
+        sets: the opened data sets.
+        fingerprints: data set -> 32 hexadecimal digits of its content.
 
     Raises:
-        ValueError: a row cannot be used. It is raised in its step, and not before.
+        ValueError: a file cannot be used, or has fewer rows than a batch.
+        ImportError: pyarrow is missing.
     """
 
-    def make(step: int, counters: Mapping[str, int]) -> tuple[TrainingBatch, dict[str, int]]:
-        rows, after = mix.draw(step, counters)
-        return builder.build(step, rows, rank, num_ranks), after
+    def __init__(
+        self,
+        parts: Sequence[DataPart],
+        tokenizer: TextTokenizer,
+        *,
+        batch: int,
+        seed: int,
+        max_length: int,
+        is_one_set: bool = False,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ):
+        self.sets = open_sets(parts)
+        sizes = {data.name: len(data.rows) for data in self.sets}
+        weights = {data.name: data.settings.weight for data in self.sets}
+        self._mix = Mix(sizes, weights, batch=batch, seed=seed, is_one_set=is_one_set)
+        self._builder = BatchBuilder(self.sets, tokenizer, max_length=max_length, seed=seed)
+        self._rank, self._num_ranks = rank, num_ranks
+        self.fingerprints = {data.name: data.rows.fingerprint for data in self.sets}
 
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
-        ahead = thread.submit(make, start, counters) if start < stop else None
-        for step in range(start, stop):
-            assert ahead is not None
-            batch, after = ahead.result()
-            if step + 1 < stop:
-                ahead = thread.submit(make, step + 1, after)
-            yield step, batch, after
+    def start(self) -> dict[str, int]:
+        """The rows taken before the first step, which a checkpoint keeps."""
+        return self._mix.start()
+
+    def epochs(self, counters: Mapping[str, int]) -> dict[str, float]:
+        """How often each data set has been gone through."""
+        return self._mix.epochs(counters)
+
+    def check(self) -> None:
+        """Read every row of every file. Raises ValueError naming the file and the line of a bad one."""
+        for data in self.sets:
+            data.check()
+
+    def __call__(self, step: int, counters: Mapping[str, int]) -> tuple[TrainingBatch, dict[str, int]]:
+        """The batch of a step and the counters behind it.
+
+        Raises:
+            ValueError: a row cannot be used. The message names file and line.
+        """
+        rows, after = self._mix.draw(step, counters)
+        return self._builder.build(step, rows, self._rank, self._num_ranks), after
+
+    def ahead(
+        self, start: int, stop: int, counters: Mapping[str, int]
+    ) -> Generator[tuple[int, TrainingBatch, dict[str, int]]]:
+        """The batches of the steps from `start` up to `stop`, each made while the step before it runs.
+
+        Close the generator to end its thread, such as by `contextlib.closing`.
+
+        Yields:
+            The step, its batch, and the counters behind it.
+
+        Raises:
+            ValueError: a row cannot be used. It is raised in its step, and not before.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="batches") as thread:
+            ahead = thread.submit(self, start, counters) if start < stop else None
+            for step in range(start, stop):
+                assert ahead is not None
+                batch, after = ahead.result()
+                if step + 1 < stop:
+                    ahead = thread.submit(self, step + 1, after)
+                yield step, batch, after
 
 
 def text_id(text: str) -> int:

@@ -20,6 +20,7 @@ rounded to bf16 put the gradient off by 5 %. Source of the loss: InfoNCE (arXiv
 (arXiv 2407.15831).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf, isfinite
 from typing import NamedTuple
@@ -60,6 +61,21 @@ class Candidates:
         """The same on a device."""
         given = {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
         return replace(self, **{name: t.to(device, non_blocking=True) for name, t in given.items()})
+
+    def part(self, rows: Sequence[int], columns: Sequence[int]) -> "Candidates":
+        """Those of some rows and some columns, in the order given. Positives that fall away are left out."""
+        of_rows, of_columns = (torch.tensor(list(n), dtype=torch.int64) for n in (rows, columns))
+        matches = (self.positives[:, :1] == of_rows).unsqueeze(2) & (
+            self.positives[:, 1:] == of_columns
+        ).unsqueeze(1)
+        return Candidates(
+            matches.any(0).nonzero(),
+            self.row_scopes[of_rows],
+            self.column_scopes[of_columns],
+            self.row_keys[of_rows],
+            self.column_keys[of_columns],
+            None if self.weights is None else self.weights[of_rows],
+        )
 
     def check(self, num_rows: int, num_columns: int) -> None:
         """Raise ValueError, naming the field, if this does not belong to so many rows and columns.
