@@ -3,7 +3,6 @@
 Run by torchrun it is one rank of `test_two_ranks_get_the_gradient_of_one_process`.
 """
 
-import contextlib
 import os
 import sys
 
@@ -22,8 +21,9 @@ from nvembed_fast import ops
 from nvembed_fast.packing import PackedBatch, token_budget_batches
 from nvembed_fast.tokenization import TokenizedTexts
 from nvembed_fast.training import grad_cache
+from nvembed_fast.training.batch import TrainingBatch
 from nvembed_fast.training.grad_cache import cached_step, direct_step
-from nvembed_fast.training.loss import LossResult
+from nvembed_fast.training.loss import Candidates, LossResult, contrastive_loss
 
 
 class Dropped(nn.Module):
@@ -155,11 +155,8 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-def own_batch():
+def own_batch() -> TrainingBatch:
     """Six rows, each with one positive and one negative of its own."""
-    from nvembed_fast.training.batch import TrainingBatch
-    from nvembed_fast.training.loss import Candidates
-
     rows = torch.arange(6)
     candidates = Candidates(
         positives=torch.stack([rows, 2 * rows], 1),
@@ -171,15 +168,12 @@ def own_batch():
     return TrainingBatch(make_texts(), 6, candidates, [("set", row) for row in range(6)])
 
 
-def own_loss(vectors: torch.Tensor, part) -> LossResult:
+def own_loss(vectors: torch.Tensor, part: TrainingBatch) -> LossResult:
     """The mean over rows of the loss of a row's positive against its negative."""
-    from nvembed_fast.training.loss import contrastive_loss
-
     n = part.num_queries
     return contrastive_loss(vectors[:n], vectors[n:], part.candidates, temperature=0.05)
 
 
 if __name__ == "__main__":
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(ops.use_impl("torch"))
+    with ops.use_impl("torch"):
         main()

@@ -140,6 +140,8 @@ def test_direct_chunks_of_whole_rows_have_the_plain_gradient():
         assert sorted(row for part in parts for row in part.rows) == sorted(batch.rows)
         assert worst_difference(gradients(model), wanted) < 1e-6
         torch.testing.assert_close(result.loss, wanted_result.loss.detach(), rtol=1e-6, atol=0)
+        # columns of other parts are nobody's candidates, and are not seen
+        del wanted_result.metrics["masked_by_scope"]
         for name, value in wanted_result.metrics.items():
             torch.testing.assert_close(result.metrics[name], value.detach(), rtol=1e-5, atol=1e-6, msg=name)
 
@@ -191,7 +193,7 @@ def test_two_ranks_get_the_gradient_of_one_process():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "tests" / "cached_steps.py")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=100)
     assert run.returncode == 0, run.stderr[-4000:]
     for how in ("ddp", "fsdp2"):
         for what in ("equal on rank", "refused on rank", "equal again on rank"):

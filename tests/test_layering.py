@@ -121,6 +121,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "training.__init__": set(),
     "training.batch": {"numpy", "torch"},
     "training.gather": {"torch"},
+    "training.grad_cache": {"numpy", "torch"},
     "training.loss": {"torch"},
     "training.mix": {"numpy"},
     "training.recipe": set(),
