@@ -112,7 +112,7 @@ def choose(
     if obstacle is None and (impl == "triton" or device.type == "cuda"):
         return "triton", "it was asked for" if impl == "triton" else "the kernels are written for this GPU"
     if impl == "triton":
-        raise ValueError(f"impl='triton' cannot run here: {obstacle}. Use impl='auto' or impl='torch'.")
+        raise ValueError(f"impl='triton' cannot run here: {obstacle}. Use impl='auto', 'library' or 'torch'.")
     return "library" if device.type == "cuda" else "torch", obstacle or "tensors are on the CPU"
 
 

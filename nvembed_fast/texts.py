@@ -45,6 +45,9 @@ _OTHER_KINDS = {
     b"PAR1": "It is a Parquet file. Save it as JSON lines",
 }
 _NOT_UTF8 = "Convert it to UTF-8, such as by iconv -f WINDOWS-1252 -t UTF-8"
+_NO_LINES = (
+    "; a field is read from JSON lines: choose --format csv, tsv or json, or leave --field and --ids out"
+)
 _NUL = "If it is UTF-16, convert it: iconv -f UTF-16LE -t UTF-8"
 
 
@@ -98,7 +101,8 @@ def read_records(
             texts = _plain(lines, name, guess=format is None)
         else:
             if kind == "jsonl":
-                records, unit = _json_lines(lines, name), "line"
+                guessed = format is None and suffix not in _SUFFIXES
+                records, unit = _json_lines(lines, name, guessed), "line"
             elif kind == "json":
                 records, unit = _json_items(lines, name), "item"
             else:
@@ -190,12 +194,12 @@ def _json_kind(first: str) -> Format | None:
     return "json" if isinstance(value, list) and value and isinstance(value[0], dict | str) else None
 
 
-def _json_lines(lines: Iterable[str], name: str) -> Records:
+def _json_lines(lines: Iterable[str], name: str, guessed: bool) -> Records:
     """(place, record) of every line that is not blank."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{name}, line {number}"
-            yield place, _json(line, place)
+            yield place, _json(line, place, _NO_LINES if guessed else "")
 
 
 def _json_items(lines: Iterable[str], name: str) -> Records:
@@ -208,14 +212,14 @@ def _json_items(lines: Iterable[str], name: str) -> Records:
         yield f"{name}, item {number}", item
 
 
-def _json(document: str, place: str) -> Any:
+def _json(document: str, place: str, hint: str = "") -> Any:
     try:
         return json.loads(document)
     except RecursionError as error:
         raise ValueError(f"{place}: its JSON is nested too deeply to be read") from error
     except ValueError as error:
         is_lines = str(error).startswith("Extra data") and "\n" in document.strip()
-        hint = "; --format jsonl reads JSON lines" if is_lines else ""
+        hint = "; --format jsonl reads JSON lines" if is_lines else hint
         raise ValueError(f"{place}: not JSON ({error}){hint}") from error
 
 

@@ -122,7 +122,7 @@ def test_search_prints_json_with_whole_texts(tiny_directory, tmp_path, capsys):
 )
 def test_a_new_line_pasted_as_help_prints_it_is_one(option):
     for given, meant in {r"a\nb": "a\nb", "a\nb": "a\nb", r"a\\nb \t": r"a\nb \t"}.items():
-        arguments = vars(cli._parser().parse_args([*option, given]))
+        arguments = vars(cli._parser()[0].parse_args([*option, given]))
         assert arguments[option[-1].removeprefix("--")] == meant
 
 
@@ -261,7 +261,8 @@ def test_errors_are_one_line_and_leave_nothing(
             ["encode", "a.txt", "-o", "o.npy", *(f"{i}.txt" for i in range(4000))],
             "arguments 0.txt 1.txt 2.txt and 3997 more: a command reads one file, and - is standard input\n",
         ),
-        (["encode", "a.txt", "-o", "o.npy", "--ouput", "x"], "unrecognized arguments --ouput x\n"),
+        (["encode", "a.txt", "-o", "o.npy", "--ouput", "x"], "no option --ouput: did you mean --output?\n"),
+        (["encode", "a.txt", "-o", "o.npy", "-x", "y"], "unrecognized arguments -x y\n"),
     ],
 )
 def test_wrong_arguments_are_told_in_short(arguments, message, capsys):

@@ -142,7 +142,10 @@ def test_a_real_model_is_encoded(tiny_directory, findings, capsys):
 
 def test_warm_up_on_a_cpu_says_that_there_is_nothing_to_compile(tiny_directory, capsys):
     status, printed, _ = run(capsys, "warm-up", tiny_directory, "--device", "cpu")
-    assert status == 0 and printed == "nothing to compile: tensors are on the CPU\n"
+    assert status == 0
+    assert printed == "nothing to compile: the operations take torch, because tensors are on the CPU\n"
+    printed = run(capsys, "warm-up", tiny_directory, "--device", "cpu", "--impl", "library")[1]
+    assert printed == "nothing to compile: the operations take library, because it was asked for\n"
 
 
 def test_warm_up_trains_all_weights(tiny_directory, capsys, monkeypatch):

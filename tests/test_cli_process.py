@@ -66,6 +66,36 @@ def test_an_unknown_command_gets_a_suggestion(capsys, given, hint):
     assert stop.value.code == 2 and f"no command {given!r}: {hint}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "given, hint",
+    [
+        (["encode", "x", "--ouput", "o.npy"], "no option --ouput: did you mean --output?"),
+        (
+            ["encode", "x", "--trunkate-dim=9", "-o", "o.npy"],
+            "no option --trunkate-dim: did you mean --trunc",
+        ),
+        (["info", "--modle", "x"], "no option --modle: did you mean --model?"),
+        (["search", "x", "q", "--zzz"], "no option --zzz: see nvembed-fast search --help"),
+    ],
+)
+def test_an_unknown_option_gets_a_suggestion(capsys, given, hint):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(given)
+    assert stop.value.code == 2 and hint in capsys.readouterr().err
+
+
+def test_what_only_looks_like_an_option_is_none(capsys):
+    # an abbreviation, a value behind the equals sign, and texts
+    for given in (
+        ["encode", "no.txt", "--out", "o.npy"],
+        ["encode", "no.txt", "-o", "o.npy", "--instruction=--find"],
+        ["encode", "--text", "--- a title", "-o", "no/o.npy"],
+        ["search", "no.txt", "--", "--question"],
+    ):
+        assert cli.main(given) == 1
+        assert "no option" not in capsys.readouterr().err
+
+
 def test_the_systems_errors_are_sentences():
     assert cli._sentence(IsADirectoryError(21, "Is a directory", "/x")) == "/x: Is a directory"
     assert cli._sentence(OSError(28, "No space left on device")) == "No space left on device"

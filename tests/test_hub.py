@@ -106,6 +106,8 @@ def test_a_config_alone_is_no_model(monkeypatch, tmp_path):
     [
         ("GatedRepoError", r"'a/b' at revision 'r' is gated: accept its terms"),
         ("RepositoryNotFoundError", r"no directory a/b, and the hub has no 'a/b'"),
+        ("RepositoryNotFoundError", r"or not without a token \(token=..., or: hf auth login\)"),
+        ("HfHubHTTPError", r"the hub refuses 'a/b' at revision 'r' \(status 401\): .*hf auth login"),
         ("RevisionNotFoundError", r"the hub has no 'a/b' at revision 'r'"),
         ("ConnectionError", r"neither cached nor within reach \(ConnectionError: cable\)"),
     ],
@@ -119,6 +121,7 @@ def test_errors_of_the_hub(monkeypatch, kind, message):
     cls = getattr(errors, kind, None) or getattr(builtins, kind)
     error = cls.__new__(cls)  # the hub's errors want a response object
     error.args = ("cable",)
+    error.response = SimpleNamespace(status_code=401)
 
     def fail(*_, **__):
         raise error

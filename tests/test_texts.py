@@ -115,6 +115,8 @@ def test_lines_of_json_are_not_embedded_as_they_are_unasked(tmp_path, first):
         ("x.gz", gzipped(b"a")[:10] + b"\xff" * 9, None, r"cut short or damaged behind line 0"),
         ("x.gz", gzipped(b"a") + b"more", None, r"gzip stream is cut short or damaged"),
         ("x.jsonl", b'{"text": "a"}\n{', None, r"x\.jsonl, line 2: not JSON"),
+        ("x.txt", b"one\ntwo\n", "body", r"line 1: not JSON .*; a field is read from JSON lines: choose "),
+        ("x.jsonl", b'{"body": "a"}\n{', "body", r"line 2: not JSON \(.*\)$"),
         ("x.jsonl", b"[" * 100_000, None, r"x\.jsonl, line 1: its JSON is nested too deeply to be read"),
         ("x.json", b'{"text":' * 100_000, None, r"x\.json: its JSON is nested too deeply to be read"),
         ("x.jsonl", b'{"body": "a"}', None, r"line 1: no 'text', the line has 'body'; choose with --field"),

@@ -12,6 +12,7 @@ __all__ = ["download_size", "resolve"]
 
 _FETCHED = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
 _DOWNLOAD = "Where there is a network, run: hf download {} --local-dir DIRECTORY, and pass DIRECTORY"
+_LOGIN = "token=..., or: hf auth login"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -103,12 +104,12 @@ def _why_not_fetched(name: str, revision: str | None, error: OSError) -> str:
 
     model = f"{name!r}" + (f" at revision {revision!r}" if revision else "")
     if isinstance(error, errors.GatedRepoError):
-        return (
-            f"hub id {model} is gated: accept its terms on its page, then pass token=... (or: hf auth login)"
-        )
+        return f"hub id {model} is gated: accept its terms on its page, then pass a token ({_LOGIN})"
     if isinstance(error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError):
-        return f"no directory {name}, and the hub has no {model}, or not without a token (token=...)"
+        return f"no directory {name}, and the hub has no {model}, or not without a token ({_LOGIN})"
     cause = error.__cause__ or error
+    if isinstance(cause, errors.HfHubHTTPError) and (status := cause.response.status_code) in (401, 403):
+        return f"the hub refuses {model} (status {status}): pass a token that may read it ({_LOGIN})"
     if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
         reason = "downloads are switched off"
     else:

@@ -78,11 +78,14 @@ def _sentence(error: Exception) -> str:
 def _arguments(given: list[str]) -> "argparse.Namespace":
     import difflib
 
-    parser, commands = _parser(), _commands()
+    commands = _commands()
+    parser, parsers = _parser()
     if given and not given[0].startswith("-") and given[0] not in commands:
         close = difflib.get_close_matches(given[0], commands, 1)
         hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(commands)}"
         parser.error(f"no command {given[0]!r}: {hint}")
+    if given and given[0] in commands:
+        _check_options(parsers[given[0]], given[1:])
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
@@ -91,7 +94,28 @@ def _arguments(given: list[str]) -> "argparse.Namespace":
     return arguments
 
 
-def _parser() -> "argparse.ArgumentParser":
+def _check_options(parser: "argparse.ArgumentParser", given: list[str]) -> None:
+    """A command's error for an option that it has not. It goes before others, such as a missing --output."""
+    import argparse
+    import difflib
+    import re
+
+    if any(action.nargs == argparse.REMAINDER for action in parser._actions):
+        return
+    known = list(parser._option_string_actions)
+    for word in given:
+        if word == "--":
+            return
+        name = word.partition("=")[0]
+        # an abbreviation is an option
+        if re.fullmatch(r"--\w[\w-]*", name) and not any(option.startswith(name) for option in known):
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {close[0]}?" if close else f"see {parser.prog} --help"
+            parser.error(f"no option {name}: {hint}")
+
+
+def _parser() -> "tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]":
+    """The parser of all, and those of the commands."""
     import argparse
 
     from nvembed_fast import __version__
@@ -114,4 +138,4 @@ def _parser() -> "argparse.ArgumentParser":
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         command.add_arguments(sub)
-    return parser
+    return parser, dict(subparsers.choices)

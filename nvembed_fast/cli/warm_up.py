@@ -28,4 +28,5 @@ def run(arguments: argparse.Namespace) -> None:
     if model.warm_up(training=arguments.training):
         print(f"compiled in {time.monotonic() - started:.0f} s, or found in Triton's cache on disk")
     else:
-        print(f"nothing to compile: {model.placement.implementation()[1]}")
+        implementation, reason = model.placement.implementation()
+        print(f"nothing to compile: the operations take {implementation}, because {reason}")
