@@ -42,6 +42,8 @@ from nvembed_fast.encoder import NVEmbed
 __all__ = ["PUBLISHED", "MTEBEncoder", "Prompts", "published_prompts", "register", "run_command"]
 
 PUBLISHED = ("nvidia/NV-Embed-v1", "nvidia/NV-Embed-v2")
+# as they are before `register`
+_REVISIONS = {name: MODEL_REGISTRY[name].revision for name in PUBLISHED}
 _PACKAGES = ("nvembed-fast", "torch", "triton", "transformers", "tokenizers", "mteb")
 
 
@@ -88,7 +90,9 @@ class MTEBEncoder(AbsEncoder):
         """
         Args:
             model_name: under which mteb keeps the results: OWNER/NAME. Without a path also the hub id.
-            revision: of the hub id. None takes the one that mteb knows.
+            revision: under which mteb keeps the results. Of a hub id the one that is loaded. None takes the
+                one that mteb knows of a published model. Of others, and with a path or a model, it is made
+                from the fingerprint, so that results of other weights lie apart.
             path: the directory of the model.
             model: a loaded one, in the place of path.
             max_length: tokens per text. None: 32768 for the published models, as in mteb's loader for them,
@@ -102,8 +106,9 @@ class MTEBEncoder(AbsEncoder):
         if model is not None and (path is not None or loading):
             raise TypeError("MTEBEncoder takes a loaded model, or a path and how to load it, not both")
         known = MODEL_REGISTRY[model_name] if model_name in PUBLISHED else None
-        if known is not None and revision is None:
-            revision = known.revision
+        self._is_local = path is not None or model is not None
+        if revision is None and not self._is_local:
+            revision = _REVISIONS.get(model_name)
         if model is None:
             if path is None:
                 loading["revision"] = revision
@@ -111,9 +116,8 @@ class MTEBEncoder(AbsEncoder):
         if max_length is None:
             max_length = model.max_seq_length if known is None else int(known.max_tokens)
         self.model, self.max_length, self.max_batch_tokens = model, max_length, max_batch_tokens
-        self.mteb_model_meta = known or _nameless().model_copy(
-            update={"name": model_name, "revision": revision, "loader": MTEBEncoder}
-        )
+        meta = known or _nameless().model_copy(update={"name": model_name, "loader": MTEBEncoder})
+        self.mteb_model_meta = meta.model_copy(update={"revision": revision})
 
     @property
     def mteb_model_meta(self) -> ModelMeta:
@@ -139,8 +143,7 @@ class MTEBEncoder(AbsEncoder):
         config, model = self.model.config, self.model.model
         count = sum(p.numel() for p in model.parameters())
         return {
-            # results of other weights go to another folder
-            "revision": fingerprint,
+            "revision": f"local-{fingerprint}" if self._is_local else fingerprint,
             "n_parameters": count,
             "n_embedding_parameters": model.embedding_model.embed_tokens.weight.numel(),
             "memory_usage_mb": round(sum(p.nbytes for p in model.parameters()) / 2**20),
@@ -213,11 +216,12 @@ class MTEBEncoder(AbsEncoder):
 
 
 def register(names: Iterable[str] = PUBLISHED, *, path: str | PathLike | None = None, **loading: Any) -> None:
-    """Make `mteb.get_model` give our class for these names. mteb's metadata and revision stay.
+    """Make `mteb.get_model` give our class for these names. mteb's metadata stays.
 
     Args:
         names: of published models. With a path also of models that mteb does not know.
-        path: the directory that is loaded in the place of the hub id.
+        path: the directory that is loaded in the place of the hub id. The revision then says that it is
+            local: see `MTEBEncoder`.
         loading: other keywords of `MTEBEncoder`. mteb keeps results made with them in a folder of their own.
 
     Raises:
@@ -232,8 +236,9 @@ def register(names: Iterable[str] = PUBLISHED, *, path: str | PathLike | None = 
                 f"{name!r} is no NV-Embed model that mteb knows: use {' or '.join(PUBLISHED)}, or pass the "
                 "directory of your model as path, and a name of your own"
             )
-        meta = known or _nameless().model_copy(update={"name": name, "revision": None})
+        meta = known or _nameless().model_copy(update={"name": name})
         changes = {
+            "revision": _REVISIONS.get(name) if path is None else None,
             "loader": MTEBEncoder,
             "loader_kwargs": {} if path is None else {"path": str(path)},
             "experiment_kwargs": loading or None,

@@ -199,7 +199,7 @@ def test_local_tasks_run_and_say_what_made_them(encoder, model, tmp_path, monkey
     }
     (folder,) = {path.parent for path in tmp_path.glob("**/Local*.json")}
     assert len(list(folder.glob("Local*.json"))) == 4
-    assert folder.name == model.fingerprint
+    assert folder.name == f"local-{model.fingerprint}"
     meta = json.loads((folder / "model_meta.json").read_text())
     assert meta["n_parameters"] == sum(p.numel() for p in model.model.parameters())
     assert meta["name"] == "me/tiny" and meta["embed_dim"] == 64 and meta["max_tokens"] == 32768
@@ -212,6 +212,7 @@ def test_local_tasks_run_and_say_what_made_them(encoder, model, tmp_path, monkey
 def test_get_model_gives_our_class_with_the_official_metadata(model, monkeypatch):
     asked = []
     monkeypatch.setattr(NVEmbed, "from_pretrained", lambda *a, **k: asked.append((a, k)) or model)
+    local = f"local-{model.fingerprint}"
     register(path="somewhere")
     for name in PUBLISHED:
         official = nvidia_models.NV_embed_v1 if name == PUBLISHED[0] else nvidia_models.NV_embed_v2
@@ -219,9 +220,10 @@ def test_get_model_gives_our_class_with_the_official_metadata(model, monkeypatch
         assert type(got) is MTEBEncoder and got.model is model and got.max_length == 32768
         assert asked.pop() == (("somewhere",), {"device": "cpu"})
         meta, official = got.mteb_model_meta.to_dict(), official.to_dict()
-        assert meta["revision"] == official["revision"] and meta["training_datasets"]
+        # whichever weights lie there, results are not those of the published revision
+        assert meta["revision"] == local and official["revision"] and meta["training_datasets"]
         changed = {key for key in meta if key != "training_datasets" and meta[key] != official[key]}
-        assert changed == {"loader", "loader_kwargs", "extra_requirements_groups"}
+        assert changed == {"revision", "loader", "loader_kwargs", "extra_requirements_groups"}
         assert meta["loader_kwargs"]["path"] == "somewhere"
     short = mteb.get_model(PUBLISHED[1], max_length=32, device="cpu")
     assert short.max_length == 32 and short.mteb_model_meta.experiment_kwargs == {"max_length": 32}
@@ -229,6 +231,20 @@ def test_get_model_gives_our_class_with_the_official_metadata(model, monkeypatch
     register()
     mteb.get_model(PUBLISHED[1], device="cpu")
     assert asked == [((PUBLISHED[1],), {"revision": official["revision"], "device": "cpu"})]
+    assert mteb.get_model(PUBLISHED[1]).mteb_model_meta.revision == official["revision"]
+
+
+def test_a_published_name_alone_means_the_published_revision(model, monkeypatch):
+    asked, name = [], PUBLISHED[1]
+    monkeypatch.setattr(NVEmbed, "from_pretrained", lambda *a, **k: asked.append((a, k)) or model)
+    official, local = nvidia_models.NV_embed_v2.revision, f"local-{model.fingerprint}"
+    assert MTEBEncoder(name).mteb_model_meta.revision == official
+    assert MTEBEncoder(name, "r").mteb_model_meta.revision == "r"
+    assert asked == [((name,), {"revision": official}), ((name,), {"revision": "r"})]
+    assert MTEBEncoder(name, path="somewhere").mteb_model_meta.revision == local
+    assert MTEBEncoder(name, model=model).mteb_model_meta.revision == local
+    # a hub id that mteb does not know
+    assert MTEBEncoder("me/mine").mteb_model_meta.revision == model.fingerprint
 
 
 def test_names_of_other_models_are_refused(tiny_directory, model):
