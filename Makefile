@@ -7,7 +7,7 @@ PY := .venv/bin/python
 STAMP := .venv/installed
 
 .PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
-.PHONY: test-cpus test-long test-integrations
+.PHONY: test-cpus test-long test-integrations mutate-integrations
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
@@ -24,6 +24,7 @@ help:
 	@echo "make bench-compare BASE=COMMIT           this tree and that commit take turns: which cases became slower?"
 	@echo "make tune      measure launch configurations on a GPU, keep the fastest in kernels/tuned.toml; ARGS=--list: which"
 	@echo "make mutate    break the code in every way of tests/mutations/ and see tests fail; STEM=gated, N=3 at random"
+	@echo "make mutate-integrations  the same for the doors to mteb and sentence-transformers, in .venv-integrations"
 	@echo "make gpu-run OUT=DIR  all that a GPU has to decide, in slices below 9 minutes; goes on where it stopped; --dry-run lists them"
 	@echo "make golden DOWNLOAD=DIR OUT=DIR  the golden numbers by the original's code; see tests/golden/README.md"
 
@@ -62,6 +63,9 @@ check: $(STAMP)
 
 test-integrations: .venv-integrations/installed
 	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations $(ARGS)
+
+mutate-integrations: .venv-integrations/installed
+	.venv-integrations/bin/python -m tools.mutate mteb sentence_transformers --jobs $(JOBS) $(ARGS)
 
 test-cpus: $(STAMP)
 	$(PY) -m tools.cpus --jobs $(JOBS) $(ARGS)

@@ -133,6 +133,27 @@ def test_check_runs_nothing_and_names_what_is_stale(toy, capsys):
     assert "no such test: tests/test_toy.py::test_gone" in out and "2 mutations, 2 problems" in out
 
 
+def test_mutations_whose_tests_need_a_missing_package_wait_for_it(toy, capsys):
+    write(toy, entry(*DOUBLE), entry(*DOUBLE, breaks="here", needs="pytest"))
+    write(
+        toy,
+        entry("return 2 * x", "return x", "test_gone"),
+        head='file = "toy.py"\nneeds = "no_such"',
+        stem="b",
+    )
+    status, out = run(toy, capsys)
+    assert status == 0 and "1 mutations need no_such, which is not installed" in out
+    assert "2 red, 0 survived, 0 errors" in out
+    # their text is held to the code all the same
+    assert run(toy, capsys, "--check") == (0, "3 mutations, 0 problems\n")
+    (toy / "toy.py").write_text(CODE.replace("2 * x", "x + x"))
+    assert "b: it: the text to replace occurs 0 times" in run(toy, capsys, "--check")[1]
+    # asked for by name, they must run
+    with pytest.raises(SystemExit):
+        mutate.main(["b"], toy)
+    assert "need no_such, which is not installed: make mutate-integrations" in capsys.readouterr().err
+
+
 def test_a_draw_is_repeated_by_its_seed():
     everything = range(1000)
     drawn = mutate.draw(everything, 10, seed=1)

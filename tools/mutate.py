@@ -17,6 +17,7 @@ A mutation is an entry of tests/mutations/<stem>.toml:
     search = "_silu(b_left) * b_right"
     replace = "_silu(b_right) * b_left"
     red = "test_matches_reference[one-token-swiglu]"
+    needs = "mteb"                          # optional: a package without which the test cannot run
 
 1. `search` must occur exactly once, and the file must still parse with `replace` in its place.
    An entry without `search` makes a new file.
@@ -24,11 +25,13 @@ A mutation is an entry of tests/mutations/<stem>.toml:
 3. Each mutation is applied to a copy of its own, and its test must fail there. A kernel that reads a wild
    address kills the process in Triton's interpreter, which counts as red. A test that is not found, an import
    error, an unknown name or a run beyond the time limit proves nothing, so it counts as an error.
+4. Mutations whose package is not installed are counted and left out: make mutate-integrations runs them.
 """
 
 import argparse
 import ast
 import concurrent.futures
+import importlib.util
 import os
 import random
 import re
@@ -48,7 +51,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MUTATIONS = Path("tests", "mutations")
 COPIED = ("bench", "docs", "examples", "kernels", "nvembed_fast", "tests", "tools")
 COPIED_FILES = ("*.py", "*.toml", "*.md", "*.txt", "*.cff", "LICENSE", "Makefile")
-KEYS = {"breaks", "file", "tests", "inside", "search", "replace", "red"}
+KEYS = {"breaks", "file", "tests", "inside", "search", "replace", "red", "needs"}
 WILD_ADDRESS = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT}
 # a mutation with a typing error fails every test
 TYPING_ERROR = re.compile(r"^E +(?:[\w.]+: )?(NameError|UnboundLocalError|SyntaxError)\b", re.M)
@@ -70,6 +73,7 @@ class Mutation:
         inside: the function or class that holds `search`. Empty: the whole file.
         search: the text to replace. None: the file is new.
         red: pytest's id of the test that must fail, or of several.
+        needs: a package that the test needs. Empty: those of the environment of the tests.
     """
 
     stem: str
@@ -79,6 +83,7 @@ class Mutation:
     search: str | None
     replace: str
     red: str
+    needs: str = ""
 
     def __str__(self) -> str:
         return f"{self.stem}: {self.breaks}"
@@ -146,13 +151,19 @@ def read(root: Path, stems: Sequence[str] = ()) -> list[Mutation]:
             name = f"{paths[stem].name}, mutation {number}"
             if unknown := sorted(set(entry) - KEYS):
                 raise ValueError(f"{name}: unknown: {', '.join(unknown)}")
-            if missing := sorted(KEYS - {"inside", "search", "tests"} - set(entry)):
+            if missing := sorted(KEYS - {"inside", "search", "tests", "needs"} - set(entry)):
                 raise ValueError(f"{name}: missing: {', '.join(missing)}")
             tests = entry.pop("tests", None)
             if "::" not in entry["red"] and tests:
                 entry["red"] = f"{tests}::{entry['red']}"
             mutations.append(Mutation(**{"stem": stem, "inside": "", "search": None} | entry))
     return mutations
+
+
+def missing_package(mutation: Mutation) -> str | None:
+    """The package that the mutation's test needs, if it is not installed."""
+    is_here = not mutation.needs or importlib.util.find_spec(mutation.needs) is not None
+    return None if is_here else mutation.needs
 
 
 def draw(mutations: Sequence[Mutation], number: int, seed: int) -> list[Mutation]:
@@ -333,7 +344,7 @@ def check(root: Path, mutations: Sequence[Mutation]) -> list[str]:
             mutation.apply(root)
         except Stale as error:
             problems.append(f"{mutation}: {error}")
-    tests = list(dict.fromkeys(mutation.red for mutation in mutations))
+    tests = list(dict.fromkeys(m.red for m in mutations if missing_package(m) is None))
     run = run_pytest(root, ["--collect-only", "-qq", *tests], LIMIT)
     if run.status != 0:
         missing = re.findall(r"^ERROR: not found: (.*)$", run.output, re.M)
@@ -412,6 +423,15 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         problems = check(root, mutations)
         print("\n".join([*problems, f"{len(mutations)} mutations, {len(problems)} problems"]))
         return 1 if problems else 0
+    if absent := sorted({package for m in mutations if (package := missing_package(m))}):
+        waiting = sum(missing_package(m) is not None for m in mutations)
+        why = (
+            f"{waiting} mutations need {', '.join(absent)}, which is not installed: make mutate-integrations"
+        )
+        if args.stems:
+            parser.error(why)
+        print(why)
+        mutations = [m for m in mutations if missing_package(m) is None]
     if args.number is not None:
         seed = int(time.time()) if args.seed is None else args.seed
         print(f"--number {args.number} --seed {seed}")
