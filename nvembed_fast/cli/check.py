@@ -186,7 +186,7 @@ def _model(arguments: argparse.Namespace, device: "torch.device") -> dict[str, A
 
 def _verdict(found: list["Finding"], report: dict[str, Any]) -> str:
     wrong = [finding for finding in found if not finding.ok]
-    lines = [f"\n{len(found) - len(wrong)} of {len(found)} are right"]
+    lines = [f"\n{len(found) - len(wrong)} of {len(found)} are right (tolerances: docs/numerics.md)"]
     for finding in wrong:
         instead = {"triton": "auto takes the library path", "library": "pass impl='torch'"}.get(
             finding.path, ""
