@@ -2,8 +2,8 @@
 
     python examples/docstring_pairs.py -o pairs.jsonl --number 2000
 
-A pair is a line {"query", "pos", "neg"}. Its negatives are the rests of other docstrings of the same file. The
-same Python writes the same bytes. The recipes recipes/smollm2-*.toml train on them.
+A pair is a line {"query", "pos", "neg"}. Its negatives are the rests of other docstrings of the same file.
+The same Python writes the same bytes. The recipes recipes/smollm2-*.toml train on them.
 """
 
 import argparse
@@ -16,7 +16,16 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "idlelib", "lib2to3", "__pycache__"}
+SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "__pycache__",
+}
 DOCUMENTED = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 MIN_QUERY_WORDS, MIN_WORDS, MAX_WORDS = 3, 8, 200
 

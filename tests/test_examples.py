@@ -1,10 +1,14 @@
 """The scripts of examples/ run. The demo has a file of its own, test_demo.py."""
 
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 
-from examples import quickstart, search, train_head
+from examples import docstring_pairs, quickstart, search, train_head
 from nvembed_fast import NVEmbed
+from nvembed_fast.training.rows import open_rows
 
 
 def test_quickstart_scores_every_passage(tiny_directory, capsys):
@@ -48,3 +52,24 @@ def test_train_head_lowers_the_loss_and_leaves_the_backbone(tiny_directory, tmp_
     after = NVEmbed.from_pretrained(tmp_path / "trained").model
     changed = {n for n, p in before.named_parameters() if not torch.equal(p, after.get_parameter(n))}
     assert changed and all(name.startswith("head.") for name in changed)
+
+
+def test_docstrings_give_pairs_and_always_the_same(tmp_path, monkeypatch, capsys):
+    files = [tmp_path / "first.jsonl", tmp_path / "second.jsonl"]
+    docstring_pairs.main(["-o", str(files[0])])
+    rows = open_rows(files[0])
+    found = [rows.row(i) for i in range(len(rows))]
+    assert len(found) == 2000 == len({row.query for row in found}) == len({row.positives for row in found})
+    assert all(len(row.positives) == 1 and len(set(row.negatives)) == 3 for row in found)
+    by_query = {row.query: row for row in found}
+    row = by_query["Parse the source into an AST node."]
+    assert row.positives[0].startswith("Equivalent to compile(source, filename, mode")
+    # a part of the library, twice
+    library = Path(sysconfig.get_path("stdlib")) / "asyncio"
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+    for file in files:
+        docstring_pairs.main(["-o", str(file), "--number", "40"])
+    assert files[0].read_bytes() == files[1].read_bytes() != b""
+    with pytest.raises(SystemExit):
+        docstring_pairs.main(["-o", str(files[0]), "--number", "5000"])
+    assert "ask for fewer than 5000" in capsys.readouterr().err
