@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     found = sorted(records(arguments.negatives), key=lambda r: order(r["query"]))
     if len(found) < arguments.number:
         parser.error(f"the standard library gives {len(found)} pairs: ask for fewer than {arguments.number}")
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     with open(arguments.output, "w", encoding="utf-8") as file:
         for record in found[: arguments.number]:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -22,7 +22,18 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 # every model that a page names; the tests put a tiny one in its place
 MODELS = ("nvidia/NV-Embed-v2", "~/.cache/nvembed_fast/smollm2-135m-nvembed")
 NOT_OURS = {"git", "hf", "pre-commit"}
-FOLDERS = ("nvembed_fast", "kernels", "bench", "tools", "tests", "docs", "examples", ".github", ".ci")
+FOLDERS = (
+    "nvembed_fast",
+    "kernels",
+    "bench",
+    "tools",
+    "tests",
+    "docs",
+    "examples",
+    "recipes",
+    ".github",
+    ".ci",
+)
 MADE = ("bench/results/",)  # a clone need not have it
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
