@@ -1,8 +1,8 @@
 """Files that appear whole or not at all, even if the process is killed or the power fails.
 
 `replacing` is for one file: written aside, synced, then renamed into place. `replacing_together` is for files
-that only make sense together, such as a checkpoint's shards and their config. One rename decides between the
-old ones and the new ones:
+that only make sense together, such as a checkpoint's shards and their config. `new_folder` makes a folder.
+One rename decides between the old ones and the new ones of `replacing_together`:
 
 1. The new files are written and synced in a folder `.saving-*` inside the directory.
 2. That folder is renamed to `.saved`. From here on it is the directory's content, which `current` tells.
@@ -39,6 +39,7 @@ __all__ = [
     "identity",
     "is_file",
     "link_aside",
+    "new_folder",
     "read",
     "read_json",
     "replacing",
@@ -133,6 +134,34 @@ def replacing_together(directory: Path, *, key: str, outdated: re.Pattern[str]) 
                         f"files cannot take their places ({error!r}, then {again!r}). The next save does so"
                     ) from again
                 raise
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Give a folder to write to. When the block ends its files are synced, and it is renamed to `path`.
+
+    An error, an interruption, a kill or a loss of power leaves no `path`. The next call in the same parent
+    removes the folder of a killed process.
+
+    Raises:
+        OSError: `path` is there and not empty.
+    """
+    _remove_left(path.parent)
+    lock, aside = _locked_folder(path.parent)
+    with lock:
+        try:
+            yield aside
+            for file in aside.iterdir():
+                _set_mode(file, 0o666)
+                _sync(file)
+            _set_mode(aside, 0o777)
+            _sync(aside)
+            os.replace(aside, path)
+        except BaseException:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        (path / _PLAN).unlink(missing_ok=True)  # only now: without its lock the folder would look left over
+        _sync(path.parent)
 
 
 def brief(value: object) -> str:

@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def init_model(
     head_width: int | None = None,
     dtype: str | torch.dtype | None = None,
     seed: int = 0,
+    num_layers: int | None = None,
     pooling_head: PoolingHeadName = "latent",
     force: bool = False,
 ) -> Path | None:
@@ -46,6 +48,7 @@ def init_model(
         dtype: the stored dtype. None takes the decoder's own, and float16 for quantised weights, because its
             rounding (2**-11) lies far below a quantisation step.
         seed: seed of the fresh head. The same seed gives the same head in every dtype.
+        num_layers: the decoder's first layers alone. None takes all.
         pooling_head: "latent", or for comparison "mean", "eos" or "self_attention". Those ignore the three
             arguments about latents.
         force: move such files to a new folder in the output directory, `replaced-*`.
@@ -70,19 +73,27 @@ def init_model(
         raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got {seed}")
     decoder = open_decoder(source)
     stored = decoder.dtype if dtype is None else check_dtype(dtype)
-    width = decoder.config.hidden_size
+    backbone = decoder.config
+    if num_layers is not None:
+        if not 1 <= num_layers <= backbone.num_hidden_layers:
+            raise ValueError(
+                f"num_layers must be from 1 to the decoder's {backbone.num_hidden_layers}, got {num_layers}"
+            )
+        backbone = replace(backbone, num_hidden_layers=num_layers)
+    width = backbone.hidden_size
     if head_width is None:
         head_width = _SMALL_HEAD_WIDTH if width < _SMALL_WIDTH else _PUBLISHED_HEAD_WIDTH
     head = LatentConfig(num_latents, num_heads, head_width, hidden_dim=width, latent_dim=width)
     # the published rule drops as many tokens as the instruction has alone. A tokenizer that merges across the
     # border between instruction and text would lose the text's first word by it
     config = NVEmbedConfig(
-        decoder.config, head, pooling_start="text_offset", pooling_head=pooling_head, is_untrained=True
+        backbone, head, pooling_start="text_offset", pooling_head=pooling_head, is_untrained=True
     )
     with torch.device("meta"):
         model = NVEmbedModel(config)
     fresh = _fresh_head(model.head, torch.Generator().manual_seed(seed))
-    values = decoder.load(stored)
+    there = model.state_dict()
+    values = {name: value for name, value in decoder.load(stored).items() if name in there}
     values |= {f"head.{name}": value.to(stored) for name, value in fresh}
     model.load_state_dict(values, assign=True)
     with tempfile.TemporaryDirectory() as aside:

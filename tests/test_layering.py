@@ -39,7 +39,8 @@ GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement", "prec
 GROUND |= {"self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
 INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream", "warm_up"}
-TRAINING = {"checkpoint", "files", "network", "ops", "packing", "placement", "config", "tokenization"}
+TRAINING = {"checkpoint", "files", "fingerprint", "network", "new_model", "ops", "packing", "placement"}
+TRAINING |= {"config", "tokenization"}
 CURATION = {"encoder", "corpus", "topk", "texts", "files"}
 INTEGRATIONS = {
     "config",
@@ -109,6 +110,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "cli.partial": {"numpy"},
     "cli.process": set(),
     "cli.search": {"numpy"},
+    "cli.train": set(),
     "cli.warm_up": set(),
     "integrations.__init__": set(),
     "integrations.sentence_transformers": {"numpy", "sentence_transformers", "torch"},
@@ -127,6 +129,11 @@ FOLDER_FILES: dict[str, set[str]] = {
     "training.loss": {"torch"},
     "training.mix": {"numpy"},
     "training.recipe": set(),
+    "training.checkpoints": {"safetensors", "torch"},
+    "training.ranks": {"torch"},
+    "training.run_log": {"matplotlib", "torch", "tqdm"},
+    "training.start": {"torch"},
+    "training.trainer": {"torch"},
     "training.rows": {"pyarrow"},
 }
 # a file that may import more than its room

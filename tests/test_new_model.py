@@ -201,3 +201,15 @@ def test_an_empty_path_is_refused_and_a_tilde_is_the_home(mistral, tmp_path, mon
         save_model(model, "")
     save_model(model, "~/b")
     assert {"a", "b"} <= {*os.listdir(tmp_path)} and "~" not in os.listdir(tmp_path)
+
+
+def test_the_first_layers_of_a_decoder(mistral, tmp_path):
+    for name, layers in (("all", None), ("two", 2)):
+        init_model(mistral, tmp_path / name, num_latents=2, num_layers=layers)
+    whole, short = (load_file(tmp_path / name / "model.safetensors") for name in ("all", "two"))
+    assert {n for n in whole if "layers.2." in n} == whole.keys() - short.keys() != set()
+    assert all(torch.equal(whole[n], short[n]) for n in short)
+    assert NVEmbedConfig.from_file(tmp_path / "two" / "config.json").text_config.num_hidden_layers == 2
+    for layers in (0, 4):
+        with pytest.raises(ValueError, match=f"num_layers must be from 1 to the decoder's 3, got {layers}"):
+            init_model(mistral, tmp_path / "no", num_layers=layers)

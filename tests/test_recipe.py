@@ -49,7 +49,7 @@ def test_the_least_recipe_and_the_defaults_of_the_rest(file, tmp_path):
     recipe = Recipe.from_file(file)
     assert recipe.output == str(tmp_path / "out") and recipe.seed == 7
     # no such directory beside the file: a hub id, or an error where it is resolved
-    assert recipe.model == ModelPart("base", 4)
+    assert recipe.model == ModelPart("base", 4, "latent")
     assert recipe.train.lora_rank == 8 and recipe.train.weight_decay == TrainPart().weight_decay
     (data,) = recipe.data
     assert data == DataPart(str(tmp_path / "pairs.jsonl"), data.instruction, hard_negatives=1, weight=2.0)

@@ -75,7 +75,7 @@ def cached_step(
     order = torch.tensor([row for rows in chunks for row in rows], dtype=torch.int64)
     places = torch.argsort(order).to(run.device, non_blocking=True)
     with run.step():
-        if len(chunks) == 1:
+        if run.is_at_once:
             with run.chunk(is_last=True):
                 result = loss_of(run.forward(0, _taken(texts, chunks[0])).index_select(0, places))
                 result.loss.backward()
@@ -166,22 +166,22 @@ class _Run:
     def plan(self, chunks: list[list[int]]) -> list[list[int]]:
         """The chunks, with empty ones where this rank would run fewer forwards than another one."""
         chunks = chunks or [[]]
+        self.is_at_once = len(chunks) == 1
         if self.ddp is None and self.fsdp is None:
             return chunks
         group = None if self.ddp is None else self.ddp.process_group
         if self.fsdp is not None:
             chunks = chunks + [[]] * (self._most_chunks(len(chunks)) - len(chunks))
-        # DDP takes any number of chunks
-        ours = torch.tensor(
-            [_CALLS.index(self.call), len(chunks) if self.fsdp is not None else 0], device=self.device
-        )
+        ours = torch.tensor([_CALLS.index(self.call), len(chunks)], device=self.device)
         every = [torch.empty_like(ours) for _ in range(dist.get_world_size(group))]
         dist.all_gather(every, ours, group=group)
         plans = [tuple(plan) for plan in torch.stack(every).tolist()]
-        if len(set(plans)) > 1:
+        # a forward of DDP communicates, too, and so may the loss: all ranks run them in one order
+        self.is_at_once = all(count == 1 for _, count in plans)
+        # DDP takes any number of chunks
+        if len({plan if self.fsdp is not None else plan[0] for plan in plans}) > 1:
             said = ", ".join(
-                f"rank {rank} {_CALLS[call]}" + (f" of {count} chunks" if count else "")
-                for rank, (call, count) in enumerate(plans)
+                f"rank {rank} {_CALLS[call]} of {count} chunks" for rank, (call, count) in enumerate(plans)
             )
             raise ValueError(
                 f"the ranks are not in the same step ({said}): call the same function on every rank"

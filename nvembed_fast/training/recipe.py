@@ -27,7 +27,6 @@ _BIG = 2**31 - 1
 Autocast = Literal["auto", "none", "bfloat16"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 HeadTraining = Literal["full", "lora", "frozen"]
-HeadStart = Literal["mean", "random"]
 Batches = Literal["mixed", "one_set"]
 Labels = Literal["none", "examples", "texts"]
 Sharding = Literal["ddp", "fsdp"]
@@ -53,10 +52,11 @@ class ModelPart:
     """`[model]`: what the training starts from."""
 
     start: str = _required("path/to/model", "a model directory, a hub id, or a decoder to put a head on")
-    layers: int | None = _key(None, "a decoder's first layers alone (default: all)", 1, 1024)
-    pooling_head: PoolingHeadName = _key("latent", "of a decoder: latent, mean, eos or self_attention")
+    layers: int | None = _key(None, "its first layers alone (default: all)", 1, 1024)
+    pooling_head: PoolingHeadName | None = _key(
+        None, "latent, mean, eos or self_attention (default: a model's own, and latent on a decoder)"
+    )
     num_latents: int = _key(512, "of a decoder with a latent head", 1, _BIG)
-    head_start: HeadStart = _key("mean", "of a decoder with a latent head: starts as mean pooling, or random")
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TrainPart:
     beta2: float = _key(0.999, "of AdamW", 0, 0.9999999)
     clip: float = _key(1.0, "the largest norm of the gradient; 0 clips nothing", 0, 1e9)
     lora_alpha: float = _key(32.0, "adapters are scaled by lora_alpha / lora_rank", above=0, high=1e6)
-    lora_dropout: float = _key(0.1, "in front of the adapters", 0, 0.99)
+    lora_dropout: float = _key(0.0, "in front of the adapters; its masks depend on ranks and chunks", 0, 0.99)
     head: HeadTraining = _key("full", "the pooling head beside adapters: full, lora or frozen")
     dtype: Dtype = _key("auto", "of the weights; auto: float32, and frozen ones on a GPU in bfloat16")
     autocast: Autocast = _key("auto", "auto: bfloat16 on a GPU, none on a CPU. The loss is in float32")
@@ -184,6 +184,13 @@ class Recipe:
         raw["data"] = [_without_none(d) for d in raw["data"]]
         return raw | {name: _without_none(raw[name]) for name in _TABLES}
 
+    def flat(self) -> dict[str, Any]:
+        """Dotted key -> value, as JSON has it."""
+        raw = self.to_dict()
+        tables = {name: raw.pop(name) for name in _TABLES}
+        tables |= {f"data.{index}": table for index, table in enumerate(raw.pop("data"))}
+        return raw | {f"{name}.{key}": value for name, part in tables.items() for key, value in part.items()}
+
 
 def defaults() -> str:
     """A whole recipe as TOML, with every key, its default and its meaning."""
@@ -238,13 +245,14 @@ def _unknown(prefix: str, name: str, known: Iterable[str]) -> str:
 
 
 def _checked(name: str, key: Field, value: Any) -> Any:
-    kind = key.type
-    if get_origin(kind) is Literal:
-        if value not in get_args(kind):
-            choices = ", ".join(map(repr, get_args(kind)))
+    wanted = key.type
+    if type(None) in get_args(wanted):  # which a TOML file cannot say
+        wanted = get_args(wanted)[0]
+    if get_origin(wanted) is Literal:
+        if value not in get_args(wanted):
+            choices = ", ".join(map(repr, get_args(wanted)))
             raise RecipeError(f"{name} must be one of {choices}, got {brief(value)}")
         return value
-    wanted = next(k for k in (get_args(kind) or (kind,)) if k is not type(None))
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     fits = is_number if wanted is float else isinstance(value, wanted)
     if not fits or (wanted is int and not is_number):

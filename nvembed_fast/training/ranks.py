@@ -1,0 +1,87 @@
+"""The processes of a run: one alone, or those that torchrun has started. And the model spread over them."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.placement import check_device
+
+__all__ = ["Ranks", "joined", "spread"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+        device: of its model.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: list[float]) -> list[float]:
+        """The sums over all ranks. It waits for them and for the device."""
+        if self.size == 1:
+            return values
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
+    """The ranks that the environment of torchrun states, and one without it. They talk by NCCL or Gloo.
+
+    Args:
+        device: None takes the GPU of this rank if there is one, else the CPU.
+    """
+    size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if device is None:
+        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
+    place = check_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    # another one may have joined them, such as a test
+    starts = size > 1 and not dist.is_initialized()
+    if starts:
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank() if size > 1 else 0, size, place)
+    finally:
+        if starts:
+            dist.destroy_process_group()
+
+
+def spread(network: NVEmbedModel, ranks: Ranks, sharding: str) -> nn.Module:
+    """The model as every rank runs it: itself on one rank, else by DDP, or cut up in place by FSDP2."""
+    if ranks.size == 1:
+        return network
+    if sharding == "fsdp":
+        from torch.distributed.fsdp import fully_shard
+
+        for layer in network.embedding_model.layers:
+            fully_shard(layer)
+        return fully_shard(network)
+    from torch.nn.parallel import DistributedDataParallel
+
+    devices = [ranks.device.index] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(network, devices, broadcast_buffers=False, gradient_as_bucket_view=True)

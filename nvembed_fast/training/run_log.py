@@ -1,0 +1,200 @@
+"""What a run tells: a line of metrics.jsonl for each step, other loggers, a picture, and its progress.
+
+A line is appended and stays. When a run goes on from the checkpoint of step s, the lines behind s go, so that
+no step is in the file twice, and none is missing. `sync` puts the lines on the disk before a checkpoint is
+there. The other loggers are told to continue at s and keep what they have.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nvembed_fast import files
+from nvembed_fast.training.recipe import LogPart
+
+__all__ = ["METRICS_FILE", "RunLog", "draw", "memory_gb", "read_metrics"]
+
+METRICS_FILE, _PICTURE_FILE = "metrics.jsonl", "run.png"
+_TELL_EVERY_S = 10.0
+
+
+class RunLog:
+    """The log of one run, written by its first rank.
+
+    Args:
+        output: directory of the run.
+        part: which loggers there are.
+        step: steps done. Lines behind it are removed.
+        steps: of the whole run.
+        settings: of the run, for loggers that show them.
+        say: takes a line of progress where standard error is no terminal.
+
+    Raises:
+        ImportError: a logger is not installed. The message names what to install.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        part: LogPart,
+        *,
+        step: int,
+        steps: int,
+        settings: Mapping[str, Any],
+        say: Callable[[str], None],
+    ):
+        self.output, self.steps, self._say, self._picture = output, steps, say, part.picture
+        self._loggers = _loggers(output, part, step, settings)
+        _cut(output / METRICS_FILE, step)
+        self._file = open(output / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
+        # None: on a terminal alone
+        self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
+        self._began, self._first, self._told = time.monotonic(), step, -math.inf
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the line of a step."""
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self._file.flush()
+        for log in self._loggers:
+            log(step, metrics)
+        shown = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s']:,.0f} tokens/s"
+        shown += f", {metrics['memory_gb']:.2f} GB"
+        self._bar.set_postfix_str(shown, refresh=False)
+        self._bar.update(step - self._bar.n)
+        now = time.monotonic()
+        if self._bar.disable and (now - self._told >= _TELL_EVERY_S or step == self.steps):
+            left = (now - self._began) / (step - self._first) * (self.steps - step)
+            self._say(f"step {step} of {self.steps}: {shown}, {_duration(left)} left")
+            self._told = now
+
+    def note(self, step: int, values: Mapping[str, float]) -> None:
+        """Give an evaluation to the loggers, and append it to evaluations.jsonl."""
+        with open(self.output / "evaluations.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for log in self._loggers:
+            log(step, {f"evaluation/{name}": value for name, value in values.items()})
+        self._say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
+
+    def sync(self) -> None:
+        """Put the lines on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Draw the picture and end."""
+        self._bar.close()
+        self._file.close()
+        if self._picture and read_metrics(self.output / METRICS_FILE):
+            with suppress(ImportError):  # without matplotlib there is no picture
+                draw(self.output / METRICS_FILE, self.output / _PICTURE_FILE)
+
+
+def read_metrics(file: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl, without a last one that was cut off."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def draw(metrics: Path, picture: Path) -> None:
+    """Draw a run: loss, accuracy, cosines, gradient norm, learning rate and speed over the steps.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(metrics)
+    panels = [["loss"], ["accuracy"], ["positive_cosine", "negative_cosine"], ["gradient_norm"], ["lr"]]
+    panels = [[name for name in panel if name in lines[0]] for panel in [*panels, ["tokens_per_s"]]]
+    panels = [panel for panel in panels if panel]
+    figure = Figure(figsize=(12, 3 * math.ceil(len(panels) / 2)), layout="constrained")
+    steps = [line["step"] for line in lines]
+    window = max(1, len(lines) // 50)
+    for place, panel in enumerate(panels, 1):
+        axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, place)
+        for name in panel:
+            values = [line.get(name, math.nan) for line in lines]
+            (curve,) = axes.plot(steps, values, alpha=0.3, linewidth=0.8)
+            means = [_mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
+            axes.plot(steps, means, color=curve.get_color(), label=name.replace("_", " "))
+        axes.set_xlabel("step")
+        axes.legend(loc="best", frameon=False)
+        axes.grid(alpha=0.3)
+    with files.replacing(picture) as aside, open(aside, "wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak memory in GB: of tensors on a GPU since the last call, and of the process on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def _mean(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {seconds:02} s"
+
+
+def _cut(file: Path, step: int) -> None:
+    """Remove the lines behind a step, and a last line that was cut off."""
+    kept = [json.dumps(line) + "\n" for line in read_metrics(file) if line["step"] <= step]
+    with files.replacing(file) as aside:
+        aside.write_text("".join(kept), encoding="utf-8")
+
+
+def _loggers(output: Path, part: LogPart, step: int, settings: Mapping[str, Any]) -> list[Callable]:
+    """Functions of (step, metrics). A run of wandb or trackio continues the one of the same directory."""
+    found: list[Callable] = []
+    if part.tensorboard:
+        _need("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
+
+        def log(step: int, metrics: Mapping[str, float]) -> None:
+            for name, value in metrics.items():
+                writer.add_scalar(name, value, step)
+
+        found.append(log)
+    name = f"{output.name}"
+    if part.wandb:
+        wandb = _need("wandb")
+        wandb.init(project="nvembed-fast", id=name, dir=str(output), config=dict(settings), resume="allow")
+        found.append(lambda step, metrics: wandb.log(dict(metrics), step=step))
+    if part.trackio:
+        trackio = _need("trackio")
+        trackio.init(project="nvembed-fast", name=name, config=dict(settings), resume="allow")
+        found.append(lambda step, metrics: trackio.log(dict(metrics), step=step))
+    return found
+
+
+def _need(library: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ImportError(
+            f"log.{library} needs {library}: pip install {library}, or leave the key out"
+        ) from error

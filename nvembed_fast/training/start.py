@@ -1,0 +1,132 @@
+"""What a run starts from, the network that it trains, and the model that it ends with.
+
+`model.start` names a model directory or a hub id, or a decoder. A decoder, or a model that loses layers, is
+first written to `output/start` as a model of its own. So every run has a directory with its frozen weights.
+
+The finished model is made from that directory and a checkpoint. It does not depend on how the ranks have cut
+the model up, and a killed run can do it again.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from nvembed_fast import checkpoint, files, fingerprint, ops
+from nvembed_fast.checkpoint.names import CONFIG_FILE
+from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.new_model import init_model
+from nvembed_fast.training import checkpoints
+from nvembed_fast.training.recipe import Recipe, RecipeError
+
+__all__ = ["export", "load_network", "start_directory", "trained", "weights_name"]
+
+_START, _ADAPTER = "start", "adapter"
+
+
+def start_directory(recipe: Recipe) -> Path:
+    """The model directory that a recipe starts from, written if it is not there yet. For the first rank.
+
+    Raises:
+        RecipeError: the recipe asks for another pooling head than the model's, or for more layers.
+        OSError, ValueError, ImportError: see `new_model.init_model` and `checkpoint.resolve`.
+    """
+    made = Path(recipe.output) / _START
+    if (files.current(made) / CONFIG_FILE).is_file():
+        return made
+    start, part = recipe.model.start, recipe.model
+    source = None if Path(start).is_file() else checkpoint.resolve(start)
+    if source is None or files.read_json(source / CONFIG_FILE).get("model_type") != "nvembed":
+        init_model(
+            start,
+            made,
+            num_latents=part.num_latents,
+            num_layers=part.layers,
+            pooling_head=part.pooling_head or "latent",
+            seed=recipe.seed % 2**63,
+        )
+        return made
+    config = NVEmbedConfig.from_file(source / CONFIG_FILE)
+    if part.pooling_head not in (None, config.pooling_head):
+        raise RecipeError(
+            f"model.pooling_head is {part.pooling_head!r}, but {start} pools by {config.pooling_head!r}: "
+            "leave the key out, or start from a decoder"
+        )
+    if part.layers is None:
+        return source
+    there = config.text_config.num_hidden_layers
+    if part.layers > there:
+        raise RecipeError(f"model.layers is {part.layers}, but {start} has {there} layers")
+    network = checkpoint.load_model(source, config, dtype=config.torch_dtype)
+    network.embedding_model.layers = network.embedding_model.layers[: part.layers]
+    text = dataclasses.replace(config.text_config, num_hidden_layers=part.layers)
+    network.config = dataclasses.replace(config, text_config=text, is_untrained=True)
+    checkpoint.save_model(network, made, other_files=checkpoint.tokenizer_files(source))
+    return made
+
+
+def weights_name(directory: Path) -> str:
+    """The name of the weights that a run starts from, for its checkpoints."""
+    directory = files.current(directory)
+    config = NVEmbedConfig.from_file(directory / CONFIG_FILE)
+    return fingerprint.of_weights(checkpoint.stored_samples(directory, config))
+
+
+def load_network(directory: Path, recipe: Recipe, device: torch.device) -> NVEmbedModel:
+    """The model of a directory, its trained weights with gradients and in fp32, ready to be trained."""
+    part = recipe.train
+    is_frozen = part.lora_rank > 0
+    if part.dtype != "auto":
+        dtype = part.dtype
+    else:
+        dtype = "bfloat16" if is_frozen and device.type == "cuda" else "float32"
+    network = checkpoint.load_model(directory, device=device, dtype=dtype)
+    ops.prove(device, getattr(torch, dtype), training=True)
+    _choose_trained(network, recipe)
+    if part.checkpoint_layers:
+        network.checkpoint_layers()
+    return network.train()
+
+
+def export(recipe: Recipe, directory: Path, path: Path) -> None:
+    """Write the trained model to `output` in the published layout, and its adapter to `output/adapter`.
+
+    Args:
+        recipe: of the run.
+        directory: that the run started from, with its tokenizer.
+        path: the last checkpoint.
+    """
+    output, directory = Path(recipe.output), files.current(directory)
+    config = NVEmbedConfig.from_file(directory / CONFIG_FILE)
+    # merged in fp32, and rounded once
+    network = checkpoint.load_model(directory, config, device="cpu", dtype="float32")
+    _choose_trained(network, recipe)
+    checkpoints.load_weights(path, trained(network))
+    network.config = dataclasses.replace(config, is_untrained=False)
+    if recipe.train.lora_rank:
+        checkpoint.save_adapter(network, output / _ADAPTER, base=recipe.model.start)
+        checkpoint.merge_adapter(network)
+    tokenizer = checkpoint.tokenizer_files(directory)
+    checkpoint.save_model(network, output, dtype=config.torch_dtype, other_files=tokenizer)
+
+
+def trained(network: NVEmbedModel) -> dict[str, torch.nn.Parameter]:
+    """The parameters that get gradients, by name."""
+    return {name: value for name, value in network.named_parameters() if value.requires_grad}
+
+
+def _choose_trained(network: NVEmbedModel, recipe: Recipe) -> None:
+    part = recipe.train
+    if not part.lora_rank:
+        network.requires_grad_(True)
+        return
+    network.requires_grad_(False)
+    checkpoint.add_lora(
+        network,
+        rank=part.lora_rank,
+        alpha=part.lora_alpha,
+        dropout=part.lora_dropout,
+        head=part.head,
+        seed=recipe.seed,
+    )

@@ -1,0 +1,243 @@
+"""The trainer: a run from rows to a model that encodes, its metrics, its end by a signal or by a NaN."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import COMMAND, ROOT, losses, recipe_of, weights, write_pairs, write_recipe, write_start
+
+from nvembed_fast import NVEmbed
+from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.training import trainer
+from nvembed_fast.training.recipe import Recipe, RecipeError
+from nvembed_fast.training.run_log import read_metrics
+from nvembed_fast.training.trainer import Diverged, Stopped, train
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    return write_start(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_pairs(tmp_path / "pairs.jsonl")
+    return tmp_path
+
+
+def test_a_run_ends_with_a_model_that_encodes(folder, start):
+    said = []
+    recipe = recipe_of(folder, start, steps=12, lr=3e-3)
+    assert train(recipe, say=said.append) == folder / "out"
+    lines = read_metrics(folder / "out" / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    for line in lines:
+        assert all(math.isfinite(value) for value in line.values()), line
+        assert {"loss", "lr", "tokens_per_s", "gradient_norm", "memory_gb", "accuracy"} <= line.keys()
+        assert {"positive_cosine", "negative_cosine", "hard_negative_wins", "masked_by_key"} <= line.keys()
+    assert lines[-1]["loss"] < 0.9 * lines[0]["loss"]
+    assert sorted(p.name for p in (folder / "out").glob("checkpoint-*")) == [
+        "checkpoint-000010",
+        "checkpoint-000012",
+    ]
+    model = NVEmbed.from_pretrained(folder / "out", device="cpu")
+    assert not model.config.is_untrained
+    assert torch.isfinite(model.encode(["w1 w2", "w3"])).all()
+    before = weights(start)
+    assert all(not torch.equal(before[n], v) for n, v in weights(folder / "out").items() if "latents" in n)
+    assert said[-1].endswith("out: the trained model") and "step 12 of 12: loss" in said[-2]
+
+
+def test_the_rate_rises_and_falls(folder, start):
+    train(recipe_of(folder, start, steps=6, warmup=2, lr=0.5))
+    rates = [line["lr"] for line in read_metrics(folder / "out" / "metrics.jsonl")]
+    assert rates == pytest.approx([0.25, 0.5, 0.5, 0.375, 0.25, 0.125])
+
+
+def test_the_next_call_goes_on_and_a_finished_run_is_left_as_it_is(folder, start):
+    whole = recipe_of(folder, start, output="whole")
+    train(whole)
+    recipe, said = recipe_of(folder, start), []
+    real = trainer._Run.step
+
+    def stop_at_4(self, step, batch):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, step, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer._Run, "step", stop_at_4)
+        with pytest.raises(Stopped, match="step 4 of 6 is done and saved; the same command goes on"):
+            train(recipe, say=said.append)
+    assert any("stopping behind this step" in line for line in said)
+    assert losses(folder / "out") == losses(folder / "whole")[:4]
+    assert not (folder / "out" / "config.json").exists()
+    for _ in range(2):
+        train(recipe, say=said.append)
+        assert losses(folder / "out") == losses(folder / "whole")
+        ours, theirs = weights(folder / "out"), weights(folder / "whole")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert "going on from checkpoint-000004" in said and "going on from checkpoint-000006" in said
+
+
+def test_a_second_signal_stops_at_once(folder, start, monkeypatch):
+    monkeypatch.setattr(trainer, "_AGAIN_AFTER_S", 0.05)
+
+    def slow(self, step, batch):
+        for _ in range(2):  # both of one key press
+            os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.06)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(trainer._Run, "step", slow)
+    with pytest.raises(KeyboardInterrupt, match="goes on from the last checkpoint") as stop:
+        train(recipe_of(folder, start))
+    assert not isinstance(stop.value, Stopped)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_signals_are_left_alone_in_a_thread(folder, start):
+    before = signal.getsignal(signal.SIGTERM)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(train(recipe_of(folder, start, steps=1))))
+    thread.start()
+    thread.join()
+    assert found == [folder / "out"] and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_rows(folder, start, monkeypatch):
+    recipe = recipe_of(folder, start)
+    real = trainer.gathered_loss
+
+    def poisoned(queries, documents, candidates, **options):
+        poisoned.calls += 1
+        return real(queries * (math.nan if poisoned.calls == 4 else 1), documents, candidates, **options)
+
+    poisoned.calls = 0
+    monkeypatch.setattr(trainer, "gathered_loss", poisoned)
+    with pytest.raises(Diverged, match="step 4 has loss nan and gradient norm nan") as error:
+        train(recipe)
+    assert "checkpoint-000002 stays" in str(error.value)
+    assert str(error.value).count("pairs.jsonl, line ") == 4
+    assert [step for step, _ in losses(folder / "out")] == [1, 2, 3]
+    monkeypatch.undo()
+    train(recipe)
+    train(recipe_of(folder, start, output="whole"))
+    assert losses(folder / "out") == losses(folder / "whole")
+
+
+def test_evaluation_by_callback(folder, start):
+    calls = []
+
+    def evaluate(network, tokenizer, step):
+        assert not network.training and not torch.is_grad_enabled() and len(tokenizer(["w1"], "", 9).ids) == 1
+        torch.rand(3)  # a callback may draw
+        calls.append(step)
+        return {"ndcg": step / 10}
+
+    train(recipe_of(folder, start, steps=5), evaluate=evaluate, evaluate_every=2)
+    assert calls == [2, 4, 5]
+    lines = (folder / "out" / "evaluations.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": s, "ndcg": s / 10} for s in calls]
+    train(recipe_of(folder, start, output="plain", steps=5))
+    assert losses(folder / "out") == losses(folder / "plain")
+
+
+def test_rows_with_own_candidates_take_the_direct_step(folder, start, monkeypatch):
+    calls = []
+    real = trainer.direct_step
+    monkeypatch.setattr(trainer, "direct_step", lambda *a, **k: calls.append(1) or real(*a, **k))
+    train(recipe_of(folder, start, steps=2, data={"in_batch": False, "hard_negatives": 2}))
+    assert len(calls) == 2
+
+
+def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, tmp_path):
+    raw = recipe_of(folder, start, steps=1).to_dict()
+    decoder = start.parent / "decoder"
+    raw["model"] = {"start": str(decoder), "layers": 2, "pooling_head": "mean"}
+    train(Recipe.from_dict(raw))
+    config = NVEmbedConfig.from_file(folder / "out" / "config.json")
+    assert config.pooling_head == "mean" and config.text_config.num_hidden_layers == 2
+    assert (folder / "out" / "start" / "config.json").exists()
+    assert NVEmbed.from_pretrained(folder / "out", device="cpu").encode("w1").shape == (48,)
+    raw["output"] = str(folder / "short")
+    raw["model"] = {"start": str(start), "layers": 1}
+    train(Recipe.from_dict(raw))
+    assert NVEmbedConfig.from_file(folder / "short" / "config.json").text_config.num_hidden_layers == 1
+    for change, message in (
+        (
+            {"pooling_head": "mean"},
+            "model.pooling_head is 'mean', but .* pools by 'latent': leave the key out",
+        ),
+        ({"layers": 4}, "model.layers is 4, but .* has 3 layers"),
+    ):
+        raw |= {"output": str(folder / "no"), "model": {"start": str(start)} | change}
+        with pytest.raises(RecipeError, match=message):
+            train(Recipe.from_dict(raw))
+
+
+def test_a_directory_with_another_model_is_refused(folder, start):
+    (folder / "out").mkdir()
+    (folder / "out" / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"holds a model \(config.json\) and no checkpoint: choose another"):
+        train(recipe_of(folder, start))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"query": "w1"', "pairs.jsonl, line 3: not JSON"),
+        ('{"query": "w1", "pos": []}', "pairs.jsonl, line 3: 'pos' is empty"),
+        ('{"query": "w1", "pos": ["w1"]}', "line 3: the only positive equals the query"),
+        ('{"query": 3, "pos": ["w1"]}', "line 3: 'query' must be a string"),
+    ],
+)
+def test_bad_rows_are_named_before_anything_is_written(folder, start, line, message):
+    lines = (folder / "pairs.jsonl").read_text().splitlines()
+    (folder / "pairs.jsonl").write_text("\n".join([*lines[:2], line, *lines[3:]]))
+    with pytest.raises(ValueError, match=message):
+        train(recipe_of(folder, start))
+    assert not (folder / "out").exists()
+
+
+def test_a_data_set_smaller_than_a_batch_is_refused(folder, start):
+    write_pairs(folder / "pairs.jsonl", 3)
+    with pytest.raises(ValueError, match="pairs.jsonl has 3 rows, fewer than a batch of 4"):
+        train(recipe_of(folder, start))
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [str(a) for a in arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
+
+
+def test_two_ranks_have_the_losses_of_one_process(folder, start):
+    recipe = recipe_of(folder, start, lr=1e-3, batch=5)
+    train(recipe)
+    raw = recipe.to_dict() | {"output": str(folder / "two")}
+    file = write_recipe(folder / "two.toml", Recipe.from_dict(raw))
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = run(*ranks, *COMMAND[1:], file)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, two = losses(folder / "out"), losses(folder / "two")
+    assert [step for step, _ in one] == [step for step, _ in two]
+    assert max(abs(a - b) for (_, a), (_, b) in zip(one, two, strict=True)) < 1e-5
+    ours, theirs = weights(folder / "out"), weights(folder / "two")
+    assert all((ours[name] - theirs[name]).abs().max() < 1e-4 for name in ours)
