@@ -80,7 +80,8 @@ def spread(network: NVEmbedModel, ranks: Ranks, sharding: str) -> nn.Module:
 
         for layer in network.embedding_model.layers:
             fully_shard(layer)
-        return fully_shard(network)
+        fully_shard(network)  # in place
+        return network
     from torch.nn.parallel import DistributedDataParallel
 
     devices = [ranks.device.index] if ranks.device.type == "cuda" else None

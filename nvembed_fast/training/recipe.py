@@ -124,9 +124,9 @@ _TABLES: Mapping[str, Any] = MappingProxyType({"model": ModelPart, "train": Trai
 class Recipe:
     """A whole recipe. Its paths are absolute, but for a hub id in `model.start`."""
 
-    output: str = _required("my-model", "the directory of checkpoints, metrics and the trained model")
     model: ModelPart
     data: tuple[DataPart, ...]
+    output: str = _required("my-model", "the directory of checkpoints, metrics and the trained model")
     train: TrainPart = TrainPart()
     log: LogPart = LogPart()
     seed: int = _key(0, "of data order, dropout and fresh weights", 0, 2**63 - 1)
@@ -164,19 +164,19 @@ class Recipe:
         Raises:
             RecipeError: a key is unknown or missing, or a value is of the wrong type or out of range.
         """
-        raw = copy.deepcopy(dict(raw))
-        _resolve(raw, Path.cwd())
+        content = copy.deepcopy(dict(raw))
+        _resolve(content, Path.cwd())
         parts: dict[str, Any] = {}
         for name, part in _TABLES.items():
-            table = raw.pop(name, {})
+            table = content.pop(name, {})
             if not isinstance(table, dict):
                 raise RecipeError(f"{name} must be a table, [{name}], got {brief(table)}")
             parts[name] = part(**_values(part, table, f"{name}."))
-        data = raw.pop("data", [])
+        data = content.pop("data", [])
         if not isinstance(data, list) or not data or not all(isinstance(d, dict) for d in data):
             raise RecipeError("data must be at least one table [[data]] with the file of a data set")
         parts["data"] = tuple(DataPart(**_values(DataPart, d, f"data.{i}.")) for i, d in enumerate(data))
-        return cls(**_values(cls, raw, ""), **parts)
+        return cls(**_values(cls, content, ""), **parts)
 
     def to_dict(self) -> dict[str, Any]:
         """The content that `from_dict` reads."""
@@ -245,7 +245,7 @@ def _unknown(prefix: str, name: str, known: Iterable[str]) -> str:
 
 
 def _checked(name: str, key: Field, value: Any) -> Any:
-    wanted = key.type
+    wanted: Any = key.type
     if type(None) in get_args(wanted):  # which a TOML file cannot say
         wanted = get_args(wanted)[0]
     if get_origin(wanted) is Literal:
