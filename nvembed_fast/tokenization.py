@@ -72,6 +72,7 @@ class TextTokenizer:
         self.eos_token = eos_token
         self.pooling_start = pooling_start
         self._files = files
+        self._checked: tuple[int, int] | None = None  # (tokens, rows of the embedding)
         self.is_mask_instruction = is_mask_instruction
 
     @classmethod
@@ -124,6 +125,9 @@ class TextTokenizer:
         Raises:
             ValueError: an id is too large. The message names its token.
         """
+        sizes = self.backend.get_vocab_size(with_added_tokens=True), vocab_size
+        if sizes == self._checked:
+            return
         ids = {id: token for token, id in self.backend.get_vocab(with_added_tokens=True).items()}
         # a template may add marks of its own
         ids |= {id: f"the mark {id}" for id in self.backend.encode("").ids if id not in ids}
@@ -135,13 +139,19 @@ class TextTokenizer:
                 f"{source}: token {brief(ids[first])} has id {first}{more}, but the embedding has "
                 f"{vocab_size} rows (vocab_size in config.json): remove the token, or enlarge the embedding"
             )
+        self._checked = sizes
 
     @property
     def definition(self) -> str:
         """What decides the ids of a text, as JSON: tokenizer.json in one form, and the end mark."""
-        raw = json.loads(self._files["tokenizer.json"] if self._files else self.backend.to_str())
-        used = {key: value for key, value in raw.items() if key not in ("truncation", "padding")}
-        return json.dumps([used, self.eos_token], sort_keys=True)
+        # without a file the tokenizer may change
+        rules = self._rules_of_file if self._files else _rules(self.backend.to_str())
+        return f"[{rules}, {json.dumps(self.eos_token)}]"
+
+    @functools.cached_property
+    def _rules_of_file(self) -> str:
+        assert self._files is not None
+        return _rules(self._files["tokenizer.json"])
 
     def write(self, directory: Path) -> list[Path]:
         """Write the tokenizer's files to a directory, as they were read. Returns their paths."""
@@ -196,6 +206,12 @@ class TextTokenizer:
     @functools.cached_property
     def _longest_token(self) -> int:
         return max(map(len, self.backend.get_vocab()))
+
+
+def _rules(content: str | bytes) -> str:
+    """A tokenizer.json in one form, without what is switched off here."""
+    used = {k: v for k, v in json.loads(content).items() if k not in ("truncation", "padding")}
+    return json.dumps(used, sort_keys=True)
 
 
 def _eos_token(raw: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_checkpoint import QUERY, TINY, copy_tiny, edit_json, edit_weights, save_sharded
 from tokenizers import Tokenizer, models
 
-from nvembed_fast import NVEmbed, checkpoint, fingerprint
+from nvembed_fast import NVEmbed, checkpoint, fingerprint, tokenization
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.tokenization import TextTokenizer
 
@@ -78,7 +78,7 @@ def test_the_rule_the_shapes_and_the_tokenizer_count_and_the_stored_dtype_does_n
     assert len({name(), *others}) == 1 + len(others)
 
 
-def test_a_tokenizer_counts_by_its_content(tmp_path):
+def test_a_tokenizer_counts_by_its_content(tmp_path, monkeypatch):
     found = tokenizer("a")
     found.write(tmp_path)
     file = tmp_path / "tokenizer.json"
@@ -86,7 +86,16 @@ def test_a_tokenizer_counts_by_its_content(tmp_path):
     edit_json(file, lambda raw: raw.update(truncation=cut))
     assert TextTokenizer.from_directory(tmp_path).definition == found.definition
     file.write_text(json.dumps(json.loads(file.read_text()), sort_keys=True, indent=1))
-    assert TextTokenizer.from_directory(tmp_path).definition == found.definition
+    again, found_definition = TextTokenizer.from_directory(tmp_path), found.definition
+    assert again.definition == found_definition
+    # a file is parsed once. The end mark, and a tokenizer without a file, may change
+    monkeypatch.setattr(tokenization.json, "loads", None)
+    assert again.definition == found_definition
+    again.eos_token = "<e>"
+    assert again.definition != found_definition
+    monkeypatch.undo()
+    found.backend.add_tokens(["b"])
+    assert '"b"' in found.definition
 
 
 def test_a_checkpoint_has_one_name_in_every_dtype_until_its_weights_change(tmp_path):

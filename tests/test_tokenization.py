@@ -124,6 +124,38 @@ def test_a_tokenizer_without_its_unknown_token_is_refused_at_load(tmp_path):
         TextTokenizer.from_directory(tmp_path)
 
 
+class CountedVocabulary:
+    """A tokenizer that counts how often all of its tokens are read, which takes a while."""
+
+    def __init__(self, backend: Tokenizer):
+        self.backend, self.count = backend, 0
+
+    def get_vocab(self, **options) -> dict[str, int]:
+        self.count += 1
+        return self.backend.get_vocab(**options)
+
+    def __getattr__(self, name: str):
+        return getattr(self.backend, name)
+
+
+def test_tokens_are_compared_with_an_embedding_once(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = TextTokenizer.from_directory(tmp_path)
+    tokenizer.backend = counted = CountedVocabulary(tokenizer.backend)
+    tokenizer.check_ids(1000)
+    tokenizer.check_ids(1000)
+    assert counted.count == 1
+    with pytest.raises(ValueError, match="but the embedding has 1 rows"):
+        tokenizer.check_ids(1)
+    tokenizer.check_ids(1000)
+    tokenizer.backend.add_tokens(["new"])
+    with pytest.raises(ValueError, match="token 'new' has id"):
+        tokenizer.check_ids(tokenizer.backend.token_to_id("new"))
+    before = counted.count
+    tokenizer.check_ids(1000)
+    assert counted.count == before + 1
+
+
 def test_a_model_built_by_hand_is_checked(mistral_tokenizer):
     config = NVEmbedConfig.from_file(TINY / "config.json")
     smaller = replace(config, text_config=replace(config.text_config, vocab_size=31999))
