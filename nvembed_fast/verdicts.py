@@ -297,7 +297,7 @@ def _from_children(
                     waiting.remove(finding.item)
                     has_found, begun = True, None
                     yield finding
-            how = child.end(limit)
+            how = child.end(limit) if waiting else ""
         if time.monotonic() > deadline:
             # not the fault of the one under way either
             raise _NoTime("no time was left for it: nvembed-fast check tries again")
@@ -361,7 +361,10 @@ class _Child:
         """How it ended before it was done."""
         if self._is_late:
             return f"it did not end within {seconds:.0f} s"
-        status = self._process.wait()
+        try:
+            status = self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return f"it closed its output and did not end within {seconds:.0f} s"
         if status < 0:
             return f"its process was ended by {signal.Signals(-status).name}"
         self._errors.seek(0)

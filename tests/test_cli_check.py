@@ -47,6 +47,17 @@ def test_the_real_check_passes_on_a_cpu_and_says_that_no_kernel_was_checked(caps
     for row in rows:
         assert {"name", "dtype", "direction", "path", "ok", "error", "tolerance", "reason"} <= set(row)
         assert row["name"] == "geglu" and row["ok"] and row["error"] <= row["tolerance"]
+    kernels = report["kernels"]["float32"]
+    assert not kernels["checked"] and kernels["auto"] == "torch" and "not on a GPU" in kernels["reason"]
+
+
+def test_the_last_lines_say_what_auto_takes_where_no_kernel_was_checked(findings, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    arguments = ("check", "--device", "cpu", "--dtypes", "float32", "--operations", "geglu")
+    status, printed, _ = run(capsys, *arguments)
+    assert status == 0 and printed.endswith(
+        "docs/numerics.md)\n  no kernel was checked in float32: there auto takes the path torch\n"
+    )
 
 
 def test_with_the_interpreter_kernels_are_checked(findings, capsys, monkeypatch):
@@ -57,6 +68,7 @@ def test_with_the_interpreter_kernels_are_checked(findings, capsys, monkeypatch)
     # forward and backward of ten operations: kernels in two dtypes, and what takes their place in the third
     assert printed.count("\ntriton ") == 40 and printed.count("\nlibrary ") == printed.count("\ntorch ") == 20
     assert "80 of 80 are right" in printed
+    assert "no kernel was checked in float64" in printed and "checked in float16" not in printed
 
 
 def test_a_red_operation_is_told_with_exit_status_1(findings, capsys, monkeypatch):
@@ -119,7 +131,7 @@ class Card:
         ("NV-Embed-v2", 4e-4, True),
         ("NV-Embed-v2", 6e-4, False),
         ("NV-Embed-v1", 0, False),
-        ("other", 0, True),
+        ("other", 0, None),
     ],
 )
 def test_the_scores_of_the_model_card_are_compared(name, more, ok, findings, capsys, monkeypatch):
@@ -127,17 +139,18 @@ def test_the_scores_of_the_model_card_are_compared(name, more, ok, findings, cap
     arguments = ("check", "--device", "cpu", "--operations", "swiglu", "--model", f"nvidia/{name}")
     status, printed, _ = run(capsys, *arguments, "--json")
     report = json.loads(printed)
-    assert (status == 0) == report["ok"] == report["model"]["ok"] == ok
+    assert (status == 0) == report["ok"] == (ok is not False) and report["model"]["ok"] is ok
     assert report["model"]["scores"][0][0] == pytest.approx(87.4269 + 100 * more)
     printed = run(capsys, *arguments)[1]
-    assert ("WRONG scores: beyond 0.05" in printed) != ok
+    assert ("WRONG scores: beyond 0.05" in printed) == (ok is False)
+    assert ("not compared, because there are no published scores of 'other'" in printed) == (ok is None)
 
 
 def test_a_real_model_is_encoded(tiny_directory, findings, capsys):
     arguments = ("check", "--device", "cpu", "--operations", "swiglu", "--model", tiny_directory, "--json")
     status, printed, _ = run(capsys, *arguments)
     model = json.loads(printed)["model"]
-    assert status == 0 and model["published"] is None and len(model["scores"]) == 2
+    assert status == 0 and model["ok"] is model["published"] is None and len(model["scores"]) == 2
 
 
 def test_warm_up_on_a_cpu_says_that_there_is_nothing_to_compile(tiny_directory, capsys):

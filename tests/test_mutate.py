@@ -201,3 +201,11 @@ def test_every_mutation_fits_the_code():
 def test_the_self_check_is_asked_about_kernels_alone():
     files = {mutation.file for mutation in mutate.of_kernels(mutate.read(mutate.ROOT))}
     assert "kernels/gated.py" in files and not files & {"kernels/library.py", "kernels/errors.py"}
+
+
+@pytest.mark.parametrize(
+    ("file", "operations"),
+    [("gated", ("geglu", "swiglu")), ("streams", ()), ("layout", ()), ("_common", ())],
+)
+def test_a_fault_of_what_kernels_share_is_put_to_all_operations(file, operations):
+    assert tuple(sorted(mutate._operations(mutate.ROOT, f"kernels/{file}.py"))) == operations

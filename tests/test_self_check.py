@@ -1,10 +1,12 @@
 """The cases that decide whether `auto` takes a kernel. See `tools.mutate --self-check`, too."""
 
+from unittest import mock
+
 import pytest
 import torch
 
 from nvembed_fast import ops, self_check
-from nvembed_fast.kernels import gated, reference
+from nvembed_fast.kernels import _common, gated, reference
 from nvembed_fast.verdicts import DIRECTIONS
 
 
@@ -62,6 +64,10 @@ FAULTS = {
     ),
     "reads beyond a row": (lambda x: reference.swiglu(x.as_strided(x.shape, x.stride(), 0)), "non-finite"),
     "another shape": (lambda x: reference.swiglu(x)[:-1], "shape or dtype"),
+    "gives its first result again": (
+        lambda x, kept={}: kept.setdefault(x.shape, reference.swiglu(x)),
+        "no tile divides: second call: output 0",
+    ),
     "raises": (lambda x: (_ for _ in ()).throw(RuntimeError("no such instruction")), "RuntimeError: no such"),
 }
 
@@ -80,6 +86,38 @@ def test_a_wrong_gradient_is_found_and_the_forward_stays_right(device, monkeypat
     monkeypatch.setattr(gated, "_launch_bwd", lambda *args: 1.01 * launch(*args))
     backward, forward = (self_check.check(("swiglu", "float16", d), device) for d in ("backward", "forward"))
     assert forward.ok and not backward.ok and "gradient 0" in backward.reason
+
+
+def test_a_gradient_that_the_second_call_gets_from_the_first_is_found(device, monkeypatch):
+    launch, kept = gated._launch_bwd, {}
+    monkeypatch.setattr(gated, "_launch_bwd", lambda x, *args: kept.setdefault(x.shape, launch(x, *args)))
+    finding = self_check.check(("swiglu", "float16", "backward"), device)
+    assert not finding.ok and "second call: gradient 0" in finding.reason
+
+
+REPEATED = (
+    "flash_attention",
+    "latent_attention",
+    "absorbed_latent_attention",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+)
+
+
+def repeated_launches() -> dict[str, int]:
+    """How many the first problem has, on a GPU that launches nothing, so that the check ends there."""
+    counts, launch = {}, _common._Plan.launch
+    for operation in REPEATED:
+        with mock.patch.object(_common._Plan, "launch", autospec=True, side_effect=launch) as repeat:
+            finding = self_check.check((operation, "float16", "forward"), "cuda:0")
+        assert "non-finite result" in finding.reason
+        counts[operation] = repeat.call_count
+    return counts
+
+
+def test_the_second_call_is_a_repeated_launch(fake_gpu):
+    assert fake_gpu(repeated_launches) == dict.fromkeys(REPEATED, 1)
 
 
 def test_memory_that_is_full_says_nothing_about_a_kernel(device, monkeypatch):

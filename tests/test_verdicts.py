@@ -4,6 +4,7 @@ import io
 import json
 import os
 import threading
+import time
 import types
 
 import filelock
@@ -119,12 +120,13 @@ ENDS = [
     ("raise RuntimeError('no such instruction')", "status 1: RuntimeError: no such instruction"),
     ("os.kill(os.getpid(), 11)", "its process was ended by SIGSEGV"),
     ("time.sleep(60)", "it did not end within 1 s"),
+    ("os.close(1); time.sleep(60)", "it closed its output and did not end within 1 s"),
     # an error of CUDA that stays: told, then the process ends
     ("tell(found | dict(ok=False, reason='illegal access')); sys.exit(1)", "illegal access"),
 ]
 
 
-@pytest.mark.parametrize(("end", "reason"), ENDS, ids=["exit", "raise", "kill", "hang", "context"])
+@pytest.mark.parametrize(("end", "reason"), ENDS, ids=["exit", "raise", "kill", "hang", "closed", "context"])
 def test_an_operation_that_ends_its_process_is_marked_and_the_others_are_checked(
     end, reason, children, monkeypatch
 ):
@@ -135,6 +137,13 @@ def test_an_operation_that_ends_its_process_is_marked_and_the_others_are_checked
     assert reason in found["rotary"].reason
     assert len(children.pids()) == 2 and not any(map(_is_alive, children.pids()))
     assert _prove() == found and len(children.pids()) == 2, "it is kept, too"
+
+
+def test_nothing_waits_for_a_process_that_has_told_all(children):
+    children(start="import atexit; atexit.register(time.sleep, 60)")
+    started = time.monotonic()
+    assert all(finding.ok for finding in _prove().values())
+    assert time.monotonic() - started < 30 and not any(map(_is_alive, children.pids()))
 
 
 def test_when_the_time_is_up_the_rest_counts_as_not_checked(children, monkeypatch):

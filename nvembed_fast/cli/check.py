@@ -76,12 +76,16 @@ def run(arguments: argparse.Namespace) -> int:
     facts = dict(info.devices()).get(str(device), "")
     report: dict[str, Any] = {"ok": True, "device": f"{device}: {facts}", "versions": info.versions(device)}
     _say(arguments, f"{report['device']}\n{_joined(report['versions'])}")
-    found = _findings(arguments, device, dtypes, operations)
+    report["kernels"] = {dtype_name(dtype): _kernels(device, dtype) for dtype in dtypes}
+    for name, kernels in report["kernels"].items():
+        if not kernels["checked"]:
+            _say(arguments, f"no kernel is checked in {name}: {kernels['reason']}")
+    found = _findings(arguments, device, report["kernels"], operations)
     report["operations"] = [_row(finding) for finding in found]
     report["ok"] = all(finding.ok for finding in found)
     if arguments.model:
         report["model"] = _model(arguments, device)
-        report["ok"] &= report["model"]["ok"]
+        report["ok"] &= report["model"]["ok"] is not False
     if arguments.json:
         print(json.dumps(report, indent=1))
     else:
@@ -92,25 +96,19 @@ def run(arguments: argparse.Namespace) -> int:
 def _findings(
     arguments: argparse.Namespace,
     device: "torch.device",
-    dtypes: list["torch.dtype"],
+    kernels: dict[str, dict[str, Any]],
     operations: Sequence[str],
 ) -> list["Finding"]:
     """Of the kernels where they run, and of the library path on a GPU. Else of what takes their place."""
     from nvembed_fast import verdicts
-    from nvembed_fast.placement import dtype_name
 
-    paths: dict[verdicts.Checked, list[str]] = {"triton": [], "library": [], "torch": []}
-    for dtype in dtypes:
-        name = dtype_name(dtype)
-        obstacle = _obstacle(device, dtype)
-        if obstacle is None:
-            paths["triton"].append(name)
-        else:
-            _say(arguments, f"no kernel is checked in {name}: {obstacle}")
-        if device.type == "cuda" or obstacle is not None:
-            paths["library"].append(name)
-        if device.type != "cuda" and obstacle is not None:
-            paths["torch"].append(name)
+    on_gpu = device.type == "cuda"
+    without = [name for name, one in kernels.items() if not one["checked"]]
+    paths: dict[verdicts.Checked, list[str]] = {
+        "triton": [name for name in kernels if name not in without],
+        "library": list(kernels) if on_gpu else without,
+        "torch": [] if on_gpu else without,
+    }
     found: list[verdicts.Finding] = []
 
     def tell(finding: verdicts.Finding) -> None:
@@ -134,16 +132,17 @@ def _findings(
     return found
 
 
-def _obstacle(device: "torch.device", dtype: "torch.dtype") -> str | None:
-    """Why no kernel can run there."""
+def _kernels(device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
+    """Whether kernels are checked there, why not, and which path `auto` takes where none is wrong."""
     from nvembed_fast import ops
 
+    reason = None
     try:
         with ops.use_impl("triton"):
             ops.choose(device, dtype)
     except ValueError as error:
-        return str(error)
-    return None
+        reason = str(error)
+    return {"checked": reason is None, "reason": reason, "auto": ops.choose(device, dtype)[0]}
 
 
 def _say(arguments: argparse.Namespace, text: str) -> None:
@@ -167,7 +166,7 @@ def _line(finding: "Finding") -> str:
 
 
 def _model(arguments: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
-    """The scores of the model card's texts, and whether they are the published ones."""
+    """The scores of the model card's texts, and whether they are the published ones. None: not compared."""
     import numpy as np
 
     from nvembed_fast.encoder import NVEmbed
@@ -177,23 +176,30 @@ def _model(arguments: argparse.Namespace, device: "torch.device") -> dict[str, A
         model = NVEmbed.from_pretrained(arguments.model, device=device, **options.hub_options(arguments))
     queries = model.encode_query(QUERIES, TASK, output="numpy")
     scores = 100 * np.asarray(queries) @ np.asarray(model.encode_document(PASSAGES, output="numpy")).T
-    published = SCORES.get(PurePath(arguments.model).name)
-    is_same = published is None or bool((np.abs(scores - np.array(published)) <= MAX_DIFFERENCE).all())
+    name = PurePath(arguments.model).name
+    published, is_same = SCORES.get(name), None
+    comparison = f"not compared, because there are no published scores of {name!r}"
+    if published is not None:
+        is_same = bool((np.abs(scores - np.array(published)) <= MAX_DIFFERENCE).all())
+        comparison = f"published are {published}"
     rounded = np.round(scores.astype(float), 4).tolist()
-    _say(arguments, f"\n{arguments.model} scores {rounded}, published are {published or 'none of this name'}")
+    _say(arguments, f"\n{arguments.model} scores {rounded}, {comparison}")
     return {"name": str(arguments.model), "ok": is_same, "scores": rounded, "published": published}
 
 
 def _verdict(found: list["Finding"], report: dict[str, Any]) -> str:
     wrong = [finding for finding in found if not finding.ok]
     lines = [f"\n{len(found) - len(wrong)} of {len(found)} are right (tolerances: docs/numerics.md)"]
+    for name, kernels in report["kernels"].items():
+        if not kernels["checked"]:
+            lines.append(f"  no kernel was checked in {name}: there auto takes the path {kernels['auto']}")
     for finding in wrong:
         instead = {"triton": "auto takes the library path", "library": "pass impl='torch'"}.get(
             finding.path, ""
         )
         what = f"{finding.name} ({finding.path}, {finding.dtype}, {finding.direction})"
         lines.append(f"  WRONG {what}: {finding.reason}{f'; {instead}' if instead else ''}")
-    if not report.get("model", {"ok": True})["ok"]:
+    if report.get("model", {}).get("ok") is False:
         lines.append(f"  WRONG scores: beyond {MAX_DIFFERENCE} of the published ones")
     return "\n".join(lines)
 
