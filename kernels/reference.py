@@ -70,10 +70,15 @@ def add_linear_(h: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch
     Returns:
         h. On a CPU a row does not depend on the number of rows, as in `linear`.
     """
+    return h.addmm_(x, weight.mT) if _enough_rows(x) is x else h.copy_(add_linear(h, x, weight))
+
+
+def add_linear(h: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """h + x weight^T, with a gradient. Otherwise like `add_linear_`, and h stays as it is."""
     enough = _enough_rows(x)
     if enough is x:
-        return h.addmm_(x, weight.mT)
-    return h.copy_(torch.addmm(_enough_rows(h), enough, weight.mT)[: len(x)])
+        return torch.addmm(h, x, weight.mT)
+    return torch.addmm(_enough_rows(h), enough, weight.mT)[: len(x)]
 
 
 def _enough_rows(x: torch.Tensor, multiple: int = 1) -> torch.Tensor:

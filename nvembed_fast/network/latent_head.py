@@ -24,9 +24,10 @@ no cache: each forward builds its own matrices, with their graph, or all forward
 of a step share one set inside `built_once`. There is no cache under
 torch.compile either, which cannot see whether a weight has changed.
 
-An adapter, a hook or a parametrization in the place of a projection has no
-weight that could be multiplied out. With one of them the head takes the direct
-form, and what it stands in for is called in every forward.
+Our own adapters (`network/lora.py`) are weights like others: they are multiplied
+out, kept and looked after like the rest. Any other adapter, a hook or a parametrization in the place of a
+projection has no weight that could be multiplied out. With one of them the head
+takes the direct form, and what it stands in for is called in every forward.
 
 Shape suffixes: B texts, T packed tokens, D model width, L latents, N heads, H head width, F = 4 D.
 """
@@ -44,6 +45,7 @@ from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig, LatentForm, Latents, check_latents
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.streams import Kept
+from nvembed_fast.network.lora import AdaptedLinear, whole_weight
 from nvembed_fast.network.pooling_heads import AttentionHead, runs_as_written
 
 __all__ = ["LatentHead"]
@@ -51,7 +53,7 @@ __all__ = ["LatentHead"]
 _WHOLE = 4096  # elements of a weight that is sampled as a whole
 _CHUNKS, _CHUNK = 127, 32  # of a larger one. A prime number, and a cache line of 16-bit elements
 # modules whose weights say all that they do
-_PLAIN = (nn.LayerNorm, nn.Linear, ops.Linear)
+_PLAIN = (nn.LayerNorm, nn.Linear, ops.Linear, AdaptedLinear)
 
 
 class _Built(NamedTuple):
@@ -212,9 +214,9 @@ class LatentHead(AttentionHead):
         context_LC = F.layer_norm(
             self.latents.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps
         )
-        wq_NHD = rearrange(self.to_q.weight, "(n h) d -> n h d", n=heads)
-        wk_NHC, wv_NHC = rearrange(self.to_kv.weight, "(two n h) c -> two n h c", two=2, n=heads)
-        wout_NHD = rearrange(self.to_out.weight, "d (n h) -> n h d", n=heads)
+        wq_NHD = rearrange(whole_weight(self.to_q), "(n h) d -> n h d", n=heads)
+        wk_NHC, wv_NHC = rearrange(whole_weight(self.to_kv), "(two n h) c -> two n h c", two=2, n=heads)
+        wout_NHD = rearrange(whole_weight(self.to_out), "d (n h) -> n h d", n=heads)
         scale = self.config.cross_dim_head**-0.5
         a = [context_LC @ wk.to(wide).mT @ wq.to(wide) * scale for wk, wq in zip(wk_NHC, wq_NHD, strict=True)]
         b = [context_LC @ wv.to(wide).mT @ wo.to(wide) for wv, wo in zip(wv_NHC, wout_NHD, strict=True)]

@@ -12,6 +12,7 @@ from torch import nn
 from nvembed_fast import ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.latent_head import LatentHead
+from nvembed_fast.network.lora import Adapter
 from nvembed_fast.network.mistral import DecoderLayer, MistralBackbone
 from nvembed_fast.network.pooling_heads import EOSHead, MeanHead, PoolingHead, SelfAttentionHead
 from nvembed_fast.packing import PackedBatch
@@ -25,6 +26,7 @@ class NVEmbedModel(nn.Module):
     Attributes:
         embedding_model: the backbone.
         head: makes one vector of the tokens of a text.
+        adapter: what `checkpoint.add_lora` or `load_adapter` has put on the products. None: nothing.
     """
 
     def __init__(self, config: NVEmbedConfig):
@@ -32,6 +34,7 @@ class NVEmbedModel(nn.Module):
         self.config = config
         self.embedding_model = MistralBackbone(config.text_config)
         self.head = _make_head(config)
+        self.adapter: Adapter | None = None
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """[B, D] fp32 embeddings. A text whose pool mask keeps nothing gives the head's constant, not NaN."""

@@ -146,14 +146,20 @@ class AttentionHead(PoolingHead):
         raise NotImplementedError
 
     def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
-        h1_TD = self.attention(h_TD, layout)
+        h1_TD = self.attention(self._in_own_dtype(h_TD), layout)
         pooled_BF = ops.mean_pool_geglu(self.ff_up(self.ff_norm(h1_TD)), layout, pool_mask)
         pooled_BD = self.ff_down(pooled_BF.to(h1_TD.dtype)).to(pooled_BF.dtype)
         return pooled_BD + ops.mean_pool(h1_TD, layout, pool_mask)
 
     def token_states(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
-        h1_TD = self.attention(h_TD, layout)
+        h1_TD = self.attention(self._in_own_dtype(h_TD), layout)
         return self.ff_down(ops.geglu(self.ff_up(self.ff_norm(h1_TD)))) + h1_TD
+
+    def _in_own_dtype(self, h_TD: torch.Tensor) -> torch.Tensor:
+        """A head in training may be fp32 behind a backbone in 16 bits. Autocast chooses its dtypes itself."""
+        if torch.is_autocast_enabled(h_TD.device.type):
+            return h_TD
+        return h_TD.to(self.cross_norm.weight.dtype)
 
 
 class SelfAttentionHead(AttentionHead):
