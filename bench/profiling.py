@@ -61,6 +61,7 @@ STEP, PACKING = "step", "packing"
 CATEGORY_OF_MARK = {
     PACKING: HOST,
     "linear": PRODUCTS,
+    "add_linear": PRODUCTS,
     "add_linear_": PRODUCTS,
     "flash_attention": ATTENTION,
     "embed_tokens": ELEMENTWISE,
@@ -136,7 +137,7 @@ def marked(model: NVEmbedModel) -> Iterator[None]:
         for name, module in modules.items():
             undo.callback(module.register_forward_pre_hook(functools.partial(enter, name)).remove)
             undo.callback(module.register_forward_hook(leave, always_call=True).remove)
-        for name in (*ops.OPERATIONS, "linear", "add_linear_"):
+        for name in (*ops.OPERATIONS, "linear", "add_linear", "add_linear_"):
             operation = getattr(ops, name)
             undo.callback(setattr, ops, name, operation)
             setattr(ops, name, _marked(name, operation))

@@ -7,6 +7,7 @@ weights are read. Texts are embedded by `stream`. Keywords of the original are t
 import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import tempfile
 import threading
@@ -88,7 +89,7 @@ class NVEmbed(nn.Module):
         self.max_seq_length = 4096
         self._transformers_tokenizer = None
         self._tells_untrained = model.config.is_untrained
-        # names of the weights, if loading rounded them: as they were loaded, and of their files
+        # names of the weights, if loading rounded or merged them: as they were loaded, and of their files
         self._weights_loaded: tuple[str, str] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -134,6 +135,7 @@ class NVEmbed(nn.Module):
         token: str | bool | None = None,
         cache_dir: str | PathLike | None = None,
         local_files_only: bool = False,
+        adapter: str | PathLike | None = None,
         show_progress: bool | None = None,
         **old_keywords: Any,
     ) -> "NVEmbed":
@@ -149,6 +151,8 @@ class NVEmbed(nn.Module):
             cuda_graphs: a text of at most 256 tokens that comes alone replays a CUDA graph, captured once for
                 each power of two of tokens: less latency, some more memory. For Triton kernels on a GPU.
             revision, token, cache_dir, local_files_only: as in huggingface_hub.
+            adapter: a directory of `checkpoint.save_adapter` or of PEFT. It is merged into the weights in
+                fp32, and rounded once. To train it on: `checkpoint.load_adapter` on the `.model` alone.
             show_progress: a progress bar. None shows it in a terminal only.
             old_keywords: pretrained_model_name_or_path, torch_dtype and device_map are the old names of
                 path_or_id, dtype and device. trust_remote_code is accepted and not needed: code from a
@@ -164,7 +168,7 @@ class NVEmbed(nn.Module):
         hub: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
         compute = {"device": device, "dtype": dtype, "impl": impl, "latents": latents}
         compute["cuda_graphs"] = cuda_graphs
-        read = functools.partial(cls._read, path_or_id, revision, hub, compute, show_progress)
+        read = functools.partial(cls._read, path_or_id, revision, hub, compute, adapter, show_progress)
         return files.unmixed(Path(os.path.expanduser(path_or_id)), "config.json", read)
 
     @classmethod
@@ -174,6 +178,7 @@ class NVEmbed(nn.Module):
         revision: str | None,
         hub: dict[str, Any],
         compute: dict[str, Any],
+        adapter: str | PathLike | None,
         show_progress: bool | None,
     ) -> "NVEmbed":
         directory = checkpoint.resolve(path_or_id, revision=revision, config_only=True, **hub)
@@ -186,10 +191,17 @@ class NVEmbed(nn.Module):
         model = checkpoint.load_model(
             directory, config, device=placement.device, dtype=placement.dtype, progress=show_progress
         )
+        stored: list[Iterator] = []
+        if adapter is not None:
+            checkpoint.load_adapter(model, adapter)
+            checkpoint.merge_adapter(model)
+            model.config = dataclasses.replace(config, is_untrained=False)
+            stored.append(checkpoint.adapter_samples(adapter))
         encoder = cls(model, tokenizer, placement).eval().requires_grad_(False)
-        if checkpoint.loses_digits(directory, config, placement.dtype):
-            loaded, stored = checkpoint.model_samples(model), checkpoint.stored_samples(directory, config)
-            encoder._weights_loaded = fingerprint.of_weights(loaded), fingerprint.of_weights(stored)
+        if stored or checkpoint.loses_digits(directory, config, placement.dtype):
+            stored.append(checkpoint.stored_samples(directory, config))
+            loaded = fingerprint.of_weights(checkpoint.model_samples(model))
+            encoder._weights_loaded = loaded, fingerprint.of_weights(itertools.chain(*stored))
         return encoder
 
     def save_pretrained(
@@ -236,8 +248,9 @@ class NVEmbed(nn.Module):
     def fingerprint(self) -> str:
         """The name of the vector space, 32 hexadecimal digits: see `fingerprint.of_model`.
 
-        A checkpoint has one, whatever device and dtype it is loaded in. Weights that were changed since count
-        as they are, in their dtype. It reads a few rows of each weight and waits for the device.
+        A checkpoint has one, whatever device and dtype it is loaded in, and with an adapter another one.
+        Weights that were changed since count as they are, in their dtype. It reads a few rows of each weight
+        and waits for the device.
         """
         weights = fingerprint.of_weights(checkpoint.model_samples(self.model))
         if self._weights_loaded is not None and weights == self._weights_loaded[0]:

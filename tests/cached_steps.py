@@ -5,19 +5,20 @@ Run by torchrun it is one rank of `test_two_ranks_get_the_gradient_of_one_proces
 
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
 from whole_model import HEADS, VOCAB, make_model
 
 from nvembed_fast import ops
+from nvembed_fast.checkpoint import add_lora, load_adapter, merge_adapter, save_adapter
 from nvembed_fast.packing import PackedBatch, token_budget_batches
 from nvembed_fast.tokenization import TokenizedTexts
 from nvembed_fast.training import grad_cache
@@ -26,26 +27,16 @@ from nvembed_fast.training.grad_cache import cached_step, direct_step
 from nvembed_fast.training.loss import Candidates, LossResult, contrastive_loss
 
 
-class Dropped(nn.Module):
-    """A frozen product, and a trained one behind dropout."""
-
-    def __init__(self, base: nn.Linear, dropout: float):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.side = nn.Linear(base.in_features, base.out_features, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x):
-        return self.base(x) + self.side(self.dropout(x))
-
-
-def dropped_model(dropout: float = 0.1, head=HEADS[1], device: str = "cpu"):
-    model = make_model(head, device)
-    model.embedding_model.requires_grad_(False)
-    for layer in model.embedding_model.layers:
-        layer.self_attn.qkv_proj = Dropped(layer.self_attn.qkv_proj, dropout)
-        layer.mlp.down_proj = Dropped(layer.mlp.down_proj, dropout)
-    return model.train().to(device)
+def dropped_model(dropout: float = 0.1, head=HEADS[1], device: str = "cpu", dtype=torch.float32):
+    """With LoRA on its layers as if trained, and its head in training."""
+    model = make_model(head, device, dtype)
+    add_lora(model, rank=4, alpha=8, dropout=dropout)
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
+    return model.train()
 
 
 def make_texts(num_queries: int = 6, seed: int = 0) -> TokenizedTexts:
@@ -145,6 +136,25 @@ def main() -> None:
         step(run)
         assert worst_difference(gradients(model), wanted) < 1e-6
         say(f"{how} equal again on rank {rank}")
+    # a sharded adapter is saved whole, by the first rank
+    directory = Path(sys.argv[1])
+    save_adapter(model, directory)
+    dist.barrier()
+    loaded = make_model()
+    load_adapter(loaded, directory, trainable=True)
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, model.get_parameter(name).full_tensor()), name
+    with pytest.raises(ValueError, match="the weights are sharded: save the adapter"):
+        merge_adapter(model)
+    # fp32 adapters and head beside a decoder in 16 bits
+    alone, model = dropped_model(dtype=torch.bfloat16), dropped_model(dtype=torch.bfloat16)
+    for module in (*model.embedding_model.layers, model.head, model):
+        fully_shard(module)
+    cached_step(alone, texts[0], in_batch_loss, max_tokens=64, seed=seed_of)
+    cached_step(model, texts[0], in_batch_loss, max_tokens=64, seed=seed_of)  # the same on both ranks
+    assert {g.dtype for g in gradients(model).values()} == {torch.float32}
+    assert worst_difference(gradients(model), gradients(alone)) < 1e-5
+    say(f"bf16 equal on rank {rank}")
     dist.barrier()
     # no teardown: gloo's thread and the interpreter may wait for each other there (torch 2.13)
     os._exit(0)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_lora import adapted_model
 from whole_model import HEADS, gradients_of, loss_of, make_batch, make_model
 
 from nvembed_fast import ops
@@ -32,3 +33,16 @@ def test_compiles_as_one_graph_for_all_lengths(head, device):
         if seed == 1:
             settled = len(graphs)
     assert len(graphs) == settled, f"{len(graphs) - settled} recompilations for other lengths"
+
+
+@pytest.mark.slow
+def test_adapters_compile_as_one_graph(device):
+    torch._dynamo.reset()
+    model, batch = adapted_model(layers=1).to(device), make_batch(device)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with ops.use_impl("torch"):
+        wanted = {name: g.clone() for name, g in gradients_of(model, batch, "torch").items()}
+        model.zero_grad()
+        loss_of(compiled, batch).backward()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6, msg=name)

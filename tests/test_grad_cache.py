@@ -188,13 +188,14 @@ def test_another_module_is_refused():
 
 
 @pytest.mark.slow
-def test_two_ranks_get_the_gradient_of_one_process():
+def test_two_ranks_get_the_gradient_of_one_process(tmp_path):
     """DDP and FSDP2, with other numbers of chunks, and refused where the ranks differ."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "tests" / "cached_steps.py")]
+    command += [str(ROOT / "tests" / "cached_steps.py"), str(tmp_path / "adapter")]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=100)
     assert run.returncode == 0, run.stderr[-4000:]
     for how in ("ddp", "fsdp2"):
         for what in ("equal on rank", "refused on rank", "equal again on rank"):
             assert run.stdout.count(f"{how} {what}") == 2, run.stdout
+    assert run.stdout.count("bf16 equal on rank") == 2

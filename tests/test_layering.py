@@ -90,13 +90,14 @@ WALLS = {
 }
 FOLDER_FILES: dict[str, set[str]] = {
     "checkpoint.__init__": set(),
+    "checkpoint.adapters": {"safetensors", "torch"},
     "checkpoint.decoders": {"torch"},
     "checkpoint.gguf": {"gguf", "numpy", "tokenizers", "torch"},
     "checkpoint.gguf_reader": {"gguf", "numpy"},
     "checkpoint.hub": {"huggingface_hub"},
     "checkpoint.load": {"safetensors", "torch", "tqdm"},
     "checkpoint.names": set(),
-    "checkpoint.sampling": {"numpy", "torch"},
+    "checkpoint.sampling": {"numpy", "safetensors", "torch"},
     "checkpoint.save": {"safetensors", "torch"},
     "cli.__init__": set(),
     "cli.check": {"numpy", "torch"},
@@ -118,6 +119,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "integrations.transformers": {"torch", "transformers"},
     "network.__init__": set(),
     "network.latent_head": {"einops", "torch"},
+    "network.lora": {"torch"},
     "network.mistral": {"torch"},
     "network.model": {"torch"},
     "network.pooling_heads": {"einops", "torch"},

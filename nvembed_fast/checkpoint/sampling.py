@@ -11,14 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
+from nvembed_fast import files
+from nvembed_fast.checkpoint import adapters
 from nvembed_fast.checkpoint.load import stored_tensors
 from nvembed_fast.checkpoint.names import published_tensors
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import DTYPES
 
-__all__ = ["loses_digits", "model_samples", "stored_samples"]
+__all__ = ["adapter_samples", "loses_digits", "model_samples", "stored_samples"]
 
 _ROWS = 8
 
@@ -50,6 +53,22 @@ def stored_samples(directory: Path, config: NVEmbedConfig) -> Iterator[Sample]:
                 rows = [os.pread(file.fileno(), width, first + row * width) for row in _rows(shape)]
                 values = torch.frombuffer(bytearray(b"".join(rows)), dtype=dtype)
                 yield name, shape, values.float().numpy()
+
+
+def adapter_samples(directory: str | os.PathLike) -> Iterator[Sample]:
+    """The same of an adapter that loads, under the names in its files, and the factor of B A."""
+    directory = files.current(files.expanded(directory))
+    config = files.read_json(directory / adapters.CONFIG_FILE)
+    scale = config.get("lora_alpha", 8) / config.get("r", 8)
+    yield "scale", (), np.asarray(scale, dtype=np.float32)
+    for file in (directory / name for name in (adapters.WEIGHTS_FILE, adapters.HEAD_FILE)):
+        if files.is_file(file):
+            with safe_open(file, framework="pt") as stored:
+                for name in stored.keys():  # noqa: SIM118
+                    view = stored.get_slice(name)
+                    shape = tuple(view.get_shape())
+                    rows = torch.cat([view[row : row + 1] for row in _rows(shape)])
+                    yield name, shape, rows.float().numpy()
 
 
 def model_samples(model: NVEmbedModel) -> Iterator[Sample]:

@@ -166,8 +166,9 @@ def _check_parameters(parameters: Mapping[str, torch.Tensor], table: dict[str, S
                 else "it is missing, or shared"
             )
             raise ValueError(
-                f"parameter {name!r} of the model: {where}. Merge an adapter before saving (PEFT: "
-                "merge_and_unload()), and remove parametrizations and wrappers. Nothing was saved"
+                f"parameter {name!r} of the model: {where}. Merge an adapter before saving "
+                "(merge_adapter(model), PEFT: merge_and_unload()), or save it alone (save_adapter). Remove "
+                "parametrizations and wrappers. Nothing was saved"
             )
         found, shape = parameters[name], wanted[name].shape
         if found.shape != shape or found.is_meta or not found.is_floating_point():

@@ -74,6 +74,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, is_positional: bool = 
         help=f"directory or hub id (default: ${MODEL_VARIABLE}, else {DEFAULT_MODEL}, which is gated and has "
         "15.7 GB)",
     )
+    parser.add_argument(
+        "--adapter", type=path, metavar="DIRECTORY", help="of a LoRA adapter to merge into it"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     parser.add_argument(
         "--dtype", help="float16, bfloat16, float32, float64 (default: the checkpoint's; float32 on a CPU)"
@@ -109,6 +112,7 @@ def load(arguments: argparse.Namespace) -> "NVEmbed":
     with process.telling(lambda: f"loading {arguments.model}"):
         return NVEmbed.from_pretrained(
             arguments.model,
+            adapter=arguments.adapter,
             device=arguments.device,
             dtype=arguments.dtype,
             impl=arguments.impl,

@@ -53,7 +53,7 @@ class Adapter:
 
 
 class AdaptedLinear(nn.Linear):
-    """A frozen product with adapters on it. `weight` and `bias` keep their names.
+    """A product with adapters on it. `weight` and `bias` keep their names.
 
     Attributes:
         lora_A: [P R, D] of P adapters of rank R, stacked.
@@ -63,7 +63,7 @@ class AdaptedLinear(nn.Linear):
     def __init__(self, base: nn.Linear, rows: Sequence[int], rank: int, scale: float, dropout: float):
         """
         Args:
-            base: the product. Its weight is taken over and frozen.
+            base: the product, whose weight is taken over.
             rows: per adapter, the rows of W that it stands on. They sum up to E.
             rank: R.
             scale: s.
@@ -72,9 +72,7 @@ class AdaptedLinear(nn.Linear):
         nn.Module.__init__(self)
         assert sum(rows) == base.out_features
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight.requires_grad_(False), base.bias
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self.weight, self.bias = base.weight, base.bias
         self.rows, self.rank, self.scale, self.dropout = tuple(rows), rank, scale, dropout
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(base.weight.new_zeros(len(rows) * rank, self.in_features, dtype=dtype))
