@@ -27,13 +27,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nvembed_fast import files, ops
+from nvembed_fast import files
 from nvembed_fast.checkpoint.names import Slot, published_tensors
 from nvembed_fast.config import check_integer
 from nvembed_fast.files import brief
-from nvembed_fast.network.lora import AdaptedLinear, Adapter, HeadTraining
+from nvembed_fast.network.lora import AdaptedLinear, Adapter, HeadTraining, takes_adapter
 from nvembed_fast.network.model import NVEmbedModel
-from nvembed_fast.network.pooling_heads import runs_as_written
 
 __all__ = ["add_lora", "load_adapter", "merge_adapter", "save_adapter"]
 
@@ -334,7 +333,7 @@ def _put_on(model: NVEmbedModel, adapter: Adapter, products: Mapping[str, Mappin
         raise ValueError("the weights are sharded: put the adapter on before fully_shard")
     for product in products:
         module = model.get_submodule(product)
-        if type(module) is not ops.Linear or not runs_as_written(module):
+        if not takes_adapter(module):
             raise ValueError(
                 f"{product} takes no adapter, it is {type(module).__name__} or has hooks: remove hooks, "
                 "wrappers and other adapters"

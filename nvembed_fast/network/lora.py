@@ -23,8 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvembed_fast import ops
+from nvembed_fast.network.pooling_heads import runs_as_written
 
-__all__ = ["AdaptedLinear", "Adapter", "HeadTraining", "whole_weight"]
+__all__ = ["AdaptedLinear", "Adapter", "HeadTraining", "takes_adapter", "whole_weight"]
 
 HeadTraining = Literal["full", "lora", "frozen"]
 
@@ -106,6 +107,11 @@ class AdaptedLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, rank={self.rank}, scale={self.scale:g}, rows={self.rows}"
+
+
+def takes_adapter(module: nn.Module) -> bool:
+    """Whether a module is one of our products, with no hook that would be lost."""
+    return type(module) is ops.Linear and runs_as_written(module)
 
 
 def whole_weight(linear: nn.Linear) -> torch.Tensor:
