@@ -20,6 +20,7 @@ SUITES = (
     "gated",
     "rotary",
     "mean_pool",
+    "masked_lse",
     "latent_block",
     "latent_attention",
     "absorbed_latent_attention",

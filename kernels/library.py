@@ -34,7 +34,13 @@ from nvembed_fast.kernels.errors import (
     check_rotary,
 )
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.kernels.reference import absorbed_latent_attention, geglu, latent_attention, swiglu
+from nvembed_fast.kernels.reference import (
+    absorbed_latent_attention,
+    geglu,
+    latent_attention,
+    masked_lse,
+    swiglu,
+)
 
 __all__ = [
     "absorbed_latent_attention",
@@ -42,6 +48,7 @@ __all__ = [
     "flash_attention",
     "geglu",
     "latent_attention",
+    "masked_lse",
     "mean_pool",
     "mean_pool_geglu",
     "rms_norm",

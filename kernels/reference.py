@@ -404,14 +404,8 @@ class _MaskedLSE(torch.autograd.Function):
         lse, highest, total = (q.new_zeros(len(q), dtype=wide) for _ in range(3))
         counts = torch.zeros(len(q), 3, dtype=torch.int32, device=q.device)
         for rows in _row_chunks(q, d):
-            scores, kept, counts[rows] = _kept_scores(q, d, masks, scale, rows)
-            dropped = kept.logical_not_()
-            total[rows] = scores.masked_fill_(dropped, 0.0).sum(1)
-            scores.masked_fill_(dropped, -torch.inf)
-            highest[rows] = scores.amax(1) if len(d) else -torch.inf
-            # in place: a chunk has no second buffer of its size
-            shift = highest[rows].masked_fill(highest[rows] == -torch.inf, 0.0)
-            lse[rows] = scores.sub_(shift[:, None]).exp_().sum(1).log_().add_(shift)
+            results = _lse_of_rows(q, d, masks, scale, rows)
+            lse[rows], highest[rows], total[rows], counts[rows] = results
         ctx.save_for_backward(q, d, *masks, lse)
         ctx.scale = scale
         ctx.mark_non_differentiable(highest, total, counts)
@@ -424,19 +418,34 @@ class _MaskedLSE(torch.autograd.Function):
         needs_dq, needs_dd = ctx.needs_input_grad[:2]
         dq = torch.zeros_like(q, dtype=lse.dtype) if needs_dq else None
         dd = torch.zeros_like(d, dtype=lse.dtype) if needs_dd else None
-        # a row that keeps nothing: exp(-inf - 0)
-        shift = lse.masked_fill(lse == -torch.inf, 0.0)
         with torch.autocast(q.device.type, enabled=False):
             for rows in _row_chunks(q, d):
-                ds, kept, _ = _kept_scores(q, d, masks, ctx.scale, rows)
-                ds.masked_fill_(kept.logical_not_(), -torch.inf).sub_(shift[rows, None]).exp_()
-                ds.mul_(ctx.scale * dlse[rows, None])
-                if dq is not None:
-                    torch.mm(ds, d.to(ds.dtype), out=dq[rows])
-                if dd is not None:
-                    dd.addmm_(ds.mT, q[rows].to(ds.dtype))
+                _add_gradient_of_rows(dq, dd, q, d, masks, ctx.scale, rows, lse, dlse)
         grads = (None if g is None else g.to(q.dtype) for g in (dq, dd))
         return *grads, None, None, None, None, None, None
+
+
+# functions of their own, so that a chunk's scores are freed before the next one's are made
+
+
+def _lse_of_rows(q, d, masks, scale, rows) -> tuple[torch.Tensor, ...]:
+    scores, dropped, counts = _scores(q, d, masks, scale, rows)
+    total = scores.masked_fill_(dropped, 0.0).sum(1)
+    scores.masked_fill_(dropped, -torch.inf)
+    highest = scores.amax(1) if len(d) else torch.full_like(total, -torch.inf)
+    # of a row that keeps nothing: minus infinity minus itself is NaN
+    shift = highest.masked_fill(highest == -torch.inf, 0.0)
+    return scores.sub_(shift[:, None]).exp_().sum(1).log_().add_(shift), highest, total, counts
+
+
+def _add_gradient_of_rows(dq, dd, q, d, masks, scale, rows, lse, dlse) -> None:
+    ds, dropped, _ = _scores(q, d, masks, scale, rows)
+    shift = lse[rows].masked_fill(lse[rows] == -torch.inf, 0.0)
+    ds.masked_fill_(dropped, -torch.inf).sub_(shift[:, None]).exp_().mul_(scale * dlse[rows, None])
+    if dq is not None:
+        torch.mm(ds, d.to(ds.dtype), out=dq[rows])
+    if dd is not None:
+        dd.addmm_(ds.mT, q[rows].to(ds.dtype))
 
 
 def _row_chunks(q: torch.Tensor, d: torch.Tensor) -> list[slice]:
@@ -444,21 +453,22 @@ def _row_chunks(q: torch.Tensor, d: torch.Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(q), step)]
 
 
-def _kept_scores(q, d, masks, scale, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(scores [R, M], whether they are kept, counts [R, 3]) of a chunk of rows."""
+def _scores(q, d, masks, scale, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(scores [R, M], whether they are dropped, counts [R, 3]) of a chunk of rows."""
     row_scopes, column_scopes, row_keys, column_keys, limits = masks
     wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scores = (q[rows].to(wide) @ d.to(wide).mT).mul_(scale)
     kept = _share_one(row_scopes[rows], column_scopes, row_scopes[rows] >= 0)
-    counts = [kept.sum(1)]
-    same = _share_one(row_keys[rows], column_keys, row_keys[rows] != 0).logical_and_(kept)
-    kept.logical_xor_(same)
-    counts.append(same.sum(1))
-    above = torch.zeros_like(kept) if limits is None else (scores > limits[rows, None]).logical_and_(kept)
-    kept.logical_xor_(above)
-    counts.append(above.sum(1))
-    return scores, kept, torch.stack(counts, dim=1).int()
+    numbers = [_count(kept)]
+    drop = _share_one(row_keys[rows], column_keys, row_keys[rows] != 0).logical_and_(kept)
+    numbers.append(_count(drop))
+    kept.logical_xor_(drop)
+    if limits is not None:
+        torch.gt(scores, limits[rows, None], out=drop).logical_and_(kept)
+        kept.logical_xor_(drop)
+    numbers.append(_count(drop) if limits is not None else torch.zeros_like(numbers[0]))
+    return scores, kept.logical_not_(), torch.stack(numbers, dim=1).int()
 
 
 def _share_one(rows: torch.Tensor, columns: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
@@ -466,5 +476,11 @@ def _share_one(rows: torch.Tensor, columns: torch.Tensor, counted: torch.Tensor)
     shared = torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
     for row, counts in zip(rows.unbind(1), counted.unbind(1), strict=True):
         for column in columns.unbind(1):
-            shared |= (row[:, None] == column) & counts[:, None]
+            shared.logical_or_((row[:, None] == column).logical_and_(counts[:, None]))
     return shared
+
+
+def _count(mask: torch.Tensor) -> torch.Tensor:
+    """[R] of [R, M]. In parts, because a sum of bool makes a copy in int64."""
+    step = max(1, 2**18 // max(1, mask.shape[1]))
+    return torch.cat([part.sum(1) for part in mask.split(step)])

@@ -8,6 +8,7 @@ a frozen problem: `name` is the pytest id and the row label of the benchmark,
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -324,6 +325,66 @@ ROTARY_CASES = (
     RotaryCase("nvembed-32x512", (512,) * 32, 32, 8, 128, bench=True),
 )
 ROTARY_CPU = (RotaryCase("smollm2-8x256", (256,) * 8, 9, 3, 64, bench=True),)
+
+
+@dataclass(frozen=True)
+class ScoreCase:
+    """Rows against columns, for `masked_lse`. Scores are of size `peak`.
+
+    A third of the rows and columns are of each of two scopes, the others of both. A row has three keys, and
+    one of 0. A limit lies in the widest gap among the highest fifth of a row's scores, so that no rounding
+    moves a score across.
+    """
+
+    name: str
+    num_rows: int
+    num_columns: int
+    width: int
+    masked: bool = True
+    limited: bool = False
+    peak: float = 3.0
+    bench: bool = False
+
+    def inputs(self, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+        """(q, d, row_scopes, column_scopes, row_keys, column_keys, limits, scale)."""
+        g = generator(seed)
+        q = torch.randn(self.num_rows, self.width, generator=g).to(dtype)
+        d = torch.randn(self.num_columns, self.width, generator=g).to(dtype)
+        scale = self.peak / self.width**0.5
+        # the scope 1, and as a second one 2 or none
+        row_scopes = 1 + torch.arange(self.num_rows)[:, None] % 3 % 2
+        column_scopes = torch.tensor([(1, -1), (2, -1), (1, 2)])[torch.arange(self.num_columns) % 3]
+        column_keys = 1 + torch.arange(self.num_columns)[:, None] % max(1, 3 * self.num_columns // 4)
+        row_keys = torch.randint(1, self.num_columns + 2, (self.num_rows, 4), generator=g)
+        row_keys[:, 2] = 0
+        if not self.masked:
+            row_scopes, column_scopes = torch.zeros_like(row_scopes), torch.zeros_like(column_scopes[:, :1])
+            row_keys = torch.zeros_like(row_keys[:, :1])
+        limits = None
+        if self.limited:
+            scores = (scale * q.double() @ d.double().mT).sort(dim=1).values[:, -self.num_columns // 5 :]
+            widest = scores.diff(dim=1).argmax(dim=1, keepdim=True)
+            limits = ((scores.gather(1, widest) + scores.gather(1, widest + 1)) / 2).squeeze(1).float()
+        tensors = q, d, row_scopes, column_scopes.contiguous(), row_keys, column_keys, limits
+        return *(None if t is None else t.to(device) for t in tensors), scale
+
+    def flops(self, backward: bool = False) -> int:
+        products = 3 if backward else 1  # the scores, or these again, dq and dd
+        return 2 * products * self.num_rows * self.num_columns * self.width
+
+
+SCORE_CASES = (
+    ScoreCase("one-column", 33, 1, 16, masked=False),
+    ScoreCase("no-tile-divides", 37, 77, 80),
+    ScoreCase("limited", 70, 150, 48, limited=True),
+    ScoreCase("unmasked", 33, 140, 32, masked=False),
+    ScoreCase("peaked", 40, 130, 64, peak=30.0),
+    ScoreCase("wide", 20, 40, 700),
+    ScoreCase("long", 7, 2300, 96),
+    ScoreCase("nvembed-8k", 8192, 8192, 4096, limited=False, bench=True),
+    ScoreCase("nvembed-128x1k", 128, 1024, 4096, bench=True),
+)
+SCORE_CPU = (ScoreCase("smollm2-256x2k", 256, 2048, 576, bench=True),)
 
 
 def small(cases: tuple) -> list:

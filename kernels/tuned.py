@@ -49,6 +49,7 @@ _FLASH = Kernel(
 )
 _FLASH_FWD = Kernel(_FLASH.shape, ("BLOCK_T", "BLOCK_N", "USE_TMA", "AHEAD", "num_warps", "num_stages"))
 _POOL = Kernel(("width", "bits"), ("TOKENS", "BLOCK_T", "BLOCK_D", "num_warps"))
+_SCORES = Kernel(("width", "bits"), ("BLOCK_B", "BLOCK_M", "BLOCK_D", "num_warps", "num_stages"))
 KERNELS = {
     "absorbed_latent_attention.fwd": Kernel(
         ("latents", "bits"), ("BLOCK_T", "BLOCK_L", "BLOCK_K", "USE_TMA", "num_warps", "num_stages")
@@ -59,6 +60,8 @@ KERNELS = {
     "latent_attention.fwd": Kernel(
         ("width", "latents", "bits"), ("BLOCK_T", "BLOCK_L", "USE_TMA", "num_warps", "num_stages")
     ),
+    "masked_lse.fwd": _SCORES,
+    "masked_lse.bwd": _SCORES,
     "mean_pool.fwd": _POOL,
     "mean_pool.bwd": _POOL,
     "mean_pool.geglu_fwd": _POOL,

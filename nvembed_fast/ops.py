@@ -19,8 +19,8 @@ run it while it traces. So what was not proven before is not taken there: load t
 model by `NVEmbed.from_pretrained`, or call `prove`, before compiling.
 
 Under autocast an operation takes its tensors in one dtype, as PyTorch's own do.
-An operation built on matrix products takes autocast's dtype. A norm takes the
-widest dtype among its tensors.
+An operation built on matrix products takes autocast's dtype. A norm and the scores
+of the loss take the widest dtype among their tensors.
 """
 
 import contextlib
@@ -219,6 +219,7 @@ def _kernel(name: str) -> Callable:
             flash_attention,
             gated,
             latent_attention,
+            masked_lse,
             mean_pool,
             rms_norm,
             rotary,
@@ -234,6 +235,7 @@ def _kernel(name: str) -> Callable:
         _kernels["rotary"] = rotary.rotary
         _kernels["swiglu"] = gated.swiglu
         _kernels["geglu"] = gated.geglu
+        _kernels["masked_lse"] = masked_lse.masked_lse
     return _kernels[name]
 
 
@@ -308,6 +310,7 @@ OPERATIONS = (
     "rotary",
     "swiglu",
     "geglu",
+    "masked_lse",
 )
 
 
@@ -401,7 +404,8 @@ def masked_lse(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log of the sum of exp(score) over the columns that a row keeps. Contract: `reference.masked_lse`."""
     q, d = _in_widest_dtype(q, d)
-    return reference.masked_lse(q, d, row_scopes, column_scopes, row_keys, column_keys, limits, scale)
+    masks = row_scopes, column_scopes, row_keys, column_keys
+    return _run(reference.masked_lse, q, d, *masks, limits, scale)
 
 
 # a matrix product is a library's on every device

@@ -42,6 +42,7 @@ from nvembed_fast.kernels.testing import (
     PoolCase,
     RotaryCase,
     RowCase,
+    ScoreCase,
 )
 from nvembed_fast.verdicts import DIRECTIONS, Finding, Item, facts
 
@@ -302,6 +303,34 @@ def _gates(
         yield problem("NV-Embed", RowCase("nvembed", 150, 14336))
 
 
+def _score_problems(
+    operation: str, device: torch.device, dtype: torch.dtype, full_size: bool = False
+) -> Iterator[Problem]:
+    def problem(name: str, case: ScoreCase, used: slice = slice(1), **more: Any) -> Problem:
+        q, d, *masks = case.inputs(str(device), dtype)
+
+        def call(function: Callable, q: torch.Tensor, d: torch.Tensor):
+            outputs = function(q, d, *masks)[used]
+            # a row that keeps nothing
+            return tuple([t.to(outputs[0].dtype).masked_fill(t == -torch.inf, 7.0) for t in outputs])
+
+        return Problem(name, (q, d), call, **more)
+
+    if full_size:
+        yield problem("8k x 8k", _named(testing.SCORE_CASES, "nvembed-8k"))
+        return
+    # several tiles of rows and of columns, in several splits
+    limited = ScoreCase("limited", 140, 300, 80, limited=True)
+    yield problem("all results", limited, used=slice(None), directions=("forward",))
+    yield problem("limited", limited)
+    yield problem("by odd rows", ScoreCase("odd", 37, 77, 77), gap=ODD)
+    yield problem("several tiles in a split", ScoreCase("long", 7, 4500, 32))
+    yield problem("without masks", ScoreCase("unmasked", 33, 140, 32, masked=False))
+    yield problem("peaked", ScoreCase("peaked", 40, 130, 64, peak=30.0))
+    if device.type == "cuda":
+        yield problem("NV-Embed", ScoreCase("nvembed", 300, 600, 4096, limited=True))
+
+
 def _named(cases: tuple, name: str):
     (case,) = (case for case in cases if case.name == name)
     return case
@@ -323,6 +352,7 @@ _PROBLEMS: dict[str, Callable[..., Iterator[Problem]]] = {
     "rotary": _rotations,
     "swiglu": _gates,
     "geglu": _gates,
+    "masked_lse": _score_problems,
 }
 
 

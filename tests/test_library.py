@@ -21,8 +21,10 @@ from nvembed_fast.kernels.testing import (
     NORM_CASES,
     POOL_CASES,
     ROTARY_CASES,
+    SCORE_CASES,
     AttentionCase,
     PoolCase,
+    as_tuple,
     assert_gradient_parity,
     assert_parity,
     small,
@@ -34,7 +36,7 @@ DTYPES = pytest.mark.parametrize(
 # two lengths in turns, so that sorting makes two runs of fourteen
 UNSORTED = AttentionCase("unsorted", (9, 20) * 6 + (0, 9, 9), 4, 2, 32)
 # the operations that are the reference's own
-REUSED = {"absorbed_latent_attention", "geglu", "latent_attention", "swiglu"}
+REUSED = {"absorbed_latent_attention", "geglu", "latent_attention", "masked_lse", "swiglu"}
 
 
 def _norm(case, *args):
@@ -57,6 +59,12 @@ def _rotary(case, *args):
     return (qkv,), dict(zip(("cos", "sin", "positions", "num_rotated"), rest, strict=True))
 
 
+def _scores(case, *args):
+    q, d, *rest = case.inputs(*args)
+    names = ("row_scopes", "column_scopes", "row_keys", "column_keys", "limits", "scale")
+    return (q, d), dict(zip(names, rest, strict=True))
+
+
 # operation -> (its cases, what makes its tensors and its other arguments from one)
 PROBLEMS = {
     "flash_attention": ([*small(ATTENTION_CASES), ATTENTION_PACK, UNSORTED], _attention),
@@ -72,6 +80,7 @@ PROBLEMS = {
     "rotary": (small(ROTARY_CASES), _rotary),
     "swiglu": (small(GATED_CASES), lambda c, *args: ((c.gated_input(*args),), {})),
     "geglu": (small(GATED_CASES), lambda c, *args: ((c.gated_input(*args),), {})),
+    "masked_lse": (small(SCORE_CASES), _scores),
 }
 
 
@@ -116,7 +125,8 @@ def test_ops_takes_the_reused_ones_too(name, dtype, device):
     cases, make = PROBLEMS[name]
     tensors, others = make(cases[2], device, dtype)
     with ops.use_impl("library"):
-        assert torch.equal(getattr(ops, name)(*tensors, **others), _bound(reference, name, others)(*tensors))
+        got, wanted = (f(*tensors) for f in (_bound(ops, name, others), _bound(reference, name, others)))
+    assert all(map(torch.equal, as_tuple(got), as_tuple(wanted)))
 
 
 @DTYPES

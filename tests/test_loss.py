@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nvembed_fast import ops
 from nvembed_fast.training.loss import Candidates, contrastive_loss
 
 PRIVATE = 2**32
@@ -283,3 +284,44 @@ def test_rejects(change, message):
     c = replace(c, **{k: v for k, v in change.items() if k not in options})
     with pytest.raises(ValueError, match=message):
         contrastive_loss(q, d, c, **options)
+
+
+def _rounding(masked_lse):
+    """The planted fault: scores as a product of bf16 rounds them."""
+
+    def rounded(q, d, *masks):
+        *masks, limits, scale = masks
+        scores = (scale * (q.bfloat16() @ d.bfloat16().mT)).bfloat16().to(q.dtype)
+        # masks of the test drop the diagonal alone
+        scores = scores.masked_fill(torch.eye(*scores.shape, dtype=torch.bool), -torch.inf)
+        return scores.logsumexp(1), *masked_lse(q, d, *masks, limits, scale)[1:]
+
+    return rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("planted", [False, True], ids=["honest", "scores in bf16"])
+def test_under_autocast_the_gradient_stays_within_5e_3_of_float64(planted, dtype, monkeypatch):
+    """At temperature 0.02 and NV-Embed's width. Scores in bf16 are off by ten times that."""
+    g = torch.Generator().manual_seed(0)
+    noise = lambda rows: torch.randn(rows, 4096, generator=g)  # noqa: E731
+    # as trained vectors: cosines of 0.5 to 0.7, because all share a direction
+    common, topics = noise(1), noise(64)
+    q = (common + 0.5 * topics + 0.5 * noise(64)).to(dtype)
+    d = (common + 0.5 * topics.repeat(2, 1) + 0.5 * noise(128)).to(dtype)
+    own = torch.arange(64)
+    c = Candidates(
+        torch.stack([own, own], 1),
+        torch.zeros(64, dtype=torch.int64),
+        torch.zeros(128, 2, dtype=torch.int64),
+        1 + own[:, None],
+        1 + torch.arange(128),
+    )
+    loss = partial(loss_of, c=c, temperature=0.02)
+    wanted = value_and_gradients(loss, q.double(), d.double(), torch.float64)
+    if planted:
+        monkeypatch.setattr("nvembed_fast.ops.masked_lse", _rounding(ops.masked_lse))
+    with torch.autocast("cpu", torch.bfloat16):
+        got = value_and_gradients(loss, q, d, dtype)
+    error = max(distances(got, wanted)[1:])
+    assert (error > 2e-2) if planted else (error < 5e-3)

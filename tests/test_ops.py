@@ -137,7 +137,7 @@ def test_a_shape_beyond_a_kernels_limits_takes_the_library_under_auto_alone(
 def _valid(name, device) -> dict[str, object]:
     """Arguments by keyword, of small tensors."""
     layout = SeqLayout((3, 0, 4), device)
-    t = functools.partial(torch.ones, device=device)
+    t, ids = (functools.partial(torch.ones, device=device, dtype=d) for d in (None, torch.int64))
     attention = {"q": t(7, 4, 16), "k": t(7, 2, 16), "v": t(7, 2, 16), "layout": layout}
     norm = {"x": t(7, 32), "weight": t(32), "eps": 1e-5}
     return {
@@ -163,6 +163,16 @@ def _valid(name, device) -> dict[str, object]:
         },
         "swiglu": {"gate_up": t(7, 32)},
         "geglu": {"value_gate": t(7, 32)},
+        "masked_lse": {
+            "q": t(7, 32),
+            "d": t(5, 32),
+            "row_scopes": ids(7, 1),
+            "column_scopes": ids(5, 2),
+            "row_keys": 2 * ids(7, 3),
+            "column_keys": ids(5, 1),
+            "limits": 40 * t(7),
+            "scale": 0.5,
+        },
     }[name]
 
 
@@ -245,6 +255,28 @@ WRONG = [
         lambda x: x[:, :0],
         r"value_gate must be .* an even, positive number",
     ),
+    ("masked_lse", "q", lambda q: q[0], r"q must be \[B, D\] with contiguous rows and D > 0, got \(32,\)"),
+    ("masked_lse", "q", _columns_first, r"q must be \[B, D\] with contiguous rows"),
+    ("masked_lse", "q", lambda q: q[:, :0], r"q must be \[B, D\] .* got \(7, 0\)"),
+    ("masked_lse", "q", lambda q: q.int(), "q must be fp16, bf16 or fp32"),
+    ("masked_lse", "d", lambda d: d[:, :16], r"d must be \[M, 32\] torch.float32 on .* got \(5, 16\)"),
+    ("masked_lse", "d", lambda d: d.half(), r"d must be \[M, 32\] torch.float32 on .* torch.float16"),
+    ("masked_lse", "d", _columns_first, r"d must be \[M, 32\] .* with contiguous rows"),
+    (
+        "masked_lse",
+        "row_scopes",
+        lambda t: t[:6],
+        r"row_scopes must be \[7, S\] torch.int64 on .* got \(6, 1\)",
+    ),
+    ("masked_lse", "row_scopes", lambda t: t[:, 0], r"row_scopes must be \[7, S\]"),
+    ("masked_lse", "column_scopes", lambda t: t.int(), r"column_scopes must be \[5, S\] .* torch.int32"),
+    ("masked_lse", "row_keys", lambda t: t[:, :0], r"row_keys must be \[7, K\] torch.int64"),
+    ("masked_lse", "row_keys", lambda t: t.repeat(1, 2)[:, ::2], r"row_keys must be .* contiguous"),
+    ("masked_lse", "column_keys", lambda t: t.to("meta"), r"column_keys must be \[5, K\] .* on meta"),
+    ("masked_lse", "limits", lambda t: t[:6], r"limits must be \[7\] torch.float32 on .* got \(6,\)"),
+    ("masked_lse", "limits", lambda t: t.half(), r"limits must be \[7\] torch.float32"),
+    ("masked_lse", "limits", lambda t: t.requires_grad_(), "limits must be .* contiguous and detached"),
+    ("masked_lse", "scale", lambda _: 0.0, "scale must be positive and finite, got 0.0"),
 ]
 
 
@@ -308,7 +340,7 @@ def test_every_operation_reaches_its_kernel():
     """A wrong module name in the table would show only on a GPU otherwise."""
     for name in ops.OPERATIONS:
         assert ops._kernel(name).__name__ == name
-    assert len(ops.OPERATIONS) == 10
+    assert len(ops.OPERATIONS) == 11
 
 
 @pytest.mark.skipif(GPU, reason="about CPU libraries")
@@ -328,6 +360,7 @@ def _registered(device) -> dict[str, list[object]]:
     mask, fp32 = t(7, dtype=torch.bool), torch.float32
     q, k, latents, x, p = t(7, 4, 16), t(7, 2, 16), t(5, 4, 16), t(7, 32), t(7, 10)
     tables = (t(4, 8), t(4, 8), layout.positions, 2)
+    masks = [t(n, 1, dtype=torch.int64) for n in (7, 5, 7, 5)]
     return {
         "flash_attention": [q, k, k, lengths, 0.25, False],
         "flash_attention_bwd": [q, k, k, q, t(4, 7), q, t(4, 7), lengths, 0.25, False, True, True, True],
@@ -344,6 +377,8 @@ def _registered(device) -> dict[str, list[object]]:
         "rotary_": [t(7, 3, 16), *tables],
         "gated": [x, True],
         "gated_bwd": [x, t(7, 16), True],
+        "masked_lse": [x, t(5, 32), *masks, t(7), 0.5],
+        "masked_lse_bwd": [x, t(5, 32), *masks, t(7), t(7), t(7), 0.5, True, True],
     }
 
 

@@ -23,6 +23,7 @@ from nvembed_fast.kernels import (
     absorbed_latent_attention,
     flash_attention,
     latent_attention,
+    masked_lse,
     mean_pool,
     reference,
     rms_norm,
@@ -33,6 +34,7 @@ from nvembed_fast.kernels.testing import (
     LATENT_CASES,
     NORM_CASES,
     POOL_CASES,
+    SCORE_CASES,
     RowCase,
     as_tuple,
     assert_gradient_parity,
@@ -255,6 +257,21 @@ def test_an_entry_changes_the_tile_of_rms_norm(device, monkeypatch):
     assert {n: taken[kernels[1]][n] for n in backward} == backward
 
 
+def test_an_entry_changes_the_tile_of_masked_lse(device, monkeypatch):
+    q, d, *rest = case(SCORE_CASES, "no-tile-divides").inputs(device, torch.float16)
+    tile = {"BLOCK_B": 16, "BLOCK_M": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
+    entries = at(device, "masked_lse.fwd", "width128-bits16", **tile)
+    entries |= at(device, "masked_lse.bwd", "width128-bits16", **tile)
+    kernels = ("_masked_lse_fwd_kernel", "_masked_lse_bwd_kernel")
+    launches = spy_on_launches(monkeypatch, masked_lse, *kernels)
+    kernel, exact = (lambda q, d, m=m: m.masked_lse(q, d, *rest)[0] for m in (masked_lse, reference))
+    with tuned.use(entries):
+        assert_gradient_parity("entry", kernel, exact, [q, d])
+    for name, arguments in launches:
+        assert {n: arguments[n] for n in tile} == tile, name
+    assert {name for name, _ in launches} == set(kernels)
+
+
 def test_an_entry_of_other_bits_another_class_or_architecture_is_not_taken():
     for kernel, launch_config in (
         ("rms_norm.fwd", rms_norm._launch_config),
@@ -393,6 +410,7 @@ PARTS = {
     "absorbed_latent_attention": case(LATENT_CASES, "no-tile-divides"),
     "flash_attention": case(ATTENTION_CASES, "ragged-gqa"),
     "latent_attention": case(LATENT_CASES, "no-tile-divides"),
+    "masked_lse": case(SCORE_CASES, "limited"),
     "mean_pool": case(POOL_CASES, "ragged"),
     "rms_norm": case(NORM_CASES, "no-tile-divides"),
 }

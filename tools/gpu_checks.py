@@ -35,6 +35,7 @@ STEMS = (
     "flash_attention",
     "gated",
     "latent_attention",
+    "masked_lse",
     "mean_pool",
     "rms_norm",
     "rotary",
@@ -63,6 +64,11 @@ def problems(stem: str, device: str, dtype: torch.dtype, smallest: bool = False)
                 *tensors, heads = case.absorbed_inputs(device, dtype)
                 absorbed = functools.partial(ops.absorbed_latent_attention, num_heads=heads)
                 yield f"{stem} {case.name}", absorbed, tensors
+        case "masked_lse":
+            for case in cases(testing.SCORE_CASES, "nvembed-8k"):
+                q, d, *masks = case.inputs(device, dtype)
+                lse = lambda q, d, masks=masks: ops.masked_lse(q, d, *masks)[0]  # noqa: E731
+                yield f"{stem} {case.name}", lse, (q, d)
         case "mean_pool":
             for case in cases(testing.POOL_CASES, "nvembed-32x512", "nvembed-1x16384", "nvembed-32x512-mlp"):
                 geglu = case.name.endswith("mlp")

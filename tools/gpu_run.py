@@ -47,9 +47,10 @@ KERNELS = (
     "rms_norm",
     "rotary",
     "gated",
+    "masked_lse",
 )
 # flash_attention has slices of its own
-TUNED = ("absorbed_latent_attention", "latent_attention", "mean_pool", "rms_norm")
+TUNED = ("absorbed_latent_attention", "latent_attention", "masked_lse", "mean_pool", "rms_norm")
 SUITES = (
     "encode",
     "flash_attention",
@@ -60,6 +61,7 @@ SUITES = (
     "rms_norm",
     "gated",
     "rotary",
+    "masked_lse",
 )
 
 

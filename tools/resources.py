@@ -46,6 +46,7 @@ from nvembed_fast.kernels import (
     flash_attention,
     gated,
     latent_attention,
+    masked_lse,
     mean_pool,
     rms_norm,
     rotary,
@@ -78,6 +79,7 @@ WIDTH, HEADS, KV_HEADS, HEAD_WIDTH = 4096, 32, 8, 128
 GROUP = HEADS // KV_HEADS
 LATENTS, LATENT_HEADS, SWIGLU_WIDTH, GEGLU_WIDTH = 512, 8, 14336, 16384
 TOKENS = 4096
+ROWS = 512  # of the loss, against TOKENS columns
 
 Figures = dict[str, int]  # column -> value
 Row = dict[str, Any]  # name, kernel and capability beside the figures
@@ -187,6 +189,21 @@ def _latent_attention() -> Iterator[Example]:
                 yield Example(f"direct {width} {title}{name}", kernel, call)
 
 
+def _masked_lse() -> Iterator[Example]:
+    m = masked_lse
+    ids = partial(_empty, dtype=torch.int64)
+    masks = ids(ROWS, 1), ids(TOKENS, 2), ids(ROWS, 8), ids(TOKENS, 1)
+    for title, limits in (("", None), (" limited", _empty(ROWS, dtype=torch.float32))):
+        for name, dtype in DTYPES.items():
+            q, d = _empty(ROWS, WIDTH, dtype=dtype), _empty(TOKENS, WIDTH, dtype=dtype)
+            lse = _empty(ROWS, dtype=torch.float32)
+            forward = partial(m.masked_lse, q, d, *masks, limits, 50.0)
+            backward = partial(m._launch_bwd, q, d, *masks, limits, lse, lse, 50.0, True, True)
+            yield Example(f"forward{title} {name}", "fwd", forward)
+            yield Example(f"backward{title} {name}", "bwd", backward)
+    yield Example("combine", "fwd_combine", forward)
+
+
 def _mean_pool() -> Iterator[Example]:
     layout, mask = SeqLayout((TOKENS,), "meta"), _empty(TOKENS, dtype=torch.bool)
     for op, width in ((mean_pool.mean_pool, WIDTH), (mean_pool.mean_pool_geglu, GEGLU_WIDTH)):
@@ -233,6 +250,7 @@ EXAMPLES = {
     "flash_attention": _flash_attention,
     "gated": _gated,
     "latent_attention": _latent_attention,
+    "masked_lse": _masked_lse,
     "mean_pool": _mean_pool,
     "rms_norm": _rms_norm,
     "rotary": _rotary,

@@ -44,10 +44,12 @@ from nvembed_fast.kernels.testing import (
     LATENT_CASES,
     NORM_CASES,
     POOL_CASES,
+    SCORE_CASES,
     AttentionCase,
     LatentCase,
     PoolCase,
     RowCase,
+    ScoreCase,
     as_tuple,
     assert_parity,
     attention_gradients,
@@ -60,7 +62,7 @@ from tools import resources
 RULE = "rule"
 EPS = 1e-5
 WIDTH = 80  # of a label in the tables
-Case = AttentionCase | LatentCase | PoolCase | RowCase
+Case = AttentionCase | LatentCase | PoolCase | RowCase | ScoreCase
 Results = Sequence[torch.Tensor]
 
 
@@ -87,6 +89,7 @@ class Problem:
         cases: the timed ones.
         part: of the same class, small enough for float64.
         candidates: capability -> values of the kernel's constants, in their order.
+        dtype: of the inputs. It is that of the row.
     """
 
     kernel: str
@@ -95,6 +98,7 @@ class Problem:
     cases: tuple[Case, ...]
     part: Case
     candidates: Mapping[int, tuple[tuple, ...]]
+    dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
@@ -201,6 +205,41 @@ def _norm_backward(case: RowCase, device: str, dtype: torch.dtype) -> Launch:
     return Launch(
         lambda: _launch_bwd(h, weight, dy, dh_out, EPS, True, True),
         lambda: (exact(h, weight), exact(h.double(), weight.double())),
+    )
+
+
+def _scores(case: ScoreCase, device: str, dtype: torch.dtype) -> Launch:
+    from nvembed_fast.kernels.masked_lse import masked_lse
+
+    q, d, *rest = case.inputs(device, dtype)
+
+    def lse_and_total(function: Callable, *tensors: torch.Tensor) -> Results:
+        return function(*tensors, *rest)[:3:2]
+
+    return _beside_reference(
+        functools.partial(lse_and_total, masked_lse),
+        functools.partial(lse_and_total, reference.masked_lse),
+        (q, d),
+    )
+
+
+def _scores_backward(case: ScoreCase, device: str, dtype: torch.dtype) -> Launch:
+    from nvembed_fast.kernels.masked_lse import _launch_bwd, masked_lse
+
+    q, d, *rest = case.inputs(device, dtype)
+    masks: Any = rest[:-1]
+    lse = masked_lse(q, d, *rest)[0]
+    (dlse,) = upstream_of([lse])
+
+    def exact(q: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
+        return reference.masked_lse(q, d, *rest)[0]
+
+    return Launch(
+        lambda: _launch_bwd(q, d, *masks, lse, dlse, rest[-1], True, True),  # type: ignore[call-arg]
+        lambda: (
+            gradients(exact, [q, d], [dlse])[1],
+            gradients(exact, [q.double(), d.double()], [dlse])[1],
+        ),
     )
 
 
@@ -319,6 +358,31 @@ def _pool_problems(geglu: bool) -> list[Problem]:
     ]
 
 
+def _score_problems() -> list[Problem]:
+    # BLOCK_B, BLOCK_M, BLOCK_D, num_warps, num_stages
+    tries = (
+        *((64, 64, 16, 4, 3), (64, 64, 32, 4, 2), (128, 64, 16, 8, 3), (128, 128, 16, 8, 2)),
+        *((32, 64, 32, 4, 3), (128, 64, 32, 8, 2)),
+    )
+    case = functools.partial(_case, SCORE_CASES, "nvembed-8k")
+    cases = (case(), _case(SCORE_CASES, "nvembed-128x1k"))
+    return [
+        Problem(
+            f"masked_lse.{which}",
+            f"masked_lse: {title} fp32",
+            prepare,
+            cases,
+            case(num_rows=70, num_columns=300),
+            {80: tries, 90: tries},
+            torch.float32,
+        )
+        for which, title, prepare in (
+            ("fwd", "forward", _scores),
+            ("bwd", "backward", _scores_backward),
+        )
+    ]
+
+
 def _norm_problems() -> list[Problem]:
     # BLOCK_T, num_warps. Backward has ROWS before them
     forward = ((1, 4), (1, 8), (1, 16))
@@ -348,6 +412,7 @@ def problems() -> list[Problem]:
         *_pool_problems(geglu=False),
         *_pool_problems(geglu=True),
         *_norm_problems(),
+        *_score_problems(),
     ]
 
 
@@ -550,7 +615,7 @@ def search(
     selected: Sequence[Problem],
     compile_all: Callable[[Problem, int], dict[str, resources.Figures]],
     device: str,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     seconds: float,
     machine: results.Machine | None,
     path: Path | None = None,
@@ -558,6 +623,7 @@ def search(
     """Compile, check, time and print problem by problem. With a `machine` each is written as it is done.
 
     Args:
+        dtype: None is that of each problem.
         path: the file to write. None is the one that launches read.
     """
     path = path or tuned.FILE
@@ -574,7 +640,7 @@ def search(
         print(_compile_table(rows, sm), flush=True)
         rule = next(iter(configs))
         tried = {name: configs[name] for name in survivors(rows, sm) if name != rule}
-        key, times, red = measure(problem, tried, device, dtype, seconds)
+        key, times, red = measure(problem, tried, device, dtype or problem.dtype, seconds)
         print("".join(f"  parity is red, dropped: {line}\n" for line in red) + _time_table(problem, times))
         winner = fastest(times)
         verdict = f"{winner} beats the rule" if winner else f"none beats the rule, {rule}"
@@ -652,7 +718,7 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 compile_all = functools.partial(_compile_all, pool=pool)
                 machine = results.machine(args.commit) if args.write else None
-                search(selected, compile_all, "cuda", torch.bfloat16, args.seconds, machine, args.write)
+                search(selected, compile_all, "cuda", None, args.seconds, machine, args.write)
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             print("\ninterrupted, the entries written so far stay", file=sys.stderr)

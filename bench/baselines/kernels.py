@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from bench.measure.comparison import Implementation
 from nvembed_fast.kernels import library
@@ -20,6 +21,7 @@ from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.packing import pad_rows
 
 NEEDS_GPU = "needs a GPU"
+SCORE_ROWS = 32  # of a chunk: sentence-transformers' default
 # [T, N, H] to [1, N, T, H] and back
 ONE_BATCH: dict[str, Any] = {
     "arrange": lambda *tensors: tuple(t.transpose(0, 1)[None].contiguous() for t in tensors),
@@ -142,6 +144,36 @@ class Baselines:
             lambda q, k, v: flex(q, k, v, block_mask=mask(), enable_gqa=group > 1),
             **ONE_BATCH,
         )
+
+    def scores(self, reference: Callable, scale: float) -> list[Implementation]:
+        """Baselines of the cross entropy of row i of q [B, D] with column i among d [M, D], [B]."""
+
+        def targets(q: torch.Tensor) -> torch.Tensor:
+            return torch.arange(len(q), device=q.device)
+
+        def whole(q, d):
+            return F.cross_entropy(scale * q @ d.mT, targets(q), reduction="none")
+
+        def by_chunks(q, d):
+            """Chunks of rows, whose scores the backward makes again."""
+
+            def of_rows(q, d, rows):
+                return F.cross_entropy(scale * q @ d.mT, rows, reduction="none")
+
+            parts = zip(q.split(SCORE_ROWS), targets(q).split(SCORE_ROWS), strict=True)
+            return torch.cat([checkpoint(of_rows, q, d, rows, use_reentrant=False) for q, rows in parts])
+
+        def linear_cross_entropy(q, d):
+            options = torch.nn.LinearCrossEntropyOptions()
+            return F.linear_cross_entropy(scale * q, d, targets(q), reduction="none", options=options)
+
+        missing = "" if hasattr(F, "linear_cross_entropy") else "needs torch 2.13"
+        return [
+            *self.plain(reference),
+            Implementation("whole scores", whole),
+            Implementation("chunks of rows", by_chunks),
+            Implementation("F.linear_cross_entropy", linear_cross_entropy, obstacle=missing),
+        ]
 
     def latent_attention(self, reference: Callable) -> list[Implementation]:
         """Baselines of the direct form on q [T, N, H], k and v [L, N, H]."""

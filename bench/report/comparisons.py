@@ -28,6 +28,7 @@ SUITES = {
     "rms_norm": "RMSNorm",
     "rotary": "Rotary embeddings",
     "gated": "Gated activations",
+    "masked_lse": "Scores of the loss",
 }
 PROFILE, LIMITS = "profile", "limits"
 # "sweep-128x256 forward": 256 texts of 128 tokens; "direct sweep-64-latents forward"

@@ -235,7 +235,10 @@ def _negatives(
     return ops.masked_lse(
         rows.vectors,
         columns.vectors,
-        *(t.contiguous() for t in (rows.scopes, columns.scopes, rows.keys, columns.keys)),
+        rows.scopes.contiguous(),
+        columns.scopes.contiguous(),
+        rows.keys.contiguous(),
+        columns.keys.contiguous(),
         limits,
         1 / temperature,
     )
