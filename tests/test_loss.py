@@ -325,3 +325,43 @@ def test_under_autocast_the_gradient_stays_within_5e_3_of_float64(planted, dtype
         got = value_and_gradients(loss, q, d, dtype)
     error = max(distances(got, wanted)[1:])
     assert (error > 2e-2) if planted else (error < 5e-3)
+
+
+def test_a_limit_is_below_the_lowest_positive_also_when_it_is_negative():
+    """lowest * 0.95 would lie above a negative cosine."""
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    d = torch.tensor([[-0.8, 0.6], [0.0, 1.0], [-0.79, 0.6131]])
+    c = Candidates(
+        torch.tensor([(0, 0), (1, 1)]),
+        torch.tensor([0, 9]),
+        torch.tensor([(0, -1), (9, -1), (0, -1)]),
+        torch.tensor([[1], [2]]),
+        torch.tensor([1, 2, 3]),
+    )
+    kept = [
+        contrastive_loss(q, d, c, temperature=0.1, limit=share).metrics["negative_cosine"]
+        for share in (0.95, 1.05)
+    ]
+    assert kept[0] == 0 and kept[1] == pytest.approx(-0.79, abs=1e-4)
+
+
+def test_metrics_know_the_lowest_positive():
+    """A row with cosines 0.9 and 0.1 to its positives and 0.5 to a negative."""
+    q = torch.tensor([[1.0, 0.0]])
+    angles = torch.tensor([0.9, 0.1, 0.5]).acos()
+    d = torch.stack([angles.cos(), angles.sin()], 1)
+    zero = torch.zeros(3, 2, dtype=torch.int64)
+    c = Candidates(
+        torch.tensor([(0, 0), (0, 1)]), zero[0, :1], zero, torch.tensor([[1, 2]]), torch.tensor([1, 2, 3])
+    )
+    metrics = contrastive_loss(q, d, c, temperature=0.1).metrics
+    assert metrics["accuracy"] == metrics["hard_negative_wins"] == 1
+
+
+def test_all_options_give_the_same_bits_under_autocast():
+    q, d, c = problem(7, 2, 64)
+    c = replace(c, weights=torch.linspace(0.5, 1.5, 7))
+    loss = partial(loss_of, c=c, temperature=0.02, limit=0.95, both_directions=True)
+    wanted = value_and_gradients(loss, q, d, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, value_and_gradients(loss, q, d, torch.float32), wanted))
