@@ -146,6 +146,16 @@ def test_symmetric_texts_carry_the_instruction_on_both_sides(tmp_path, tokenizer
     assert batch.candidates.column_keys[0] == text_id("p0")
 
 
+def test_a_row_may_have_a_task_of_its_own(tmp_path, tokenizer):
+    records = pairs(3)
+    records[1]["prompt"], records[2]["prompt"] = "find", ""
+    data = data_set(tmp_path, records, instruction="it", symmetric=True, hard_negatives=0)
+    batch = BatchBuilder([data], tokenizer, max_length=9, seed=0).build(0, [("a", i) for i in range(3)])
+    fronts = ["Instruct : it Query : ", "Instruct : find Query : ", ""]
+    words = [f"{front}{c}{i}" for c in "qp" for i, front in enumerate(fronts)]
+    assert words_of(batch) == words and batch.texts.first_pooled == [5, 5, 0] * 2
+
+
 def test_scopes_follow_the_switches(tmp_path, tokenizer):
     sets = [
         data_set(tmp_path, pairs(), "all"),

@@ -107,6 +107,7 @@ BAD = {
     '{"query": "a", "pos": ["b"], "pos_scores": 1}': "'pos_scores' must be 1 numbers, .* got int",
     '{"query": "a", "pos": ["b"], "pos_scores": [NaN]}': "'pos_scores' must be finite numbers, got nan",
     '{"query": "a", "pos": ["b"], "pos_scores": [true]}': "'pos_scores' must be finite numbers, got True",
+    '{"query": "a", "pos": ["b"], "prompt": 3}': "'prompt' must be a string, got int",
     '{"text": "a", "label": "x"}': "say how it is used, by labels",
     " ": "is blank",
 }

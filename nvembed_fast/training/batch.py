@@ -89,10 +89,13 @@ class DataSet:
                 "(in_batch = false) its rows have nothing to learn from"
             )
 
-    @property
-    def instruction(self) -> str:
-        """What stands in front of a query: the task in the published template, or a whole instruction."""
-        task = self.settings.instruction
+    def instruction(self, prompt: str | None = None) -> str:
+        """What stands in front of a query: the task in the published template, or a whole instruction.
+
+        Args:
+            prompt: of the row, in the place of the data set's.
+        """
+        task = self.settings.instruction if prompt is None else prompt
         return task if not task.strip() or task.startswith("Instruct: ") else query_instruction(task)
 
     def check(self) -> None:
@@ -123,6 +126,7 @@ class _Picked(NamedTuple):
     negatives: list[str]
     row_keys: list[int]  # never negatives of this row
     column_keys: list[int]  # of the positives, then of the negatives
+    prompt: str | None = None
 
 
 class _Pairs:
@@ -140,7 +144,8 @@ class _Pairs:
             row.negatives[i] for i in draws.sample(len(row.negatives), self._data.settings.hard_negatives)
         ]
         keys = [text_id(text) for text in dict.fromkeys((row.query, *row.positives))]
-        return _Picked(row.query, positives, negatives, keys, [text_id(t) for t in positives + negatives])
+        column_keys = [text_id(text) for text in positives + negatives]
+        return _Picked(row.query, positives, negatives, keys, column_keys, row.prompt)
 
 
 class _Classes:
@@ -285,18 +290,19 @@ class BatchBuilder:
 
     def _tokenized(self, picked: list[_Picked], sets: list[DataSet], places: list[str]) -> TokenizedTexts:
         texts = [row.query for row in picked]
-        prefixes = [data.instruction for data in sets]
+        own = [data.instruction(row.prompt) for row, data in zip(picked, sets, strict=True)]
+        prefixes = list(own)
         origins = list(places)
-        for row, data, place in zip(picked, sets, places, strict=True):
+        for row, data, place, prefix in zip(picked, sets, places, own, strict=True):
             documents = row.positives + row.negatives
             texts += documents
-            prefixes += [data.instruction if data.settings.symmetric else ""] * len(documents)
+            prefixes += [prefix if data.settings.symmetric else ""] * len(documents)
             origins += [place] * len(documents)
         ids: list[np.ndarray] = [np.empty(0, dtype=np.int32)] * len(texts)
         first_pooled, num_cut = [0] * len(texts), 0
         # the tokenizer takes the texts of one instruction at once
         for prefix in dict.fromkeys(prefixes):
-            members = [i for i, own in enumerate(prefixes) if own == prefix]
+            members = [i for i, other in enumerate(prefixes) if other == prefix]
             found = self._tokenizer([texts[i] for i in members], prefix, self._max_length)
             num_cut += found.num_cut
             for i, text_ids, first in zip(members, found.ids, found.first_pooled, strict=True):

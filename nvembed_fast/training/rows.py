@@ -1,7 +1,7 @@
 """Rows of training data by their number: files of JSON lines, Arrow or Parquet.
 
-A row is `{"query": "..", "pos": [".."], "neg": [".."]}` with optional `pos_scores` and `neg_scores`, the
-form of FlagEmbedding, or `{"text": "..", "label": ".."}`. A plain string may stand where a list is
+A row is `{"query": "..", "pos": [".."], "neg": [".."]}` with optional `pos_scores`, `neg_scores` and `prompt`,
+the form of FlagEmbedding, or `{"text": "..", "label": ".."}`. A plain string may stand where a list is
 expected.
 
 A file of JSON lines is read by offsets, without a library and without an index beside it:
@@ -44,7 +44,8 @@ _ARROW, _PARQUET = (".arrow", ".feather", ".ipc"), (".parquet",)
 class Row:
     """A query, its positives and its own negatives.
 
-    The scores are a teacher's, one for each text, or None.
+    The scores are a teacher's, one for each text, or None. The prompt is the task of this row alone, in the
+    place of the data set's instruction. None: it has no other.
     """
 
     query: str
@@ -52,6 +53,7 @@ class Row:
     negatives: tuple[str, ...] = ()
     positive_scores: tuple[float, ...] | None = None
     negative_scores: tuple[float, ...] | None = None
+    prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,10 @@ def to_row(record: Any, place: str) -> Row:
         _scores(record.get(key), key, texts, place)
         for key, texts in (("pos_scores", positives), ("neg_scores", negatives))
     ]
-    return Row(query, positives, negatives, *scores)
+    prompt = record.get("prompt")
+    if prompt not in (None, ""):
+        _text(prompt, "'prompt'", place)
+    return Row(query, positives, negatives, *scores, prompt)
 
 
 def to_labelled(record: Any, place: str) -> Labelled:
