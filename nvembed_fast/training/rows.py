@@ -1,15 +1,15 @@
 """Rows of training data by their number: files of JSON lines, Arrow or Parquet.
 
-A row is `{"query": "..", "pos": [".."], "neg": [".."]}` with optional `pos_scores`, `neg_scores` and `prompt`,
-the form of FlagEmbedding, or `{"text": "..", "label": ".."}`. A plain string may stand where a list is
-expected.
+A row is `{"query": "..", "pos": [".."], "neg": [".."]}`, the form of FlagEmbedding, with optional
+`pos_scores`, `neg_scores` and `prompt`. Or it is `{"text": "..", "label": ".."}`. A plain string may stand
+where a list is expected.
 
 A file of JSON lines is read by offsets, without a library and without an index beside it:
 
 1. Opening reads it once in chunks. Each chunk leaves one entry: the first line that starts in it, and
    where.
 2. If there are more than MAX_ENTRIES entries, every second one goes and the chunks become twice as long. So
-   the index has at most 2 MB, whatever the size of the file.
+   the index has at most 4 MB, whatever the size of the file.
 3. A row is found between the last entry in front of it and the next one, with one read.
 
 The invariant: row i is line i + 1. So a blank line is an error, but for those at the end. A file that
@@ -23,6 +23,7 @@ import math
 import os
 import re
 import tempfile
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ from nvembed_fast import files
 
 __all__ = ["ArrowRows", "JsonRows", "Labelled", "Row", "Rows", "open_rows", "to_labelled", "to_row"]
 
-MAX_ENTRIES = 2**16
-_CHUNK_BYTES = 2**16
+MAX_ENTRIES = 2**18
+_CHUNK_BYTES = 2**14
 _ARROW_ROWS = 128  # of a Parquet file at once
 _ARROW, _PARQUET = (".arrow", ".feather", ".ipc"), (".parquet",)
 
@@ -128,7 +129,7 @@ class JsonRows(Rows):
         self._source = open(self.file, "rb", buffering=0)  # noqa: SIM115 - open as long as the rows
         digest = hashlib.blake2b(digest_size=16)
         chunk_bytes, offset, num_lines = _CHUNK_BYTES, 0, 0
-        self._lines, self._offsets = [0], [0]
+        self._lines, self._offsets = array("q", [0]), array("q", [0])
         ends_with_line = True
         while chunk := os.pread(self._source.fileno(), chunk_bytes, offset):
             digest.update(chunk)
