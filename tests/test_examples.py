@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from examples import docstring_pairs, quickstart, search, train_head
+from examples import docstring_pairs, finetune, quickstart, search, train_head
 from nvembed_fast import NVEmbed
 from nvembed_fast.training.rows import open_rows
 
@@ -73,3 +73,21 @@ def test_docstrings_give_pairs_and_always_the_same(tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit):
         docstring_pairs.main(["-o", str(files[0]), "--number", "5000"])
     assert "ask for fewer than 5000" in capsys.readouterr().err
+
+
+def test_finetune_goes_from_rows_to_a_model_that_encodes(tiny_directory, tmp_path, capsys):
+    rows = Path(finetune.__file__).parent / "rows.jsonl"
+    assert len(open_rows(rows)) == 10
+    output = tmp_path / "finetuned"
+    finetune.main(
+        [str(rows), "--model", str(tiny_directory), "-o", str(output), "--steps", "4", "--lr", "1e-3"]
+    )
+    *_, losses, found = capsys.readouterr().out.splitlines()
+    first, last = (float(losses.split()[i]) for i in (1, 6))
+    assert last < 0.9 * first, losses
+    assert int(found.split()[0]) >= 5, found
+    # the same command goes on, and there is nothing left to do
+    finetune.main(
+        [str(rows), "--model", str(tiny_directory), "-o", str(output), "--steps", "4", "--lr", "1e-3"]
+    )
+    assert capsys.readouterr().out.splitlines()[-2:] == [losses, found]
