@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nvembed_fast.training.recipe import Recipe
+from nvembed_fast.training.rows import open_rows
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
 NAMES = ("nv-embed-v2", "smollm2")
@@ -48,3 +49,20 @@ def test_the_values_that_are_known():
         "amazon_reviews",
         "emotion",
     }
+
+
+def test_the_recipe_of_the_page_is_one(tmp_path):
+    page = (FOLDER.parent / "docs" / "training.md").read_text()
+    (text,) = re.findall(r"^```text\n(output = .*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "recipe.toml").write_text(text)
+    recipe = Recipe.from_file(tmp_path / "recipe.toml")
+    assert recipe.data[0].file == str(tmp_path / "pairs.jsonl") and recipe.train.batch == 32
+    assert all("#" in line for line in text.splitlines() if line and line[0] not in "[i")
+
+
+def test_the_rows_of_the_page_are_some(tmp_path):
+    page = (FOLDER.parent / "docs" / "training.md").read_text()
+    (text,) = re.findall(r"^```text\n(\{.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "rows.jsonl").write_text(text)
+    rows = open_rows(tmp_path / "rows.jsonl")
+    assert rows.row(0).negatives and rows.labelled(1).label == "refund" and len(rows) == 2
