@@ -126,6 +126,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "training.__init__": set(),
     "training.batch": {"numpy", "torch"},
     "training.converters": set(),
+    "training.auxiliary_losses": {"torch"},
     "training.gather": {"torch"},
     "training.grad_cache": {"numpy", "torch"},
     "training.loss": {"torch"},

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nvembed_fast import ops
-from nvembed_fast.training.loss import Candidates, contrastive_loss
+from nvembed_fast.training.loss import Candidates, contrastive_loss, matryoshka_loss
 
 PRIVATE = 2**32
 SCOPES = ("everybody", "sets", "own", "mixed")
@@ -365,3 +365,14 @@ def test_all_options_give_the_same_bits_under_autocast():
     wanted = value_and_gradients(loss, q, d, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         assert all(map(torch.equal, value_and_gradients(loss, q, d, torch.float32), wanted))
+
+
+def test_matryoshka_is_the_mean_over_cut_vectors():
+    q, d, c = problem(7, 2, 24)
+    got = matryoshka_loss(q, d, c, [24, 8], temperature=0.05)
+    cut, whole = (contrastive_loss(q[:, :n], d[:, :n], c, temperature=0.05) for n in (8, 24))
+    torch.testing.assert_close(got.loss, (cut.loss + whole.loss) / 2)
+    assert got.metrics["accuracy"] == whole.metrics["accuracy"] and got.metrics["loss"] == got.loss
+    for widths in ([], [0, 8], [25]):
+        with pytest.raises(ValueError, match="widths must be from 1 to 24, got"):
+            matryoshka_loss(q, d, c, widths, temperature=0.05)

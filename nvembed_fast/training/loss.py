@@ -23,14 +23,14 @@ rounded to bf16 put the gradient off by 5 %. Source of the loss: InfoNCE (arXiv
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import inf, isfinite
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from nvembed_fast import ops
 
-__all__ = ["Candidates", "Columns", "LossResult", "contrastive_loss"]
+__all__ = ["Candidates", "Columns", "LossResult", "contrastive_loss", "matryoshka_loss"]
 
 
 @dataclass(frozen=True)
@@ -201,6 +201,35 @@ def contrastive_loss(
             per_row = per_row * c.weights
         loss = per_row.mean()
     return LossResult(loss, {"loss": loss.detach(), **metrics})
+
+
+def matryoshka_loss(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    candidates: Candidates,
+    widths: Sequence[int],
+    **options: Any,
+) -> LossResult:
+    """The mean of `contrastive_loss` over vectors cut to their first columns (arXiv 2205.13147).
+
+    Args:
+        queries, documents, candidates, options: as in `contrastive_loss`.
+        widths: numbers of columns, up to D.
+
+    Returns:
+        The mean loss. The other metrics are those of the largest width.
+
+    Raises:
+        ValueError: a width below 1 or above D, or none.
+    """
+    width = queries.shape[1]
+    if not widths or min(widths) < 1 or max(widths) > width:
+        raise ValueError(f"widths must be from 1 to {width}, got {list(widths)}")
+    results = [
+        contrastive_loss(queries[:, :n], documents[:, :n], candidates, **options) for n in sorted(widths)
+    ]
+    loss = torch.stack([result.loss for result in results]).mean()
+    return LossResult(loss, results[-1].metrics | {"loss": loss.detach()})
 
 
 def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
