@@ -237,6 +237,7 @@ def test_help_has_examples(command, capsys):
         (["encode", "two words", "--format", "csv", "-o", "{tmp}/o.npy"], "leave --field and --format out"),
         (["info", "--model", ""], "no directory ''"),
         (["encode", "a\x1b[31m", "-o", "{tmp}/o.npy"], r"no text file a\x1b[31m"),
+        (["encode", "a\u202etxt.exe", "-o", "{tmp}/o.npy"], r"no text file a\u202etxt.exe"),
     ],
 )
 def test_errors_are_one_line_and_leave_nothing(

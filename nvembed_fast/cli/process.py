@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INTERRUPTED",
+    "OBEYED",
     "interrupts",
     "open_closed_streams",
     "raise_interrupts",
@@ -31,7 +32,9 @@ __all__ = [
 
 INTERRUPTED = 130  # the status by which shells know Ctrl-C
 TELL_EVERY_S = 10.0
-_OBEYED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+# what a terminal obeys, control characters and marks of direction -> how it is shown
+OBEYED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160))}
+OBEYED |= {code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 @contextmanager
@@ -100,7 +103,7 @@ def open_closed_streams() -> None:
 def say(message: str) -> None:
     """Print a line on standard error, without what a terminal obeys. If nobody can read it, it is lost."""
     try:
-        print(message.translate(_OBEYED), file=sys.stderr, flush=True)
+        print(message.translate(OBEYED), file=sys.stderr, flush=True)
     except OSError:
         _discard(2)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 from typing import TYPE_CHECKING, Any
 
 from nvembed_fast.cli import options, process
@@ -23,7 +22,7 @@ examples:
   nvembed-fast search passages.txt "how do I parse a date?" --embeddings passages.npy
   nvembed-fast search passages.txt "how do I parse a date?" --json"""
 
-_OBEYED = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+_NOTHING_OBEYED = dict.fromkeys(process.OBEYED)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,7 +110,7 @@ def _print(question: str, results: list[dict[str, Any]]) -> None:
 
 def _shown(text: str) -> str:
     """A text in one line without control characters and marks of direction, which a terminal would obey."""
-    return _OBEYED.sub("", " ".join(text.split()))
+    return " ".join(text.split()).translate(_NOTHING_OBEYED)
 
 
 def _check_texts(
