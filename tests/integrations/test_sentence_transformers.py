@@ -31,8 +31,14 @@ def saved(encoder, tmp_path_factory):
     return directory
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(saved) -> SentenceTransformer:
+    """One for all tests that leave it as it is."""
+    return load(saved, device="cpu")
+
+
+@pytest.fixture
+def own_model(saved) -> SentenceTransformer:
     return load(saved, device="cpu")
 
 
@@ -64,24 +70,24 @@ def test_queries_carry_the_saved_prompt_and_documents_none(model, encoder):
     np.testing.assert_allclose(documents, encoder.encode(TEXTS, output="numpy"), rtol=0, atol=1e-6)
 
 
-def test_saving_by_the_librarys_own_call_keeps_everything(model, tmp_path):
-    model.max_seq_length = 9
-    model.prompts = {"query": "find: ", "document": "", "other": "x: "}
-    model.truncate_dim = 48
-    model.save_pretrained(str(tmp_path / "out"))
+def test_saving_by_the_librarys_own_call_keeps_everything(own_model, tmp_path):
+    own_model.max_seq_length = 9
+    own_model.prompts = {"query": "find: ", "document": "", "other": "x: "}
+    own_model.truncate_dim = 48
+    own_model.save_pretrained(str(tmp_path / "out"))
     again = load(tmp_path / "out")
-    assert again.max_seq_length == 9 and again.prompts == model.prompts
-    for first, second in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+    assert again.max_seq_length == 9 and again.prompts == own_model.prompts
+    for first, second in zip(own_model.state_dict().items(), again.state_dict().items(), strict=True):
         assert first[0] == second[0] and torch.equal(first[1], second[1])
     long = [text * 5 for text in TEXTS]
     with pytest.warns(TextsCut, match="texts are cut at max_seq_length=9 tokens"):
-        wanted = model.encode_query(long)
+        wanted = own_model.encode_query(long)
     with pytest.warns(TextsCut):
         np.testing.assert_array_equal(again.encode_query(long), wanted)
     assert wanted.shape == (5, 48)
     # and once more over itself
     again.save_pretrained(str(tmp_path / "out"))
-    assert load(tmp_path / "out").prompts == model.prompts
+    assert load(tmp_path / "out").prompts == own_model.prompts
     assert NVEmbed.from_pretrained(tmp_path / "out").encode("one").shape == (64,)
 
 
@@ -188,21 +194,21 @@ def test_nothing_is_ignored_in_silence(saved):
         model.preprocess([3], prompt=None)
 
 
-def test_a_vector_that_is_not_finite_is_an_error(model):
+def test_a_vector_that_is_not_finite_is_an_error(own_model):
     with torch.no_grad():
-        model[0].network.embedding_model.norm.weight.fill_(float("inf"))
+        own_model[0].network.embedding_model.norm.weight.fill_(float("inf"))
     with pytest.raises(ValueError, match="a vector is NaN or Inf in torch.float32"):
-        model.encode(TEXTS)
+        own_model.encode(TEXTS)
 
 
-def test_changed_weights_change_the_vectors_and_unchanged_ones_are_built_once(model, monkeypatch):
-    head = model[0].network.head
+def test_changed_weights_change_the_vectors_and_unchanged_ones_are_built_once(own_model, monkeypatch):
+    head = own_model[0].network.head
     built, real = [], type(head)._build
     monkeypatch.setattr(type(head), "_build", lambda self: built.append(1) or real(self))
-    before = model.encode(TEXTS, batch_size=1)
-    assert len(built) == 1 and all(weight.requires_grad for weight in model.parameters())
+    before = own_model.encode(TEXTS, batch_size=1)
+    assert len(built) == 1 and all(weight.requires_grad for weight in own_model.parameters())
     head.to_out.weight.data.mul_(3)
-    assert np.abs(model.encode(TEXTS) - before).max() > 1e-3
+    assert np.abs(own_model.encode(TEXTS) - before).max() > 1e-3
 
 
 def test_information_retrieval(model):
