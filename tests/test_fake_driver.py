@@ -77,7 +77,7 @@ def test_launches_of_a_forward(fake_gpu):
     fixed = library_one - library_layer
     assert fixed.total() <= 12, fixed
     per_layer, rest = (layer + library_layer).total(), (one - layer + fixed).total()
-    assert predict.OUR_KERNELS == predict.LAYERS * per_layer + rest
+    assert predict.LAYERS * per_layer + rest == predict.OUR_KERNELS
 
 
 # the most binaries of each kernel over any batches: a model of one dtype on one GPU. The tiles of attention

@@ -207,6 +207,45 @@ def test_a_run_that_differs_is_counted():
     assert gpu_checks.unequal_runs(wavering, [x], 5) == 1
 
 
+def test_a_replay_that_differs_is_counted(capsys):
+    calls = itertools.count()
+
+    def wavering(ids):
+        return torch.as_tensor(ids).float() * (2.0 if next(calls) == 4 else 1.0)
+
+    assert gpu_checks.unequal_replays(wavering, (3, 5), 4) == 1
+    assert "3 tokens: 1 of 4 replays differ" in capsys.readouterr().out
+    kept = torch.zeros(5)
+
+    def through_a_buffer_of_its_own(ids):
+        return kept[: len(ids)].copy_(torch.as_tensor(ids))
+
+    assert gpu_checks.unequal_replays(through_a_buffer_of_its_own, (5,), 2) == 0
+
+
+# kernels before their times, and both before the whole
+ORDER = (
+    "check",
+    "parity-",
+    "repeats-",
+    "variants-",
+    "bench-one-query",
+    "graphs",
+    "replays",
+    "threads",
+    "streams",
+)
+
+
+def test_slices_come_in_the_order_of_the_first_minutes_on_a_gpu():
+    names = [one.name for one in gpu_run.slices()]
+    assert names[:2] == ["environment", "check"]
+    found = [[i for i, name in enumerate(names) if name.startswith(prefix)] for prefix in ORDER]
+    for before, after in itertools.pairwise(found):
+        assert max(before) < min(after), names
+    assert max(found[-1]) < names.index("bench-encode") < min(i for i, n in enumerate(names) if "tune-" in n)
+
+
 def test_vectors_of_two_threads_are_counted_when_they_are_mixed_up():
     texts = [np.full(4, 1), np.full(4, 2)]
     shared = torch.zeros(4)

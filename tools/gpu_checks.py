@@ -2,6 +2,7 @@
 
     python3 -m tools.gpu_checks environment          versions and devices
     python3 -m tools.gpu_checks repeats STEM         200 runs of each operation and its backward, bit for bit
+    python3 -m tools.gpu_checks replays              200 replays of each CUDA graph, bit for bit
     python3 -m tools.gpu_checks threads [--streams]  CUDA graphs called by two threads at once
     python3 -m tools.gpu_checks kept                 two streams at once read what a new model has just made
 
@@ -154,6 +155,20 @@ def wrong_vectors(
     return sum(wrong)
 
 
+def unequal_replays(encode: Callable[[np.ndarray], torch.Tensor], lengths: Sequence[int], count: int) -> int:
+    """How many vectors of a text are not its first one. Between two of them comes another text as long."""
+    wrong = 0
+    for length in lengths:
+        ids, others = (np.random.default_rng(seed).integers(3, 32000, length) for seed in range(2))
+        first, unequal = encode(ids).clone(), 0
+        for _ in range(count):
+            encode(others)
+            unequal += not torch.equal(encode(ids), first)
+        print(f"{length} tokens: {unequal} of {count} replays differ from the first", flush=True)
+        wrong += unequal
+    return wrong
+
+
 def small_model(dtype: torch.dtype) -> NVEmbedModel:
     """On the GPU: the real widths per head on few layers, weights drawn like a fresh model's."""
     text = BackboneConfig(
@@ -241,6 +256,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     one = checks.add_parser("repeats")
     one.add_argument("stem", choices=STEMS)
     one.add_argument("--count", type=int, default=200, metavar="N", help="[%(default)s]")
+    four = checks.add_parser("replays")
+    four.add_argument("--count", type=int, default=200, metavar="N", help="[%(default)s]")
     two = checks.add_parser("threads")
     two.add_argument("--streams", action="store_true", help="a stream for each thread")
     two.add_argument("--count", type=int, default=3000, metavar="N", help="[%(default)s]")
@@ -254,6 +271,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if args.check == "repeats":
         return 1 if repeats(args.stem, args.count, "cuda", torch.bfloat16) else 0
+    if args.check == "replays":
+        graphs = SingleTextGraphs(small_model(torch.bfloat16))
+        return 1 if unequal_replays(lambda ids: graphs(ids, 0), (9, 30, 50, 100, 200), args.count) else 0
     if args.check == "kept":
         return 1 if kept(small_model(torch.float16), args.count) else 0
     return 1 if threads(args.streams, args.count) else 0

@@ -83,7 +83,7 @@ class Slice:
 
 
 def slices() -> list[Slice]:
-    """The list, most valuable first."""
+    """The list, most valuable first: is it right, is it always right, then times."""
     python, pytest = ("{python}",), ("{python}", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     check, tuning = (
         (*python, "-m", "tools.gpu_checks"),
@@ -115,7 +115,9 @@ def slices() -> list[Slice]:
         *(Slice(f"repeats-{stem}", (*check, "repeats", stem), 2) for stem in KERNELS),
         *(Slice(f"variants-{k}", tuned(f"flash_attention.{k}"), 4) for k in ("fwd", "dq", "dkv")),
         Slice("one-query", (*profile, "--workload", "one query", "-o", "{scratch}"), 3),
+        Slice("bench-one-query", (*bench, "--suites", "encode", "--cases", "one query"), 8),
         Slice("graphs", (*pytest, "-m", "gpu", "tests/test_gpu.py", "-k", "graphs"), 1),
+        Slice("replays", (*check, "replays"), 1),
         Slice("threads", (*check, "threads"), 1),
         Slice("streams", (*check, "threads", "--streams"), 1),
         Slice("streams-kept", (*check, "kept"), 1),

@@ -107,9 +107,9 @@ FORWARD_PRODUCTS, DQ_PRODUCTS, DKV_PRODUCTS, BACKWARD_PRODUCTS = 2, 3, 4, 5
 WIDTH, MLP_WIDTH, LAYERS = 4096, 14336, 32
 LAYER_WEIGHTS = sum(rows * columns for rows, columns in LAYER_PRODUCTS["cuda"].values())
 PRODUCTS = 2 * LAYERS * LAYER_WEIGHTS  # operations of one token
-# bytes of one token between the products. Eager is counted pass by pass, compiled is judgement. Ours in 16 bits,
-# a layer: each of two norms reads and writes, the product before it reads the stream, rotary turns in place,
-# SwiGLU reads two and writes one
+# bytes of one token between the products. Eager is counted pass by pass, compiled is judgement. Ours, of a
+# layer in 16 bits: each of two norms reads and writes, the product before it reads the stream, rotary turns
+# in place, SwiGLU reads two and writes one
 EAGER, COMPILED = 17.8e6, 7e6
 FUSED = 2 * LAYERS * (2 * 3 * WIDTH + 2 * (HEADS + KV_HEADS) * HEAD_WIDTH + 3 * MLP_WIDTH)
 # operations of the latent block in units of WIDTH ** 2: of a token, and for keys and values of a text
@@ -119,7 +119,7 @@ ABSORBED_BYTES, HOISTED_BYTES, ORIGINAL_BYTES = 0.2e6, 0.45e6, 0.6e6
 # attention with a 4-D mask: judgement, on sm_90 below SDPA flash (309 to 370 TFLOP/s, FlashAttention-3 paper)
 MASKED_RATE = {A100.name: 120e12, H100.name: 250e12, H200.name: 250e12}
 # seconds on the host: 38 launches in a layer of transformers' MistralModel (counted by a dispatch mode), 7
-# microseconds each by judgement. Ours: 5 to 7 ms, with a driver that launches nothing, times what is left of it
+# microseconds each by judgement. Ours: 5 to 7 ms, with a driver that launches nothing, times what is left
 # since launches are repeated, in loops of `tools.launch_time` (bench/NOTES.md, "Host time")
 STOCK_HOST, OURS_HOST = 38 * LAYERS * 7e-6, 6e-3 * 0.544 / 1.091
 # kernels of our forward on one text, ours and PyTorch's: 9 a layer, and 16. tests/test_fake_driver.py counts
