@@ -215,12 +215,13 @@ def test_a_replay_that_differs_is_counted(capsys):
 
     assert gpu_checks.unequal_replays(wavering, (3, 5), 4) == 1
     assert "3 tokens: 1 of 4 replays differ" in capsys.readouterr().out
-    kept = torch.zeros(5)
+    kept, texts = torch.zeros(5), set()
 
-    def through_a_buffer_of_its_own(ids):
-        return kept[: len(ids)].copy_(torch.as_tensor(ids))
+    def through_one_buffer(ids):
+        texts.add(tuple(ids))
+        return kept.copy_(torch.as_tensor(ids))
 
-    assert gpu_checks.unequal_replays(through_a_buffer_of_its_own, (5,), 2) == 0
+    assert gpu_checks.unequal_replays(through_one_buffer, (5,), 2) == 0 and len(texts) == 2
 
 
 # kernels before their times, and both before the whole
