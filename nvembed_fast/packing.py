@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from nvembed_fast.kernels.layout import SeqLayout
 
-__all__ = ["PackedBatch", "Padded", "from_padded", "pad_rows", "token_budget_batches"]
+__all__ = ["PackedBatch", "Padded", "pad_rows", "token_budget_batches"]
 
 # torch computes little with wider unsigned integers
 _ID_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -147,14 +147,6 @@ class Padded:
         (places,) = layout.arrays
         keep = None if self.keep_BS is None else self.keep_BS.flatten()[places]
         return PackedBatch(self.input_ids.flatten()[places].long(), layout, keep), places
-
-
-def from_padded(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, pool_mask: torch.Tensor | None = None
-) -> tuple[PackedBatch, torch.Tensor]:
-    """Remove the padding of a padded batch, with one wait for the device: `Padded`, and its `pack`."""
-    padded = Padded(input_ids, attention_mask, pool_mask)
-    return padded.pack(padded.facts.tolist())
 
 
 def _check_tensor(name: str, value: object) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from whole_model import from_padded
 
 from nvembed_fast import ops
 from nvembed_fast.checkpoint import load_model
-from nvembed_fast.packing import from_padded
 
 TINY = Path(__file__).parent / "golden" / "tiny_a"
 CASES = json.loads((TINY / "cases.json").read_text())

@@ -7,12 +7,13 @@ import dataclasses
 
 import pytest
 import torch
+from whole_model import from_padded
 
 from nvembed_fast import ops
 from nvembed_fast.checkpoint import published_tensors
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.network.mistral import MistralBackbone
-from nvembed_fast.packing import PackedBatch, from_padded, pad_rows
+from nvembed_fast.packing import PackedBatch, pad_rows
 
 # nothing at its default; heads * head_dim differs from the width; lengths that no tile divides
 CONFIG = BackboneConfig(

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from waits import Waits
+from whole_model import from_padded
 
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.packing import PackedBatch, from_padded, pad_rows, token_budget_batches
+from nvembed_fast.packing import PackedBatch, pad_rows, token_budget_batches
 
 
 def test_layout_lists():

@@ -11,7 +11,7 @@ from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.kernels.testing import assert_parity, generator
 from nvembed_fast.network.model import NVEmbedModel
-from nvembed_fast.packing import PackedBatch
+from nvembed_fast.packing import PackedBatch, Padded
 
 VOCAB = 50
 # grouped heads, an odd number of latents, texts around a tile's size
@@ -36,6 +36,12 @@ HEADS = (
     ("eos", None),
     ("self_attention", None),
 )
+
+
+def from_padded(*arrays: torch.Tensor) -> tuple[PackedBatch, torch.Tensor]:
+    """The batch of `Padded(*arrays)`, and the places of its tokens."""
+    padded = Padded(*arrays)
+    return padded.pack(padded.facts.tolist())
 
 
 def head_name(head) -> str:

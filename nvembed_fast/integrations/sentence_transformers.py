@@ -393,7 +393,7 @@ def _lengths(features: dict[str, Any]) -> list[int]:
 
 @contextmanager
 def _frozen(head: nn.Module) -> Iterator[None]:
-    """Inside, the head may keep what it builds from its weights: see `LatentHead.refresh`."""
+    """Inside, the head may keep what it builds from its weights: see `LatentHead.stale`."""
     trained = [weight for weight in head.parameters() if weight.requires_grad]
     try:
         for weight in trained:

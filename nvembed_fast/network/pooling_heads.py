@@ -90,16 +90,6 @@ class PoolingHead(nn.Module):
     def forget(self, name: str) -> None:
         """Drop a set of built tensors."""
 
-    def refresh(self) -> bool:
-        """Drop the tensors that were built from weights with other content. True if there were any.
-
-        It waits for the device.
-        """
-        stale = [name for name, is_stale in self.stale().items() if is_stale]
-        for name in stale:
-            self.forget(name)
-        return bool(stale)
-
     def pool(self, h_TD: torch.Tensor, layout: SeqLayout, pool_mask: torch.Tensor | None) -> torch.Tensor:
         """[B, D] fp32 (float64 for float64) vectors, not yet normalised."""
         raise NotImplementedError
