@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import tracemalloc
 
 import pytest
 from hypothesis import given, settings
@@ -53,17 +54,22 @@ def test_every_line_is_found_whatever_the_chunks(tmp_path_factory, lengths, ends
         assert list(rows.records()) == list(map(json.loads, lines))
 
 
-def test_the_index_does_not_grow_with_the_file(tmp_path, monkeypatch):
+def test_memory_stays_the_same_at_ten_times_the_data(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_BYTES", 256)
     monkeypatch.setattr(module, "MAX_ENTRIES", 64)
-    sizes = []
+    sizes, peaks = [], []
     for number in (2000, 20_000):
         file = tmp_path / f"{number}.jsonl"
         file.write_text("".join(f'"{i:020d}"\n' for i in range(number)))
+        tracemalloc.start()
         rows = JsonRows(file)
         assert len(rows) == number and rows.record(number - 7) == f"{number - 7:020d}"
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
         sizes.append(len(rows._lines))
     assert min(sizes) >= 32 and max(sizes) <= 64, sizes
+    # the chunks are longer by the factor that the index does not grow
+    assert peaks[1] < peaks[0] + 64_000, peaks
 
 
 def test_threads_read_the_same_rows(tmp_path):

@@ -155,8 +155,9 @@ class _Classes:
         self._data, rows = data, data.rows
         known: dict[str, int] = {}
         classes = np.empty(len(rows), dtype=np.int32)
-        for index in range(len(rows)):
-            classes[index] = known.setdefault(rows.labelled(index).label, len(known))
+        for index, record in enumerate(rows.records()):
+            label = to_labelled(record, rows.place(index)).label
+            classes[index] = known.setdefault(label, len(known))
         if len(known) < 2:
             raise ValueError(f"{rows.file}: all rows have one label, so there is nothing to tell apart")
         self._labels = list(known)

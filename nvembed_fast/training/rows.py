@@ -275,14 +275,12 @@ def to_row(record: Any, place: str) -> Row:
         raise ValueError(f"{place}: 'pos' is empty, so there is nothing to learn: remove the row")
     if set(positives) == {query}:
         raise ValueError(f"{place}: the only positive equals the query: remove the row")
-    scores = [
-        _scores(record.get(key), key, texts, place)
-        for key, texts in (("pos_scores", positives), ("neg_scores", negatives))
-    ]
+    positive_scores = _scores(record.get("pos_scores"), "pos_scores", positives, place)
+    negative_scores = _scores(record.get("neg_scores"), "neg_scores", negatives, place)
     prompt = record.get("prompt")
     if prompt not in (None, ""):
         _text(prompt, "'prompt'", place)
-    return Row(query, positives, negatives, *scores, prompt)
+    return Row(query, positives, negatives, positive_scores, negative_scores, prompt)
 
 
 def to_labelled(record: Any, place: str) -> Labelled:
