@@ -369,6 +369,7 @@ def _launch_bwd(
             PRECISION=input_precision(q.dtype),
             **config,
         )
+        # autocast leaves products alone that write into a tensor
         if needs_dq:
             torch.mm(ds_here, d_wide, out=dq[rows])
         if needs_dd:
@@ -414,8 +415,7 @@ def _masked_lse_bwd_op(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     masks = row_scopes, column_scopes, row_keys, column_keys, limits
     check_masked_lse_bwd(q, d, *masks, lse, dlse, scale)
-    with torch.autocast(q.device.type, enabled=False):
-        return _launch_bwd(q, d, *masks, lse, dlse, scale, needs_dq, needs_dd)
+    return _launch_bwd(q, d, *masks, lse, dlse, scale, needs_dq, needs_dd)
 
 
 @_masked_lse_bwd_op.register_fake

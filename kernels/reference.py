@@ -418,9 +418,8 @@ class _MaskedLSE(torch.autograd.Function):
         needs_dq, needs_dd = ctx.needs_input_grad[:2]
         dq = torch.zeros_like(q, dtype=lse.dtype) if needs_dq else None
         dd = torch.zeros_like(d, dtype=lse.dtype) if needs_dd else None
-        with torch.autocast(q.device.type, enabled=False):
-            for rows in _row_chunks(q, d):
-                _add_gradient_of_rows(dq, dd, q, d, masks, ctx.scale, rows, lse, dlse)
+        for rows in _row_chunks(q, d):
+            _add_gradient_of_rows(dq, dd, q, d, masks, ctx.scale, rows, lse, dlse)
         grads = (None if g is None else g.to(q.dtype) for g in (dq, dd))
         return *grads, None, None, None, None, None, None
 
@@ -442,6 +441,7 @@ def _add_gradient_of_rows(dq, dd, q, d, masks, scale, rows, lse, dlse) -> None:
     ds, dropped, _ = _scores(q, d, masks, scale, rows)
     shift = lse[rows].masked_fill(lse[rows] == -torch.inf, 0.0)
     ds.masked_fill_(dropped, -torch.inf).sub_(shift[:, None]).exp_().mul_(scale * dlse[rows, None])
+    # autocast leaves products alone that write into a tensor
     if dq is not None:
         torch.mm(ds, d.to(ds.dtype), out=dq[rows])
     if dd is not None:

@@ -255,7 +255,7 @@ def test_metrics_of_known_cosines():
 
 def test_vectors_of_any_length_count_as_directions():
     q, d, c = problem(7, 2, 24)
-    assert torch.allclose(*(contrastive_loss(f * q, d / f, c, temperature=0.02).loss for f in (1, 8)))
+    assert torch.allclose(*(contrastive_loss(f * q, 3 * f * d, c, temperature=0.02).loss for f in (1, 8)))
 
 
 @pytest.mark.parametrize(

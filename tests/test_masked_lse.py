@@ -153,6 +153,18 @@ def test_each_rule_by_hand(device):
     assert lse.tolist() == pytest.approx([*wanted, -np.inf, -np.inf], abs=1e-5)
 
 
+@pytest.mark.parametrize("kept", [0, 70, 2299])
+def test_a_tile_that_keeps_nothing_adds_nothing(kept, device):
+    """One column of 2300 is kept: tiles before, behind and beside its own are empty, and so are splits."""
+    q, d, row_scopes, column_scopes, *rest = ScoreCase("one", 3, 2300, 16, masked=False).inputs(
+        device, torch.float32
+    )
+    column_scopes.fill_(-1)[kept] = 0
+    lse, highest, total, counts = masked_lse(q, d, row_scopes, column_scopes, *rest)
+    assert counts.tolist() == [[1, 0, 0]] * 3
+    assert torch.equal(lse, highest) and torch.equal(total, highest) and lse.isfinite().all()
+
+
 def test_rows_that_keep_nothing_get_no_gradient(device):
     (q, d), kernel, _ = _parts(CASE, device, torch.float32)
     q, d, *rest = CASE.inputs(device, torch.float32)
