@@ -18,7 +18,6 @@ def test_stage_2_goes_on_from_stage_1(name):
     assert second.model.start == first.output and second.output != first.output
     assert all(part.in_batch for part in first.data) and not any(part.in_batch for part in second.data)
     assert {part.file for part in first.data} <= {part.file for part in second.data}
-    assert first.train.max_length == second.train.max_length
     assert first.train.temperature == second.train.temperature
 
 
