@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 __all__ = [
+    "alone",
     "brief",
     "current",
     "expanded",
@@ -134,6 +135,28 @@ def replacing_together(directory: Path, *, key: str, outdated: re.Pattern[str]) 
                         f"files cannot take their places ({error!r}, then {again!r}). The next save does so"
                     ) from again
                 raise
+
+
+@contextmanager
+def alone(directory: Path, name: str) -> Iterator[None]:
+    """Inside, no other process is in the same block for this directory. A kill ends it, too.
+
+    Args:
+        directory: must be there.
+        name: of the file in it that is locked, and stays.
+
+    Raises:
+        BlockingIOError: another process is.
+    """
+    with open(directory / name, "a+b") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is at work in {directory}: wait for its end") from None
+        except OSError as error:  # not every file system has locks
+            if error.errno not in _UNSUPPORTED:
+                raise
+        yield
 
 
 @contextmanager

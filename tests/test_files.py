@@ -308,3 +308,33 @@ def test_a_pipe_behind_a_link_is_not_replaced(tmp_path):
     with pytest.raises(FileExistsError, match="pipe is no ordinary file"), files.replacing(tmp_path / "link"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe"] and (tmp_path / "pipe").is_fifo()
+
+
+def test_a_new_folder_is_whole_or_absent(tmp_path):
+    with files.new_folder(tmp_path / "new") as aside:
+        (aside / "a").write_text("x")
+        assert aside.parent == tmp_path and not (tmp_path / "new").exists()
+    assert content(tmp_path) == {"new/a": "x"}
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error), files.new_folder(tmp_path / "other") as aside:
+            (aside / "a").write_text("y")
+            raise error
+    with pytest.raises(OSError), files.new_folder(tmp_path / "new") as aside:
+        (aside / "b").write_text("z")
+    # what a killed process leaves: its lock is free
+    left = tmp_path / ".saving-killed"
+    left.mkdir()
+    (left / ".plan").touch()
+    (left / "weights").write_text("half")
+    with files.new_folder(tmp_path / "second") as aside:
+        assert not left.exists() and aside.exists()
+    assert content(tmp_path) == {"new/a": "x"} and (tmp_path / "second").is_dir()
+
+
+def test_one_process_is_alone(tmp_path):
+    with files.alone(tmp_path, ".lock"):
+        with pytest.raises(BlockingIOError, match="another process is at work in"):
+            with files.alone(tmp_path, ".lock"):
+                raise AssertionError("there are two")
+    with files.alone(tmp_path, ".lock"):
+        pass

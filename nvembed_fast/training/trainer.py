@@ -52,6 +52,7 @@ __all__ = ["Diverged", "Evaluate", "Stopped", "train"]
 Evaluate = Callable[[NVEmbedModel, TextTokenizer, int], Mapping[str, float]]
 _AGAIN_AFTER_S = 1.0
 _SHOWN = 16
+_LOCK = ".lock"
 
 
 class Diverged(ValueError):
@@ -93,27 +94,27 @@ def train(
         say = say if ranks.is_first else _nothing
         if part.batch < ranks.size:
             raise RecipeError(f"train.batch is {part.batch}, fewer rows than the {ranks.size} ranks")
-        path = checkpoints.newest(output)
-        if ranks.is_first:
-            if path is None:
-                _check_new(output)
-                for data in open_sets(recipe.data):
-                    data.check()
-            output.mkdir(parents=True, exist_ok=True)
-            start_directory(recipe)
-        ranks.wait()
-        run = _Run(recipe, ranks, start_directory(recipe), say)
-        state = State(0, run.batches.start())
-        if path is not None:
-            state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
-            say(f"going on from {path.name}")
-        run.loop(state, evaluate, evaluate_every)
-        if ranks.is_first:
-            last = checkpoints.newest(output)
-            assert last is not None
-            export(recipe, run.directory, last)
-            say(f"{output}: the trained model")
-        ranks.wait()
+        if ranks.is_first and checkpoints.newest(output) is None:
+            _check_new(output)
+            for data in open_sets(recipe.data):
+                data.check()
+        with _alone(output, ranks):
+            if ranks.is_first:
+                start_directory(recipe)
+            ranks.wait()
+            path = checkpoints.newest(output)
+            run = _Run(recipe, ranks, start_directory(recipe), say)
+            state = State(0, run.batches.start())
+            if path is not None:
+                state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
+                say(f"going on from {path.name}")
+            run.loop(state, evaluate, evaluate_every)
+            if ranks.is_first:
+                last = checkpoints.newest(output)
+                assert last is not None
+                export(recipe, run.directory, last)
+                say(f"{output}: the trained model")
+            ranks.wait()
     return output
 
 
@@ -283,6 +284,17 @@ def _check_new(output: Path) -> None:
             f"output {output} holds a model ({', '.join(found[:3])}) and no checkpoint: choose another "
             "directory"
         )
+
+
+@contextmanager
+def _alone(output: Path, ranks: Ranks) -> Iterator[None]:
+    """The first rank keeps other runs out of the directory, which it makes."""
+    if not ranks.is_first:
+        yield
+        return
+    output.mkdir(parents=True, exist_ok=True)
+    with files.alone(output, _LOCK):
+        yield
 
 
 @contextmanager

@@ -1,0 +1,226 @@
+"""A training step with LoRA: gradients of one batch, ours beside Hugging Face's decoder with PEFT.
+
+    python -m bench --suites train
+
+Both take the same tokens, the same frozen weights, rank 16 on the seven projections without dropout, mean
+pooling, `contrastive_loss`, and cached gradients by chunks of the same budget. The baseline sorts its texts by
+length, pads each chunk to its longest text, and computes attention by SDPA. On a GPU both keep of a layer its
+input alone. The optimizer's step is the same for both, and is not timed.
+
+"own" has rows with their own documents alone (stage 2), where ours is `direct_step`. "cached" is `cached_step`
+on the same batch.
+
+Parity: adapters start at zero, so the first losses are those of one model, and may differ by rounding alone.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from bench.baselines.encoders import mistral_model
+from bench.measure.comparison import Prepared
+from bench.measure.limits import Limits
+from bench.measure.results import OURS, SKIPPED, TIMES, Figure
+from bench.measure.timing import interleaved, peak_memory
+from bench.suites import Setting
+from bench.workloads import GPU, SMALL, SMALLEST, random_encoder
+from nvembed_fast import NVEmbed
+from nvembed_fast.checkpoint import add_lora
+from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.kernels.testing import skewed_lengths
+from nvembed_fast.packing import token_budget_batches
+from nvembed_fast.tokenization import TokenizedTexts
+from nvembed_fast.training.batch import TrainingBatch
+from nvembed_fast.training.grad_cache import cached_step, direct_step
+from nvembed_fast.training.loss import Candidates, LossResult, contrastive_loss
+
+RANK, ALPHA, TEMPERATURE = 16, 32, 0.05
+PARITY = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the loss, relative
+HUGGING_FACE = "Hugging Face + PEFT"
+
+
+@dataclass(frozen=True)
+class TrainCase:
+    """Rows of a query, a positive and hard negatives, with skewed lengths."""
+
+    name: str
+    rows: int
+    negatives: int
+    longest: int
+    max_tokens: int
+    is_own: bool
+
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Tokens of the queries and of the documents."""
+        count = self.rows * (1 + self.negatives)
+        documents = skewed_lengths(count, self.longest // 3, 8, self.longest)
+        return [8 + 5 * i % 17 for i in range(self.rows)], list(documents[:count])
+
+    def batch(self, vocab_size: int) -> TrainingBatch:
+        draw = np.random.default_rng(0)
+        queries, documents = self.lengths()
+        ids = [draw.integers(3, vocab_size, n).astype(np.int32) for n in (*queries, *documents)]
+        rows = torch.arange(self.rows)
+        own = rows.repeat_interleave(1 + self.negatives)
+        keys = torch.arange(1, len(documents) + 1)
+        positives = torch.stack([rows, rows * (1 + self.negatives)], 1)
+        shared = torch.full_like(own, -2 if self.is_own else 0)
+        candidates = Candidates(
+            positives=positives,
+            row_scopes=2**32 + rows if self.is_own else torch.zeros_like(rows),
+            column_scopes=torch.stack([shared, 2**32 + own], 1),
+            row_keys=keys[positives[:, 1:]],
+            column_keys=keys,
+        )
+        texts = TokenizedTexts(ids, [0] * len(ids))
+        return TrainingBatch(
+            texts, self.rows, candidates, [("bench", i) for i in range(self.rows)], self.is_own
+        )
+
+
+CASES = {
+    "gpu": [TrainCase("in batch", 64, 1, 512, 16384, False), TrainCase("own", 16, 7, 512, 16384, True)],
+    "cpu": [TrainCase("in batch", 8, 1, 96, 512, False), TrainCase("own", 4, 3, 96, 512, True)],
+    "smallest": [TrainCase("own", 2, 1, 16, 24, True)],
+}
+
+
+@functools.cache
+def encoder(setting: Setting) -> NVEmbed:
+    scale = setting.choose(gpu=GPU, cpu=SMALL, smallest=SMALLEST)
+    config: NVEmbedConfig = dataclasses.replace(scale.config, pooling_head="mean")
+    return random_encoder(config, setting.device, setting.dtype)
+
+
+@dataclass(frozen=True)
+class TrainBench:
+    """All implementations on one batch."""
+
+    setting: Setting
+    of: TrainCase
+    suite: str = "train"
+
+    @property
+    def case(self) -> str:
+        return self.of.name
+
+    def prepare(self, only_ours: bool = False) -> Prepared:
+        """Parity of the first loss, then the calls.
+
+        Raises:
+            AssertionError: a loss of ours is wrong.
+        """
+        model, skipped = encoder(self.setting), {}
+        batch = self.of.batch(model.config.text_config.vocab_size)
+        steps: dict[str, Callable[[], LossResult]] = {}
+        if not only_ours:
+            try:
+                steps[HUGGING_FACE] = _hugging_face(model, batch, self.of.max_tokens, self.setting)
+            except ImportError as error:
+                skipped[HUGGING_FACE] = f"needs peft ({error})"
+        network = model.model
+        if network.adapter is None:
+            add_lora(network, RANK, ALPHA, 0.0, "frozen")
+            if self.setting.device == "cuda":
+                network.checkpoint_layers()
+        options = {"max_tokens": self.of.max_tokens, "seed": lambda chunk: chunk}
+        cached = functools.partial(cached_step, network.train(), batch.texts, _loss_of(batch), **options)
+        ours: dict[str, Callable[[], LossResult]] = {OURS: cached}
+        if self.of.is_own:
+            direct = functools.partial(direct_step, network, batch, _own_loss, **options)
+            ours = {OURS: direct, "cached": cached}
+        steps = {**ours, **steps}
+        losses = {name: step().loss.item() for name, step in steps.items()}
+        for name, loss in losses.items():
+            error = abs(loss - losses["cached" if self.of.is_own else OURS]) / abs(losses[OURS])
+            assert error < PARITY[self.setting.dtype], f"{name} has the loss {loss}, the others {losses}"
+        return Prepared(dict(steps), skipped)
+
+    def measure(self, limits: Limits, seconds: float, rounds: int | None = None) -> list[Figure]:
+        """Times, tokens per second and peak memory of a step."""
+        ready = self.prepare()
+        times = interleaved(ready.calls, seconds, min_rounds=rounds or 3, max_rounds=rounds or 1000)
+        num_tokens = sum(map(sum, self.of.lengths()))
+        figures = []
+        for name, taken in times.items():
+            figure = functools.partial(Figure, self.suite, self.case, name)
+            figures += [figure(metric, taken.percentile(int(metric[-2:])), "ms") for metric in TIMES]
+            figures.append(figure("tokens_rate", 1e3 * num_tokens / taken.median, "tokens/s"))
+            if (peak := peak_memory(ready.calls[name])) is not None:
+                figures.append(figure("peak_memory", peak, "MiB"))
+        skipped = [Figure(self.suite, self.case, n, SKIPPED, None, why) for n, why in ready.skipped.items()]
+        return figures + skipped
+
+
+def benches(setting: Setting) -> Iterator[TrainBench]:
+    kind = setting.choose(gpu="gpu", cpu="cpu", smallest="smallest")
+    for case in CASES[kind]:
+        yield TrainBench(setting, case)
+
+
+def _loss_of(batch: TrainingBatch) -> Callable[[torch.Tensor], LossResult]:
+    return lambda vectors: _own_loss(vectors, batch)
+
+
+def _own_loss(vectors: torch.Tensor, part: TrainingBatch) -> LossResult:
+    queries, documents = vectors.tensor_split([part.num_queries])
+    return contrastive_loss(queries, documents, part.candidates, temperature=TEMPERATURE)
+
+
+def _hugging_face(
+    model: NVEmbed, batch: TrainingBatch, max_tokens: int, setting: Setting
+) -> Callable[[], LossResult]:
+    """The baseline's step. Raises ImportError without PEFT."""
+    from peft import LoraConfig, get_peft_model
+
+    mistral = mistral_model(model)
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=list(names))
+    wrapped = get_peft_model(mistral, config).train()
+    if setting.device == "cuda":
+        mistral.gradient_checkpointing_enable({"use_reentrant": False})
+        mistral.enable_input_require_grads()
+    # a chunk counts its pads
+    chunks: list[list[int]] = []
+    for row in (i for chunk in token_budget_batches(batch.texts.lengths(), 2**40) for i in chunk):
+        longest = len(batch.texts.ids[chunks[-1][0]]) if chunks else 0
+        if not chunks or longest * (len(chunks[-1]) + 1) > max_tokens:
+            chunks.append([])
+        chunks[-1].append(row)
+    order = torch.tensor([row for chunk in chunks for row in chunk])
+    places = torch.argsort(order).to(model.device)
+    padded = [_padded([batch.texts.ids[row] for row in chunk], model.device) for chunk in chunks]
+    loss_of = _loss_of(batch)
+
+    def embed(ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        mask = None if bool(real.all()) else real[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        states = wrapped(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        return F.normalize((states * real[..., None]).sum(1) / real.sum(1, keepdim=True), dim=-1)
+
+    def step() -> LossResult:
+        with torch.no_grad():
+            leaf = torch.cat([embed(*chunk) for chunk in padded])
+        result = loss_of(leaf.requires_grad_()[places])
+        result.loss.backward()
+        for chunk, gradient in zip(padded, leaf.grad.split([len(c) for c in chunks]), strict=True):
+            embed(*chunk).backward(gradient)
+        return dataclasses.replace(result, loss=result.loss.detach())
+
+    return step
+
+
+def _padded(ids: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    lengths = np.array([len(i) for i in ids])
+    real = np.arange(lengths.max()) < lengths[:, None]
+    filled = np.zeros(real.shape, dtype=np.int64)
+    filled[real] = np.concatenate(ids)
+    return torch.from_numpy(filled).to(device), torch.from_numpy(real).to(device)
+
+
+def bench_train(bench, timed):
+    timed(bench)

@@ -1,0 +1,108 @@
+"""The log of a run: one line a step also after a resume, a picture, other loggers and progress."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from nvembed_fast.training import run_log
+from nvembed_fast.training.recipe import LogPart
+from nvembed_fast.training.run_log import RunLog, draw, read_metrics
+
+QUIET = LogPart(picture=False)
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {"loss": 1 / step, "lr": 0.1, "tokens_per_s": 1234.5, "memory_gb": 2.0, "accuracy": 0.5}
+
+
+def log_of(output, step=0, part=QUIET, said=None, steps=10) -> RunLog:
+    say = (lambda line: None) if said is None else said.append
+    return RunLog(output, part, step=step, steps=steps, settings={"seed": 3}, say=say)
+
+
+def steps(output) -> list[int]:
+    return [line["step"] for line in read_metrics(output / "metrics.jsonl")]
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 6, "lo', '{"step": 6}'])
+def test_no_step_is_doubled_or_lost_after_a_resume(tmp_path, tail):
+    log = log_of(tmp_path)
+    for step in range(1, 6):
+        log.write(step, metrics(step))
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(tail)  # the process was killed while it wrote
+    log = log_of(tmp_path, step=3)
+    assert steps(tmp_path) == [1, 2, 3]
+    log.write(4, metrics(4))
+    assert steps(tmp_path) == [1, 2, 3, 4], "a line is there at once"
+    log.close()
+    assert read_metrics(tmp_path / "metrics.jsonl")[3] == {"step": 4, **metrics(4)}
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_progress_is_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
+    said, now = [], [0.0]
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])
+    log = log_of(tmp_path, said=said, steps=3000)
+    for step in (1, 2, 3, 4):
+        now[0] += 4
+        log.write(step, metrics(step))
+    log.close()
+    assert said[0] == "step 1 of 3000: loss 1.0000, 1,234 tokens/s, 2.00 GB, 3 h 19 min left"
+    assert len(said) == 2 and said[1].startswith("step 4 of 3000: loss 0.2500")
+    log, said = log_of(tmp_path, step=2999, said=said, steps=3000), said
+    log.write(3000, metrics(3000))
+    log.close()
+    assert said[-1].endswith("0 min 00 s left")
+
+
+def test_a_picture_of_the_run(tmp_path):
+    log = log_of(tmp_path, part=LogPart())
+    for step in range(1, 9):
+        log.write(step, metrics(step))
+    log.close()
+    assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    before = (tmp_path / "run.png").stat().st_size
+    draw(tmp_path / "metrics.jsonl", tmp_path / "again.png")
+    assert abs((tmp_path / "again.png").stat().st_size - before) < 2000 and before > 5000
+
+
+def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    log = log_of(tmp_path, part=LogPart())
+    log.write(1, metrics(1))
+    log.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_loggers_get_every_step_and_evaluation(tmp_path, monkeypatch):
+    calls = []
+
+    def fake(library: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            init=lambda **options: calls.append((library, "init", options["config"])),
+            log=lambda values, step: calls.append((library, step, values)),
+        )
+
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, fake(name))
+    log = log_of(tmp_path, part=LogPart(picture=False, wandb=True, trackio=True), step=6)
+    log.write(7, metrics(7))
+    log.note(7, {"ndcg": 0.5})
+    log.close()
+    for name in ("wandb", "trackio"):
+        own = [call[1:] for call in calls if call[0] == name]
+        assert own == [("init", {"seed": 3}), (7, metrics(7)), (7, {"evaluation/ndcg": 0.5})]
+    assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {"step": 7, "ndcg": 0.5}
+
+
+@pytest.mark.parametrize("library", ["tensorboard", "wandb", "trackio"])
+def test_a_missing_logger_is_named_before_anything_is_written(tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    part = LogPart(picture=False, **{library: True})
+    with pytest.raises(ImportError, match=f"log.{library} needs {library}: pip install {library}, or leave"):
+        log_of(tmp_path, part=part)
+    assert not list(tmp_path.iterdir())
