@@ -25,6 +25,7 @@ SUITES = (
     "latent_attention",
     "absorbed_latent_attention",
     "flash_attention",
+    "train",
     "encode",
 )
 T = TypeVar("T")

@@ -224,7 +224,7 @@ def start(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.long)])
 def test_killed_runs_end_like_an_undisturbed_one(tmp_path, start, kills):
     write_pairs(tmp_path / "pairs.jsonl")
-    settings = {"steps": 16, "checkpoint_every": 2, "lora_dropout": 0.1}
+    settings = {"steps": 16, "checkpoint_every": 2, "lora_rank": 2, "lora_dropout": 0.1}
     whole = recipe_of(tmp_path, start, output="whole", **settings)
     began = time.monotonic()
     train(whole)

@@ -47,7 +47,7 @@ lr = 1e-3
 warmup = 1
 temperature = 0.05
 max_length = 32
-lora_rank = 0
+lora_rank = 2
 checkpoint_every = 2
 [[data]]
 file = "pairs.jsonl"
@@ -60,6 +60,7 @@ weight = 1.0
     assert (status, printed) == (0, "") and "step 4 of 4: loss" in error, error
     assert f"{tmp_path / 'model'}: the trained model" in error
     assert NVEmbed.from_pretrained(tmp_path / "model", device="cpu").config.is_untrained is False
+    assert (tmp_path / "model" / "adapter" / "adapter_model.safetensors").exists()
     assert run(capsys, file)[0] == 0
     assert [step for step, _ in losses(tmp_path / "model")] == [1, 2, 3, 4]
 

@@ -332,9 +332,11 @@ def test_a_new_folder_is_whole_or_absent(tmp_path):
 
 
 def test_one_process_is_alone(tmp_path):
-    with files.alone(tmp_path, ".lock"):
-        with pytest.raises(BlockingIOError, match="another process is at work in"):
-            with files.alone(tmp_path, ".lock"):
-                raise AssertionError("there are two")
+    again = files.alone(tmp_path, ".lock")
+    with (
+        files.alone(tmp_path, ".lock"),
+        pytest.raises(BlockingIOError, match="another process is at work in"),
+    ):
+        again.__enter__()
     with files.alone(tmp_path, ".lock"):
         pass

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from training_runs import COMMAND, ROOT, losses, recipe_of, weights, write_pairs, write_recipe, write_start
 
 from nvembed_fast import NVEmbed
@@ -55,6 +56,23 @@ def test_a_run_ends_with_a_model_that_encodes(folder, start):
     before = weights(start)
     assert all(not torch.equal(before[n], v) for n, v in weights(folder / "out").items() if "latents" in n)
     assert said[-1].endswith("out: the trained model") and "step 12 of 12: loss" in said[-2]
+
+
+@pytest.mark.parametrize("head", ["full", "lora", "frozen"])
+def test_lora_is_merged_and_its_adapter_kept(folder, start, head):
+    recipe = recipe_of(folder, start, lora_rank=4, lora_dropout=0.1, head=head, checkpoint_layers=True)
+    train(recipe)
+    merged = NVEmbed.from_pretrained(folder / "out", device="cpu")
+    adapted = NVEmbed.from_pretrained(start, adapter=folder / "out" / "adapter", device="cpu")
+    texts = ["w1 w2", "w3 w4 w5 w6"]
+    ours, theirs = merged.encode(texts), adapted.encode(texts)
+    assert (ours - theirs).abs().max() < 1e-5
+    before, after = weights(start), weights(folder / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert {n for n in changed if "layers.0" in n} and not {n for n in changed if "embed_tokens" in n}
+    assert bool({n for n in changed if n.startswith("latent")}) == (head != "frozen")
+    checkpoint = load_file(folder / "out" / "checkpoint-000006" / "weights.safetensors")
+    assert not {name for name in checkpoint if "embed_tokens" in name}, "frozen weights are stored"
 
 
 def test_the_rate_rises_and_falls(folder, start):
@@ -255,9 +273,10 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 def test_two_ranks_have_the_losses_of_one_process(folder, start):
-    """With unequal numbers of rows and of chunks on the ranks."""
-    train(recipe_of(folder, start, lr=1e-3, batch=5))
-    run_on_two_ranks(recipe_of(folder, start, output="two", lr=1e-3, batch=5), folder / "two.toml")
+    """With unequal numbers of rows and of chunks on the ranks, and LoRA."""
+    settings = {"lr": 1e-3, "batch": 5, "lora_rank": 4}
+    train(recipe_of(folder, start, **settings))
+    run_on_two_ranks(recipe_of(folder, start, output="two", **settings), folder / "two.toml")
     assert_same_run(folder / "two", folder / "out")
 
 

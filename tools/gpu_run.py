@@ -53,6 +53,7 @@ KERNELS = (
 TUNED = ("absorbed_latent_attention", "latent_attention", "masked_lse", "mean_pool", "rms_norm")
 SUITES = (
     "encode",
+    "train",
     "flash_attention",
     "latent_block",
     "latent_attention",

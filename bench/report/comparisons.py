@@ -20,6 +20,7 @@ ORIGINAL = "original"
 COMPILED_FOR = ("A100", "H100", "H200")
 SUITES = {
     "encode": "Whole encoder",
+    "train": "Training step",
     "latent_block": "Latent block",
     "flash_attention": "Attention",
     "latent_attention": "Latent attention, direct",
