@@ -19,6 +19,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -131,7 +132,7 @@ class TrainBench:
             add_lora(network, RANK, ALPHA, 0.0, "frozen")
             if self.setting.device == "cuda":
                 network.checkpoint_layers()
-        options = {"max_tokens": self.of.max_tokens, "seed": lambda chunk: chunk}
+        options: dict[str, Any] = {"max_tokens": self.of.max_tokens, "seed": lambda chunk: chunk}
         cached = functools.partial(cached_step, network.train(), batch.texts, _loss_of(batch), **options)
         ours: dict[str, Callable[[], LossResult]] = {OURS: cached}
         if self.of.is_own:
@@ -140,8 +141,8 @@ class TrainBench:
         steps = {**ours, **steps}
         losses = {name: step().loss.item() for name, step in steps.items()}
         for name, loss in losses.items():
-            error = abs(loss - losses["cached" if self.of.is_own else OURS]) / abs(losses[OURS])
-            assert error < PARITY[self.setting.dtype], f"{name} has the loss {loss}, the others {losses}"
+            far = abs(loss - losses["cached" if self.of.is_own else OURS]) / abs(losses[OURS])
+            assert far < PARITY[self.setting.dtype], f"{name} has the loss {loss}, the others {losses}"
         return Prepared(dict(steps), skipped)
 
     def measure(self, limits: Limits, seconds: float, rounds: int | None = None) -> list[Figure]:
