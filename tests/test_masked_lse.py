@@ -212,6 +212,8 @@ def test_a_row_depends_on_no_other_row(dtype, device, monkeypatch):
         assert torch.equal(torch.cat([one, one]), other)
         assert torch.equal(third[0], one[3]) and torch.equal(fourth[0], one[36])
     assert_same_constants(launches)
+    # a row's sum is split by its columns alone
+    assert len({arguments["split_columns"] for _, arguments in launches}) == 1
 
 
 def test_permuting_columns_changes_nothing(device):
