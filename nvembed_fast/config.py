@@ -19,6 +19,7 @@ from nvembed_fast.files import brief
 
 __all__ = [
     "BackboneConfig",
+    "HeadStart",
     "LatentConfig",
     "LatentForm",
     "Latents",
@@ -38,6 +39,8 @@ __all__ = [
 
 PoolingStart = Literal["token_count", "text_offset"]
 PoolingHeadName = Literal["latent", "mean", "eos", "self_attention"]
+# of a fresh head: as mean pooling, or with every product drawn
+HeadStart = Literal["mean", "random"]
 # of queries whose caller names none
 DEFAULT_TASK = "Given a question, retrieve passages that answer the question"
 # how the latent head computes: see `network.latent_head`

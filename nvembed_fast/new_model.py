@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -12,12 +13,14 @@ from torch import nn
 from nvembed_fast import files
 from nvembed_fast.checkpoint.decoders import open_decoder
 from nvembed_fast.checkpoint.save import model_files, save_model
-from nvembed_fast.config import LatentConfig, NVEmbedConfig, PoolingHeadName
+from nvembed_fast.config import HeadStart, LatentConfig, NVEmbedConfig, PoolingHeadName
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_dtype
 
 __all__ = ["init_model"]
 
+# without them a head adds nothing to the mean of the hidden states
+_LAST_PRODUCTS = ("head.to_out.weight", "head.ff_down.weight", "head.ff_down.bias")
 _SMALL_WIDTH, _SMALL_HEAD_WIDTH, _PUBLISHED_HEAD_WIDTH = 2048, 64, 4096
 
 
@@ -32,6 +35,7 @@ def init_model(
     seed: int = 0,
     num_layers: int | None = None,
     pooling_head: PoolingHeadName = "latent",
+    head_start: HeadStart = "mean",
     force: bool = False,
 ) -> Path | None:
     """Write an untrained NV-Embed model on a decoder, in the published layout.
@@ -51,6 +55,9 @@ def init_model(
         num_layers: the decoder's first layers alone. None takes all.
         pooling_head: "latent", or for comparison "mean", "eos" or "self_attention". Those ignore the three
             arguments about latents.
+        head_start: "mean" for a latent or self-attention head that is mean pooling at first, because the last
+            products of its attention and its feed-forward are zero. Both get gradients. "random" draws them,
+            too, which is noise on top of what the decoder knows.
         force: move such files to a new folder in the output directory, `replaced-*`.
 
     Returns:
@@ -69,6 +76,8 @@ def init_model(
     for name, value in (("num_latents", num_latents), ("num_heads", num_heads), ("head_width", head_width)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    if head_start not in get_args(HeadStart):
+        raise ValueError(f"head_start must be 'mean' or 'random', got {head_start!r}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got {seed}")
     decoder = open_decoder(source)
@@ -95,6 +104,9 @@ def init_model(
     there = model.state_dict()
     values = {name: value for name, value in decoder.load(stored).items() if name in there}
     values |= {f"head.{name}": value.to(stored) for name, value in fresh}
+    if head_start == "mean":
+        for name in filter(values.__contains__, _LAST_PRODUCTS):
+            values[name].zero_()
     model.load_state_dict(values, assign=True)
     with tempfile.TemporaryDirectory() as aside:
         tokenizer_files = decoder.write_tokenizer(Path(aside))

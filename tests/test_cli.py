@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 from tiny_decoders import write_mistral
 
 from nvembed_fast import NVEmbed, cli, query_instruction
@@ -307,7 +308,12 @@ def test_init_refuses_a_directory_with_weights_unless_forced(tmp_path, capsys):
     status, _, error = run(capsys, "init", decoder, "-o", out, "--num-latents", 2)
     assert status == 1 and "--force moves them aside" in error
     assert (out / "model.safetensors").read_text() == "mine"
-    status, printed, _ = run(capsys, "init", decoder, "-o", out, "--num-latents", 2, "--force")
+    status, printed, _ = run(
+        capsys, "init", decoder, "-o", out, "--num-latents", 2, "--force", "--head-start=random"
+    )
+    assert load_file(out / "model.safetensors")[
+        "latent_attention_model.cross_attend_blocks.0.fn.to_out.weight"
+    ].any()
     assert status == 0 and f"{out}/replaced-1: the files that were in {out}" in printed
     assert (out / "replaced-1" / "model.safetensors").read_text() == "mine"
 

@@ -82,7 +82,7 @@ def test_python_blocks_run(page, tiny_directory, tmp_path, monkeypatch):
 
 
 def test_the_training_example_lowers_the_loss(tiny_directory, tmp_path, monkeypatch, capsys):
-    code, checkpointing = python_blocks(ROOT / "docs" / "gradients.md", tiny_directory)
+    code, _, checkpointing = python_blocks(ROOT / "docs" / "gradients.md", tiny_directory)
     assert str(tiny_directory) in code
     monkeypatch.chdir(tmp_path)
     losses = []

@@ -13,10 +13,11 @@ from tiny_checkpoint import SAVED, everything
 from tiny_decoders import WIDTH, transformers_model, write_mistral, write_tokenizer
 from tokenizers import Tokenizer
 
-from nvembed_fast import NVEmbed
+from nvembed_fast import NVEmbed, ops
 from nvembed_fast.checkpoint import load_model, save_model
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.encoder import UntrainedModel
+from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.new_model import init_model
 
 
@@ -38,10 +39,11 @@ def test_the_dtype_is_the_decoders_own_unless_asked(tmp_path):
         assert torch.equal(stored[0][name], stored[1][name].bfloat16()), name
 
 
-def test_the_fresh_head(mistral, tmp_path):
+def test_a_random_head(mistral, tmp_path):
     before = torch.get_rng_state()
+    sizes = {"num_latents": 24, "num_heads": 2, "head_width": 32, "head_start": "random"}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        init_model(mistral, tmp_path / name, num_latents=24, num_heads=2, head_width=32, seed=seed)
+        init_model(mistral, tmp_path / name, seed=seed, **sizes)
     assert torch.equal(torch.get_rng_state(), before), "the caller's generator was used"
     weights = [load_file(tmp_path / name / "model.safetensors") for name in "abc"]
     assert all(torch.equal(weights[0][n], weights[1][n]) for n in weights[0])
@@ -66,6 +68,40 @@ def test_the_fresh_head(mistral, tmp_path):
     assert head[block + "1.fn.net.2.bias"].abs().max() <= (4 * WIDTH) ** -0.5
     for norm in ("0.norm", "0.norm_context", "1.norm"):
         assert (head[f"{block}{norm}.weight"] == 1).all() and (head[f"{block}{norm}.bias"] == 0).all()
+
+
+LAST = ("0.fn.to_out.weight", "1.fn.net.2.weight", "1.fn.net.2.bias")
+
+
+@pytest.mark.parametrize("pooling_head", ["latent", "self_attention"])
+def test_a_fresh_head_is_mean_pooling_and_learns(mistral, tmp_path, pooling_head):
+    kinds = {"fresh": {}, "random": {"head_start": "random"}, "mean": {"pooling_head": "mean"}}
+    for name, options in kinds.items():
+        init_model(mistral, tmp_path / name, **({"pooling_head": pooling_head, "num_latents": 24} | options))
+    weights = {name: load_file(tmp_path / name / "model.safetensors") for name in kinds}
+    zeros = {name for name in weights["fresh"] if name.endswith(LAST)}
+    assert len(zeros) == 3
+    for name, value in weights["fresh"].items():
+        if name in zeros:
+            assert not value.any() and weights["random"][name].any()
+        else:
+            assert torch.equal(value, weights["random"][name])
+    models = {name: NVEmbed.from_pretrained(tmp_path / name, device="cpu") for name in kinds}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UntrainedModel)
+        vectors = {name: model.encode(["w1 w2", "w3"]) for name, model in models.items()}
+    assert torch.equal(vectors["fresh"], vectors["mean"])
+    assert (vectors["fresh"] - vectors["random"]).abs().max() > 1e-2
+    head = models["fresh"].model.head.requires_grad_()
+    h = torch.randn(5, WIDTH)
+    with ops.use_impl("torch"):
+        head(h, SeqLayout((3, 2)))[:, 0].sum().backward()
+    assert head.to_out.weight.grad.any() and head.ff_down.weight.grad.any()
+
+
+def test_a_start_that_is_not_there(mistral, tmp_path):
+    with pytest.raises(ValueError, match="head_start must be 'mean' or 'random', got 'zero'"):
+        init_model(mistral, tmp_path / "out", head_start="zero")
 
 
 def test_the_callers_default_device_changes_nothing(mistral, tmp_path):

@@ -5,7 +5,7 @@ from typing import get_args
 
 from nvembed_fast import files
 from nvembed_fast.cli import options, process
-from nvembed_fast.config import PoolingHeadName
+from nvembed_fast.config import HeadStart, PoolingHeadName
 
 SUMMARY = "Start a model from a Mistral or Llama decoder, with a fresh pooling head."
 EXAMPLES = """\
@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the published models' latent head, or one to compare it with (default: %(default)s)",
     )
     parser.add_argument(
+        "--head-start",
+        default="mean",
+        choices=get_args(HeadStart),
+        help="the head is mean pooling at first, or all random (default: %(default)s)",
+    )
+    parser.add_argument(
         "--force", action="store_true", help="move a model in DIRECTORY to DIRECTORY/replaced-1, or -2 ..."
     )
     parser.add_argument("--seed", type=int, default=0, help="of the fresh head (default: 0)")
@@ -51,6 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
             head_width=arguments.head_width,
             seed=arguments.seed,
             pooling_head=head,
+            head_start=arguments.head_start,
             force=arguments.force,
         )
         if moved:
