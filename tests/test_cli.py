@@ -203,7 +203,7 @@ finally:
     assert done.stderr.split() == []
 
 
-@pytest.mark.parametrize("command", ["encode", "search", "init", "info", "check", "warm-up"])
+@pytest.mark.parametrize("command", ["encode", "search", "init", "merge", "info", "check", "warm-up"])
 def test_help_has_examples(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--help"])

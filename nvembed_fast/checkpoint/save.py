@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,11 +19,11 @@ from nvembed_fast import files
 from nvembed_fast.checkpoint import names
 from nvembed_fast.checkpoint.load import empty_parameters
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Slot, published_tensors
-from nvembed_fast.config import DEFAULT_TASK, query_instruction
+from nvembed_fast.config import DEFAULT_TASK, NVEmbedConfig, query_instruction
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_dtype, dtype_name
 
-__all__ = ["check_no_other_model", "model_files", "save_model"]
+__all__ = ["check_no_other_model", "model_files", "save_model", "save_tensors"]
 
 _OWN_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 _ANY_MODEL = re.compile(
@@ -83,15 +83,42 @@ def save_model(
         OSError: the files cannot be written, or the new ones cannot take their places. The message then names
             the folder that holds them.
     """
+    parameters, table = dict(model.named_parameters()), published_tensors(model.config)
+    _check_parameters(parameters, table)
+    return save_tensors(
+        lambda name: parameters[table[name].parameter].detach()[table[name].rows],
+        model.config,
+        directory,
+        dtype=dtype if dtype is not None else model.embedding_model.embed_tokens.weight.dtype,
+        max_shard_bytes=max_shard_bytes,
+        other_files=other_files,
+        move_aside=move_aside,
+    )
+
+
+def save_tensors(
+    value_of: Callable[[str], torch.Tensor],
+    config: NVEmbedConfig,
+    directory: str | os.PathLike,
+    *,
+    dtype: str | torch.dtype,
+    max_shard_bytes: int = 5_000_000_000,
+    other_files: Iterable[str | os.PathLike] = (),
+    move_aside: bool = False,
+) -> Path | None:
+    """`save_model` of weights that are made one after another. Those of one file are in memory at a time.
+
+    Args:
+        value_of: a published name -> its tensor, on any device.
+        config: of the model.
+        dtype: the stored dtype.
+    """
     directory = files.expanded(directory)
     copies = [Path(p) for p in other_files]
     if not move_aside:
         check_no_other_model(directory, except_for=copies)
-    table = published_tensors(model.config)
-    parameters = dict(model.named_parameters())
-    _check_parameters(parameters, table)
-    dtype = check_dtype(dtype if dtype is not None else model.embedding_model.embed_tokens.weight.dtype)
-    config = replace(model.config, torch_dtype=dtype_name(dtype))
+    table, dtype = published_tensors(config), check_dtype(dtype)
+    config = replace(config, torch_dtype=dtype_name(dtype))
     leaving = {*model_files(directory), *model_files(files.current(directory))} if move_aside else set()
     outdated = re.compile("|".join([_OWN_WEIGHTS.pattern, *map(re.escape, leaving)]))
     moved = None
@@ -100,11 +127,11 @@ def save_model(
         with files.replacing_together(directory, key=CONFIG_FILE, outdated=outdated) as aside:
             shards = _shards(table, dtype, max_shard_bytes)
             for file, stored in shards.items():
-                tensors = {name: _published_value(name, table[name], parameters, dtype) for name in stored}
+                tensors = {name: _published_value(name, value_of(name), dtype) for name in stored}
                 save_file(tensors, aside / file, metadata={"format": "pt"})
             if len(shards) > 1:
                 weight_map = {name: file for file, stored in shards.items() for name in stored}
-                total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+                total = sum(torch.Size(slot.shape).numel() for slot in table.values()) * dtype.itemsize
                 _write_json(aside / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
             kept = [] if move_aside else names.tokenizer_files(directory)
             for name, content in _SENTENCE_TRANSFORMERS.items():
@@ -193,13 +220,10 @@ def _shards(table: dict[str, Slot], dtype: torch.dtype, max_bytes: int) -> dict[
     return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, 1)}
 
 
-def _published_value(
-    name: str, slot: Slot, parameters: Mapping[str, torch.Tensor], dtype: torch.dtype
-) -> torch.Tensor:
-    rows = parameters[slot.parameter].detach()[slot.rows]
-    value = rows.to(dtype)
+def _published_value(name: str, given: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    value = given.to(dtype)
     if not torch.stack(value.aminmax()).isfinite().all():
-        why = f"does not fit {dtype_name(dtype)}" if rows.isfinite().all() else "holds NaN or Inf"
+        why = f"does not fit {dtype_name(dtype)}" if given.isfinite().all() else "holds NaN or Inf"
         raise ValueError(f"tensor {name!r} {why}: nothing was saved")
     return value.cpu().contiguous()
 
