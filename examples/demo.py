@@ -88,10 +88,14 @@ def main() -> None:
 
 
 def make_model(gguf: Path, directory: Path) -> None:
-    """Make the model, if it is not there. A folder of an older version has no modules.json."""
-    if not all((directory / name).is_file() for name in ("config.json", "modules.json")):
+    """Make the model, if it is not there. One of an older version, without modules.json, is saved again."""
+    if not (directory / "config.json").is_file():
         print(f"making an NV-Embed model on {gguf.name} in {directory}")
         init_model(gguf, directory)
+    elif not (directory / "modules.json").is_file():
+        print(f"saving the model of an older version in {directory} again")
+        old = NVEmbed.from_pretrained(directory, device="cpu")
+        old.save_pretrained(directory, dtype=getattr(torch, old.config.torch_dtype))
 
 
 class ModuleClock:

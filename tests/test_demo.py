@@ -1,5 +1,6 @@
 """The demo's model: a real decoder behind a fresh head, on real text."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,18 +79,19 @@ def test_the_demo_runs(tmp_path):
     assert "12/12" in run.stderr  # the progress bar
 
 
-def test_a_folder_of_an_older_version_is_made_anew(tmp_path, monkeypatch):
+def test_a_model_of_an_older_version_is_saved_again(tiny_directory, tmp_path, monkeypatch):
     """sentence-transformers reads modules.json, and older saves have none."""
-    made = []
-    monkeypatch.setattr(demo, "init_model", lambda decoder, directory: made.append((decoder, directory)))
-    gguf = tmp_path / "decoder.gguf"
-    demo.make_model(gguf, tmp_path)
-    (tmp_path / "config.json").touch()
-    demo.make_model(gguf, tmp_path)
-    assert made == [(gguf, tmp_path)] * 2
-    (tmp_path / "modules.json").touch()
-    demo.make_model(gguf, tmp_path)
-    assert len(made) == 2
+    monkeypatch.setattr(demo, "init_model", None)
+    directory = tmp_path / "model"
+    shutil.copytree(tiny_directory, directory)
+    assert not (directory / "modules.json").exists()
+    wanted = NVEmbed.from_pretrained(directory)
+    demo.make_model(Path("decoder.gguf"), directory)
+    assert (directory / "modules.json").is_file()
+    found = NVEmbed.from_pretrained(directory)
+    assert found.config == wanted.config and found.fingerprint == wanted.fingerprint
+    monkeypatch.setattr(demo, "NVEmbed", None)
+    demo.make_model(Path("decoder.gguf"), directory)
 
 
 def test_there_are_enough_docstrings():
