@@ -331,9 +331,9 @@ ROTARY_CPU = (RotaryCase("smollm2-8x256", (256,) * 8, 9, 3, 64, bench=True),)
 class ScoreCase:
     """Rows against columns, for `masked_lse`. Scores are of size `peak`.
 
-    A third of the rows and columns are of each of two scopes, the others of both. A row has three keys, and
-    one of 0. A limit lies in the widest gap among the highest fifth of a row's scores, so that no rounding
-    moves a score across.
+    A third of the rows and columns are of each of two scopes, the others of both. Some rows have none. A row
+    has three keys and one of 0, which some columns have, too. A limit lies in the widest gap among the
+    highest fifth of a row's scores, so that no rounding moves a score across.
     """
 
     name: str
@@ -353,10 +353,12 @@ class ScoreCase:
         scale = self.peak / self.width**0.5
         # the scope 1, and as a second one 2 or none
         row_scopes = 1 + torch.arange(self.num_rows)[:, None] % 3 % 2
+        row_scopes[5::11] = -1
         column_scopes = torch.tensor([(1, -1), (2, -1), (1, 2)])[torch.arange(self.num_columns) % 3]
         column_keys = 1 + torch.arange(self.num_columns)[:, None] % max(1, 3 * self.num_columns // 4)
         row_keys = torch.randint(1, self.num_columns + 2, (self.num_rows, 4), generator=g)
         row_keys[:, 2] = 0
+        column_keys[3::7] = 0
         if not self.masked:
             row_scopes, column_scopes = torch.zeros_like(row_scopes), torch.zeros_like(column_scopes[:, :1])
             row_keys = torch.zeros_like(row_keys[:, :1])
