@@ -91,7 +91,7 @@ def save(
     before = newest(output)
     try:
         if path.exists():  # a damaged one: `newest` did not take it
-            _remove(path)
+            shutil.rmtree(path)
         with files.new_folder(path) as aside:
             save_file(weights, aside / _WEIGHTS)
             save_file(moments, aside / _MOMENTS)
@@ -105,7 +105,7 @@ def save(
         )
         raise OSError(f"cannot write {path} ({reason}): {stays}") from error
     for old in [found for found in _all(output) if found != path][keep - 1 :]:
-        _remove(old)
+        shutil.rmtree(old)
 
 
 def newest(output: Path) -> Path | None:
@@ -179,12 +179,6 @@ def _is_whole(path: Path) -> bool:
 
 def _sizes(folder: Path, names: Any = (_WEIGHTS, _MOMENTS)) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in names}
-
-
-def _remove(path: Path) -> None:
-    # without its key it is no checkpoint any more, even if this is interrupted
-    (path / _STATE).unlink(missing_ok=True)
-    shutil.rmtree(path)
 
 
 def _whole(value: torch.Tensor) -> torch.Tensor:

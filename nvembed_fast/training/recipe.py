@@ -150,7 +150,7 @@ class Recipe:
         except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are some
             raise RecipeError(f"{path} is no TOML file: {error}") from error
         try:
-            _resolve(raw, path.resolve().parent)
+            _resolve(raw, path.resolve().parent)  # those of overrides are left to from_dict
             for override in overrides:
                 _override(raw, override)
             return cls.from_dict(raw)
@@ -294,8 +294,6 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if isinstance(place, list):
         raise RecipeError(f"--set {name}: name a key of one data set, such as data.0.file")
     place[last] = value
-    if (tables[:1], last) in _PATHS:
-        place[last] = _path(last, value, Path.cwd())
 
 
 def _resolve(raw: dict[str, Any], folder: Path) -> None:
