@@ -85,6 +85,7 @@ def test_loggers_get_every_step_and_evaluation(tmp_path, monkeypatch):
         return SimpleNamespace(
             init=lambda **options: calls.append((library, "init", options["config"])),
             log=lambda values, step: calls.append((library, step, values)),
+            finish=lambda: calls.append((library, "finish")),
         )
 
     for name in ("wandb", "trackio"):
@@ -95,7 +96,7 @@ def test_loggers_get_every_step_and_evaluation(tmp_path, monkeypatch):
     log.close()
     for name in ("wandb", "trackio"):
         own = [call[1:] for call in calls if call[0] == name]
-        assert own == [("init", {"seed": 3}), (7, metrics(7)), (7, {"evaluation/ndcg": 0.5})]
+        assert own == [("init", {"seed": 3}), (7, metrics(7)), (7, {"evaluation/ndcg": 0.5}), ("finish",)]
     assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {"step": 7, "ndcg": 0.5}
 
 
@@ -106,3 +107,25 @@ def test_a_missing_logger_is_named_before_anything_is_written(tmp_path, monkeypa
     with pytest.raises(ImportError, match=f"log.{library} needs {library}: pip install {library}, or leave"):
         log_of(tmp_path, part=part)
     assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard_gets_scalars_behind_the_checkpoint(tmp_path, monkeypatch):
+    calls = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            calls.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            calls.append(scalar)
+
+        def close(self):
+            calls.append("closed")
+
+    monkeypatch.setitem(sys.modules, "tensorboard", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    log = log_of(tmp_path, part=LogPart(picture=False, tensorboard=True), step=6)
+    log.write(7, metrics(7))
+    log.close()
+    scalars = [(name, value, 7) for name, value in metrics(7).items()]
+    assert calls == [(str(tmp_path / "tensorboard"), 7), *scalars, "closed"]

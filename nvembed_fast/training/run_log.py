@@ -65,7 +65,7 @@ class RunLog:
         """Append the line of a step."""
         self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
-        for log in self._loggers:
+        for log, _ in self._loggers:
             log(step, metrics)
         shown = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s']:,.0f} tokens/s"
         shown += f", {metrics['memory_gb']:.2f} GB"
@@ -81,7 +81,7 @@ class RunLog:
         """Give an evaluation to the loggers, and append it to evaluations.jsonl."""
         with open(self.output / "evaluations.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for log in self._loggers:
+        for log, _ in self._loggers:
             log(step, {f"evaluation/{name}": value for name, value in values.items()})
         self._say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
@@ -93,6 +93,8 @@ class RunLog:
         """Draw the picture and end."""
         self._bar.close()
         self._file.close()
+        for _, end in self._loggers:
+            end()
         if self._picture and read_metrics(self.output / METRICS_FILE):
             with suppress(ImportError):  # without matplotlib there is no picture
                 draw(self.output / METRICS_FILE, self.output / _PICTURE_FILE)
@@ -163,9 +165,14 @@ def _cut(file: Path, step: int) -> None:
         aside.write_text("".join(kept), encoding="utf-8")
 
 
-def _loggers(output: Path, part: LogPart, step: int, settings: Mapping[str, Any]) -> list[Callable]:
-    """Functions of (step, metrics). A run of wandb or trackio continues the one of the same directory."""
-    found: list[Callable] = []
+def _loggers(
+    output: Path, part: LogPart, step: int, settings: Mapping[str, Any]
+) -> list[tuple[Callable[[int, Mapping[str, float]], None], Callable[[], Any]]]:
+    """Functions of (step, metrics), each with the one that ends it.
+
+    A run of wandb or trackio continues the one of the same name, which is that of the directory.
+    """
+    found: list[tuple[Callable[[int, Mapping[str, float]], None], Callable[[], Any]]] = []
     if part.tensorboard:
         _need("tensorboard")
         from torch.utils.tensorboard import SummaryWriter
@@ -176,16 +183,16 @@ def _loggers(output: Path, part: LogPart, step: int, settings: Mapping[str, Any]
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
 
-        found.append(log)
-    name = f"{output.name}"
+        found.append((log, writer.close))
+    name = output.name
     if part.wandb:
         wandb = _need("wandb")
         wandb.init(project="nvembed-fast", id=name, dir=str(output), config=dict(settings), resume="allow")
-        found.append(lambda step, metrics: wandb.log(dict(metrics), step=step))
+        found.append((lambda step, metrics: wandb.log(dict(metrics), step=step), wandb.finish))
     if part.trackio:
         trackio = _need("trackio")
         trackio.init(project="nvembed-fast", name=name, config=dict(settings), resume="allow")
-        found.append(lambda step, metrics: trackio.log(dict(metrics), step=step))
+        found.append((lambda step, metrics: trackio.log(dict(metrics), step=step), trackio.finish))
     return found
 
 
