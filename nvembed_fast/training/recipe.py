@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal, get_args, get_origin
 
 from nvembed_fast import files
-from nvembed_fast.config import PoolingHeadName
+from nvembed_fast.config import HeadStart, PoolingHeadName
 from nvembed_fast.files import brief
 
 __all__ = ["DataPart", "LogPart", "ModelPart", "Recipe", "RecipeError", "TrainPart", "defaults"]
@@ -57,6 +57,7 @@ class ModelPart:
         None, "latent, mean, eos or self_attention (default: a model's own, and latent on a decoder)"
     )
     num_latents: int = _key(512, "of a decoder with a latent head", 1, _BIG)
+    head_start: HeadStart = _key("mean", "of a decoder: its head begins as mean pooling, or random")
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ def start_directory(recipe: Recipe) -> Path:
             num_latents=part.num_latents,
             num_layers=part.layers,
             pooling_head=part.pooling_head or "latent",
+            head_start=part.head_start,
             seed=recipe.seed % 2**63,
         )
         return made
