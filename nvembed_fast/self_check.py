@@ -324,11 +324,13 @@ def _score_problems(
     yield problem("all results", limited, used=slice(None), directions=("forward",))
     yield problem("limited", limited)
     yield problem("by odd rows", ScoreCase("odd", 37, 77, 77), gap=ODD)
-    yield problem("several tiles in a split", ScoreCase("long", 7, 2300, 32))
+    long = ScoreCase("long", 7, 2300, 32)
+    yield problem("several tiles in a split", long, used=slice(None), directions=("forward",))
     yield problem("without masks", ScoreCase("unmasked", 33, 140, 32, masked=False))
     yield problem("peaked", ScoreCase("peaked", 40, 130, 64, peak=30.0))
     if device.type == "cuda":
         yield problem("NV-Embed", ScoreCase("nvembed", 300, 600, 4096, limited=True))
+        yield problem("several chunks of rows", ScoreCase("chunks", 5000, 4000, 16), directions=("backward",))
 
 
 def _named(cases: tuple, name: str):
