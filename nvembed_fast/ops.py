@@ -116,7 +116,9 @@ def choose(
     return "library" if device.type == "cuda" else "torch", obstacle or "tensors are on the CPU"
 
 
-def prove(device: torch.device, dtype: torch.dtype, *, training: bool = False) -> dict[str, str]:
+def prove(
+    device: torch.device, dtype: torch.dtype, *, training: bool = False, is_loss: bool = False
+) -> dict[str, str]:
     """Let the self-check decide which kernels `auto` takes on a GPU, if that is not known yet.
 
     It takes a while once for each GPU, driver, torch and Triton, and runs in a process of its own. With
@@ -127,6 +129,7 @@ def prove(device: torch.device, dtype: torch.dtype, *, training: bool = False) -
         device: of the tensors. On a CPU there is nothing to prove.
         dtype: of the tensors.
         training: prove the backward, too.
+        is_loss: prove the kernel of the loss, in place of those of a model.
 
     Returns:
         Operation -> why its kernel is not taken. Empty: all are.
@@ -134,19 +137,20 @@ def prove(device: torch.device, dtype: torch.dtype, *, training: bool = False) -
     if device.type != "cuda" or _triton_obstacle(device, dtype) is not None:
         return {}
     index = torch.cuda.current_device() if device.index is None else device.index
-    if (index, OPERATIONS[0], dtype, training) not in _obstacles:
-        _look(torch.device("cuda", index), dtype, training)
-    found = {name: _obstacles[index, name, dtype, training] for name in OPERATIONS}
+    operations = _LOSS if is_loss else tuple(name for name in OPERATIONS if name not in _LOSS)
+    if (index, operations[0], dtype, training) not in _obstacles:
+        _look(torch.device("cuda", index), dtype, training, operations)
+    found = {name: _obstacles[index, name, dtype, training] for name in operations}
     return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
 
 
-def _look(device: torch.device, dtype: torch.dtype, training: bool) -> None:
-    """Fill `_obstacles` for all operations, and warn of what was not known to be wrong."""
+def _look(device: torch.device, dtype: torch.dtype, training: bool, operations: tuple[str, ...]) -> None:
+    """Fill `_obstacles` for these operations, and warn of what was not known to be wrong."""
     directions = verdicts.DIRECTIONS if training else verdicts.DIRECTIONS[:1]
     name = str(dtype).removeprefix("torch.")
     found: dict[verdicts.Item, verdicts.Finding] = {}
     if os.environ.get("NVEMBED_FAST_SELF_CHECK", "1").lower() not in ("0", "false", "off", "n", "no"):
-        items = [(operation, name, direction) for operation in OPERATIONS for direction in directions]
+        items = [(operation, name, direction) for operation in operations for direction in directions]
         found, why_here = verdicts.prove(device, items)
         if why_here:
             warnings.warn(
@@ -156,7 +160,7 @@ def _look(device: torch.device, dtype: torch.dtype, training: bool) -> None:
             )
     new: list[str] = []
     obstacles: dict[tuple[int | None, str, torch.dtype, bool], str | None] = {}
-    for operation in OPERATIONS:
+    for operation in operations:
         red = [f for d in directions if (f := found.get((operation, name, d))) is not None and not f.ok]
         obstacle = f"its self-check failed ({red[0].direction}): {red[0].reason}" if red else None
         if obstacle is not None and _obstacles.get((device.index, operation, dtype, False)) is None:
@@ -180,7 +184,8 @@ def _unproven(device: torch.device, dtype: torch.dtype, operation: str, is_recor
     if key not in _obstacles:
         if torch.compiler.is_compiling():
             return "no self-check has run before torch.compile"
-        return prove(device, dtype, training=is_recorded).get(operation)
+        found = prove(device, dtype, training=is_recorded, is_loss=operation in _LOSS)
+        return found.get(operation)
     return _obstacles[key]
 
 
@@ -312,6 +317,8 @@ OPERATIONS = (
     "geglu",
     "masked_lse",
 )
+# proven by itself: a model that only encodes needs none, and a model in 16 bits has its loss in fp32
+_LOSS = ("masked_lse",)
 
 
 def flash_attention(

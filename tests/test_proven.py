@@ -119,6 +119,15 @@ def test_each_dtype_and_each_gpu_is_proven_by_itself(verdict, monkeypatch):
     assert len(verdict.asked) == 3
 
 
+def test_the_kernel_of_the_loss_is_proven_when_it_is_called(verdict):
+    ops.prove(GPU, HALF)
+    assert "masked_lse" not in {operation for items in verdict.asked for operation, *_ in items}
+    verdict["masked_lse", "backward"] = "wrong"
+    with pytest.warns(ops.UnprovenKernel):
+        assert ops.choose(GPU, torch.float32, "masked_lse", True)[0] == "library"
+    assert {operation for operation, *_ in verdict.asked[-1]} == {"masked_lse"}
+
+
 def test_the_environment_may_skip_it(verdict, monkeypatch):
     verdict["rotary", "forward"] = "wrong"
     monkeypatch.setenv("NVEMBED_FAST_SELF_CHECK", "0")
@@ -240,4 +249,4 @@ def test_a_kernel_that_fails_gives_way_to_the_library_path(how, fake_gpu, tmp_pa
     }
     assert all(REASONS[how] in row["reason"] for row in red)
     findings = {entry["name"]: entry["ok"] for entry in json.loads(kept.read_text())["findings"]}
-    assert findings == {name: name != "swiglu" for name in ops.OPERATIONS}
+    assert findings == {name: name != "swiglu" for name in ops.OPERATIONS if name != "masked_lse"}
