@@ -208,6 +208,17 @@ def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, tmp_pa
             train(Recipe.from_dict(raw))
 
 
+def test_a_start_made_by_another_recipe_is_refused(folder, start, monkeypatch):
+    monkeypatch.setattr(trainer._Run, "loop", lambda *_: (_ for _ in ()).throw(OSError("before a checkpoint")))
+    raw = recipe_of(folder, start, steps=1).to_dict() | {"model": {"start": str(start), "layers": 1}}
+    for _ in range(2):
+        with pytest.raises(OSError, match="before a checkpoint"):
+            train(Recipe.from_dict(raw))
+    raw["model"]["layers"] = 2
+    with pytest.raises(RecipeError, match=r"out.start was made by another recipe: model.layers was 1 and is 2"):
+        train(Recipe.from_dict(raw))
+
+
 def test_two_runs_do_not_share_a_directory(folder, start, monkeypatch):
     recipe = recipe_of(folder, start)
     real, found = trainer._Run.step, []

@@ -2,12 +2,14 @@
 
 `model.start` names a model directory or a hub id, or a decoder. A decoder, or a model that loses layers, is
 first written to `output/start` as a model of its own. So every run has a directory with its frozen weights.
+Beside them stands what they were made of: a recipe that was changed before the first checkpoint is refused.
 
 The finished model is made from that directory and a checkpoint. It does not depend on how the ranks have cut
 the model up, and a killed run can do it again.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import torch
@@ -22,22 +24,25 @@ from nvembed_fast.training.recipe import Recipe, RecipeError
 
 __all__ = ["export", "load_network", "start_directory", "trained", "weights_name"]
 
-_START, _ADAPTER = "start", "adapter"
+_START, _ADAPTER, _MADE_OF = "start", "adapter", "made_of.json"
 
 
 def start_directory(recipe: Recipe) -> Path:
     """The model directory that a recipe starts from, written if it is not there yet. For the first rank.
 
     Raises:
-        RecipeError: the recipe asks for another pooling head than the model's, or for more layers.
+        RecipeError: the recipe asks for another pooling head than the model's, or for more layers, or
+            `output/start` was made by another one.
         OSError, ValueError, ImportError: see `new_model.init_model` and `checkpoint.resolve`.
     """
     made = Path(recipe.output) / _START
     if (files.current(made) / CONFIG_FILE).is_file():
+        _check_made(made, recipe)
         return made
     start, part = recipe.model.start, recipe.model
     source = None if Path(start).is_file() else checkpoint.resolve(start)
     if source is None or files.read_json(source / CONFIG_FILE).get("model_type") != "nvembed":
+        _note_made(made, recipe)
         init_model(
             start,
             made,
@@ -63,8 +68,32 @@ def start_directory(recipe: Recipe) -> Path:
     network.embedding_model.layers = network.embedding_model.layers[: part.layers]
     text = dataclasses.replace(config.text_config, num_hidden_layers=part.layers)
     network.config = dataclasses.replace(config, text_config=text, is_untrained=True)
+    _note_made(made, recipe)
     checkpoint.save_model(network, made, other_files=checkpoint.tokenizer_files(source))
     return made
+
+
+def _made_of(recipe: Recipe) -> dict[str, object]:
+    return {key: value for key, value in recipe.flat().items() if key == "seed" or key.startswith("model.")}
+
+
+def _note_made(made: Path, recipe: Recipe) -> None:
+    made.mkdir(parents=True, exist_ok=True)
+    (made / _MADE_OF).write_text(json.dumps(_made_of(recipe)) + "\n", encoding="utf-8")
+
+
+def _check_made(made: Path, recipe: Recipe) -> None:
+    """RecipeError if it was made by another recipe. With a checkpoint, that one says so, and files may move."""
+    file = made / _MADE_OF
+    if not file.is_file() or checkpoints.newest(made.parent) is not None:
+        return
+    was, now = files.read_json(file), _made_of(recipe)
+    for key in {**was, **now}:
+        if was.get(key) != now.get(key):
+            raise RecipeError(
+                f"{made} was made by another recipe: {key} was {files.brief(was.get(key))} and is "
+                f"{files.brief(now.get(key))}. Remove it, or choose another output"
+            )
 
 
 def weights_name(directory: Path) -> str:
