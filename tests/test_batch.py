@@ -12,6 +12,7 @@ import pytest
 import torch
 from tiny_checkpoint import TINY
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvembed_fast.checkpoint import load_model
 from nvembed_fast.packing import PackedBatch
@@ -366,6 +367,57 @@ def test_a_part_of_a_batch(tmp_path, tokenizer):
     part = batch.part([2, 3], range(8, 16))
     assert parts_of(part) == parts_of(batch)[2:] and part.rows == batch.rows[2:]
     assert losses(part) == losses(batch)[2:] and part.has_own_candidates_only
+
+
+def test_a_part_makes_no_tensor_of_rows_times_columns(tmp_path, tokenizer):
+    class Largest(TorchDispatchMode):
+        seen = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor):
+                self.seen = max(self.seen, found.numel())
+            return found
+
+    builder = BatchBuilder([data_set(tmp_path, pairs(64))], tokenizer, max_length=9, seed=0)
+    candidates = builder.build(0, [("a", i) for i in range(64)]).candidates
+    with Largest() as largest:
+        part = candidates.part([9, 2, *range(30, 60)], [37, 36, 8, *range(120, 240)])
+    assert part.positives[:3].tolist() == [[0, 1], [1, 2], [2, 3]] and len(part.positives) == 32
+    assert largest.seen <= 2 * 256
+
+
+def test_a_teachers_scores_stay_with_their_texts(tmp_path, tokenizer):
+    records = [
+        record | {"pos_scores": [i + 0.5], "neg_scores": [i - 1.0, i - 2.0, i - 3.0]}
+        for i, record in enumerate(pairs(8))
+    ]
+    data = data_set(tmp_path, records, in_batch=False, hard_negatives=2)
+    plain = BatchBuilder([data], tokenizer, max_length=9, seed=0).build(0, [("a", 1)]).candidates
+    assert plain.scored is plain.teacher_scores is None
+    builder = BatchBuilder([data], tokenizer, max_length=9, seed=0, needs_scores=True)
+    batch = builder.build(0, [("a", i) for i in range(4)])
+    for found, rows in ((batch, range(4)), (batch.part([2, 0], [*range(6, 9), *range(3)]), (2, 0))):
+        documents = words_of(found)[len(rows) :]
+        assert len(found.candidates.scored) == 3 * len(rows)
+        for (row, column), score in zip(
+            found.candidates.scored.tolist(), found.candidates.teacher_scores.tolist(), strict=True
+        ):
+            record = records[rows[row]]
+            scores = dict(zip(record["neg"], record["neg_scores"], strict=True))
+            scores |= dict(zip(record["pos"], record["pos_scores"], strict=True))
+            assert scores[documents[column]] == score
+    for change in ({"pos_scores": None}, {"neg_scores": None}):
+        bad = data_set(tmp_path, [*records[:1], records[1] | change, *records[2:]])
+        with pytest.raises(ValueError, match=r"a.jsonl, line 2: no pos_scores and neg_scores .*distillation"):
+            bad.check(needs_scores=True)
+        bad.check()
+        builder = BatchBuilder([bad], tokenizer, max_length=9, seed=0, needs_scores=True)
+        with pytest.raises(ValueError, match=r"line 2: no pos_scores"):
+            builder.build(0, [("a", 1)])
+    labelled = data_set(tmp_path, [{"text": f"q{i}", "label": f"t{i % 2}"} for i in range(4)], labels="texts")
+    with pytest.raises(ValueError, match=r"line 1: no pos_scores"):
+        BatchBuilder([labelled], tokenizer, max_length=9, seed=0, needs_scores=True)
 
 
 def test_the_state_of_a_masked_instruction_token_changes_nothing(tmp_path, tiny_directory):

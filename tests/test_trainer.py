@@ -183,6 +183,32 @@ def test_rows_with_own_candidates_take_the_direct_step(folder, start, monkeypatc
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_a_teachers_scores_pull_whatever_the_chunks(folder, start, in_batch):
+    settings = {"steps": 2, "data": {"in_batch": in_batch, "hard_negatives": 2}, "distillation": 0.5}
+    for output, change in (
+        ("plain", {"distillation": 0.0}),
+        ("small", {"max_tokens": 40}),
+        ("large", {"max_tokens": 4000}),
+    ):
+        train(recipe_of(folder, start, output, **settings | change))
+    plain, small, large = (
+        read_metrics(folder / name / "metrics.jsonl") for name in ("plain", "small", "large")
+    )
+    assert "distillation" not in plain[0] and large[0]["distillation"] > 0.01
+    assert large[0]["loss"] == pytest.approx(plain[0]["loss"] + large[0]["distillation"] / 2, abs=1e-5)
+    for one, other in zip(small, large, strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
+        assert one["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-4)
+        assert one["distillation"] == pytest.approx(other["distillation"], abs=1e-5)
+    assert abs(plain[0]["gradient_norm"] - large[0]["gradient_norm"]) > 1e-3
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    del lines[4]["neg_scores"]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match=r"pairs.jsonl, line 5: no pos_scores and neg_scores"):
+        train(recipe_of(folder, start, "bad", **settings))
+
+
 def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, tmp_path):
     raw = recipe_of(folder, start, steps=1).to_dict()
     decoder = start.parent / "decoder"
@@ -209,13 +235,17 @@ def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, tmp_pa
 
 
 def test_a_start_made_by_another_recipe_is_refused(folder, start, monkeypatch):
-    monkeypatch.setattr(trainer._Run, "loop", lambda *_: (_ for _ in ()).throw(OSError("before a checkpoint")))
+    monkeypatch.setattr(
+        trainer._Run, "loop", lambda *_: (_ for _ in ()).throw(OSError("before a checkpoint"))
+    )
     raw = recipe_of(folder, start, steps=1).to_dict() | {"model": {"start": str(start), "layers": 1}}
     for _ in range(2):
         with pytest.raises(OSError, match="before a checkpoint"):
             train(Recipe.from_dict(raw))
     raw["model"]["layers"] = 2
-    with pytest.raises(RecipeError, match=r"out.start was made by another recipe: model.layers was 1 and is 2"):
+    with pytest.raises(
+        RecipeError, match=r"out.start was made by another recipe: model.layers was 1 and is 2"
+    ):
         train(Recipe.from_dict(raw))
 
 
@@ -288,8 +318,8 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
 
 
 def test_two_ranks_have_the_losses_of_one_process(folder, start):
-    """With unequal numbers of rows and of chunks on the ranks, and LoRA."""
-    settings = {"lr": 1e-3, "batch": 5, "lora_rank": 4}
+    """With unequal numbers of rows and of chunks on the ranks, LoRA and a teacher's scores."""
+    settings = {"lr": 1e-3, "batch": 5, "lora_rank": 4, "distillation": 0.5}
     train(recipe_of(folder, start, **settings))
     run_on_two_ranks(recipe_of(folder, start, output="two", **settings), folder / "two.toml")
     assert_same_run(folder / "two", folder / "out")
@@ -297,7 +327,7 @@ def test_two_ranks_have_the_losses_of_one_process(folder, start):
 
 def test_a_run_goes_on_with_another_number_of_ranks(folder, start):
     """From one process to two ranks of FSDP2, and with rows that see their own documents alone."""
-    settings = {"lr": 1e-3, "batch": 5}
+    settings = {"lr": 1e-3, "batch": 5, "distillation": 0.5}
     data = {"in_batch": False, "hard_negatives": 2}
     train(recipe_of(folder, start, data=data, **settings))
     train(recipe_of(folder, start, output="both", data=data, **settings))

@@ -18,7 +18,7 @@ COMMAND = [sys.executable, "-m", "nvembed_fast", "train"]
 
 
 def write_pairs(file: Path, count: int = 40, seed: int = 0) -> Path:
-    """Rows whose query shares a word with its positive."""
+    """Rows whose query shares a word with its positive, with a teacher's scores."""
     draw = random.Random(seed)
 
     def words(first: int, number: int) -> str:
@@ -32,6 +32,8 @@ def write_pairs(file: Path, count: int = 40, seed: int = 0) -> Path:
                 "query": words(key, draw.randint(2, 4)),
                 "pos": [words(key, draw.randint(3, 9))],
                 "neg": [words(draw.randrange(97), draw.randint(3, 9)) for _ in range(2)],
+                "pos_scores": [1 + index % 3],
+                "neg_scores": [0.5, -index % 2],
             }
         )
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

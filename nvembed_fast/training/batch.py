@@ -30,7 +30,7 @@ from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts
 from nvembed_fast.training.loss import Candidates
 from nvembed_fast.training.mix import Draws, Mix
 from nvembed_fast.training.recipe import DataPart
-from nvembed_fast.training.rows import Rows, open_rows, to_labelled, to_row
+from nvembed_fast.training.rows import Labelled, Row, Rows, open_rows, to_labelled, to_row
 
 __all__ = ["BatchBuilder", "Batches", "DataSet", "TrainingBatch", "open_sets", "text_id"]
 
@@ -98,11 +98,13 @@ class DataSet:
         task = self.settings.instruction if prompt is None else prompt
         return task if not task.strip() or task.startswith("Instruct: ") else query_instruction(task)
 
-    def check(self) -> None:
+    def check(self, *, needs_scores: bool = False) -> None:
         """Read every row. Raises ValueError naming the file and the line of one that cannot be used."""
         for index, record in enumerate(self.rows.records()):
             parse = to_row if self.settings.labels == "none" else to_labelled
-            parse(record, self.rows.place(index))
+            row = parse(record, self.rows.place(index))
+            if needs_scores:
+                check_scores(row, self.rows.place(index))
 
 
 def open_sets(parts: Sequence[DataPart]) -> list[DataSet]:
@@ -118,6 +120,19 @@ def open_sets(parts: Sequence[DataPart]) -> list[DataSet]:
     return [DataSet(name, open_rows(part.file), part) for name, part in zip(names, parts, strict=True)]
 
 
+def check_scores(row: Row | Labelled, place: str) -> None:
+    """ValueError if a text of a row has no score of a teacher."""
+    if (
+        isinstance(row, Labelled)
+        or row.positive_scores is None
+        or (row.negatives and not row.negative_scores)
+    ):
+        raise ValueError(
+            f"{place}: no pos_scores and neg_scores for all its texts, which train.distillation needs: add "
+            "them, or set it to 0"
+        )
+
+
 class _Picked(NamedTuple):
     """What a row gives in one step: texts, and the keys that go with them."""
 
@@ -127,25 +142,29 @@ class _Picked(NamedTuple):
     row_keys: list[int]  # never negatives of this row
     column_keys: list[int]  # of the positives, then of the negatives
     prompt: str | None = None
+    scores: list[float] | None = None  # a teacher's, of the positives, then of the negatives
 
 
 class _Pairs:
     """Rows {query, pos, neg}."""
 
-    def __init__(self, data: DataSet):
-        self._data = data
+    def __init__(self, data: DataSet, needs_scores: bool):
+        self._data, self._needs_scores = data, needs_scores
 
     def pick(self, index: int, draws: Draws) -> _Picked:
         row = self._data.rows.row(index)
-        positives = [
-            row.positives[i] for i in draws.sample(len(row.positives), self._data.settings.positives)
-        ]
-        negatives = [
-            row.negatives[i] for i in draws.sample(len(row.negatives), self._data.settings.hard_negatives)
-        ]
+        of_positives = draws.sample(len(row.positives), self._data.settings.positives)
+        of_negatives = draws.sample(len(row.negatives), self._data.settings.hard_negatives)
+        positives = [row.positives[i] for i in of_positives]
+        negatives = [row.negatives[i] for i in of_negatives]
+        scores = None
+        if self._needs_scores:
+            check_scores(row, self._data.rows.place(index))
+            scores = [(row.positive_scores or ())[i] for i in of_positives]
+            scores += [(row.negative_scores or ())[i] for i in of_negatives]
         keys = [text_id(text) for text in dict.fromkeys((row.query, *row.positives))]
         column_keys = [text_id(text) for text in positives + negatives]
-        return _Picked(row.query, positives, negatives, keys, column_keys, row.prompt)
+        return _Picked(row.query, positives, negatives, keys, column_keys, row.prompt, scores)
 
 
 class _Classes:
@@ -224,18 +243,31 @@ class BatchBuilder:
         tokenizer: of the model.
         max_length: tokens a text, instruction and marks included.
         seed: of the whole run.
+        needs_scores: a teacher's scores go into the candidates, and a row without them is an error.
 
     Raises:
-        ValueError: two data sets have one name, or labels that cannot be used.
+        ValueError: two data sets have one name, or labels that cannot be used or have no scores.
     """
 
-    def __init__(self, sets: Sequence[DataSet], tokenizer: TextTokenizer, *, max_length: int, seed: int):
+    def __init__(
+        self,
+        sets: Sequence[DataSet],
+        tokenizer: TextTokenizer,
+        *,
+        max_length: int,
+        seed: int,
+        needs_scores: bool = False,
+    ):
         names = [data.name for data in sets]
         if len(set(names)) < len(names):
             raise ValueError(f"two data sets have one name: {', '.join(names)}")
         self._sets = {data.name: data for data in sets}
         self._numbers = {name: number for number, name in enumerate(names, start=1)}
-        self._sources = {d.name: _Pairs(d) if d.settings.labels == "none" else _Classes(d) for d in sets}
+        if needs_scores and (labelled := [d for d in sets if d.settings.labels != "none"]):
+            check_scores(labelled[0].rows.labelled(0), labelled[0].rows.place(0))
+        self._sources = {
+            d.name: _Pairs(d, needs_scores) if d.settings.labels == "none" else _Classes(d) for d in sets
+        }
         self._tokenizer, self._max_length, self._seed = tokenizer, max_length, seed
 
     def build(
@@ -280,6 +312,8 @@ class BatchBuilder:
             column_keys += texts.column_keys
             column_scopes += [(shared, private)] * len(texts.column_keys)
         width = max((len(texts.row_keys) for texts in picked), default=1)
+        scores = [score for texts in picked for score in texts.scores or ()]
+        own = [row for row, texts in enumerate(picked) for _ in texts.scores or ()]
         row_keys = [texts.row_keys + [0] * (width - len(texts.row_keys)) for texts in picked]
         return Candidates(
             positives=torch.tensor(positives, dtype=torch.int64).view(-1, 2),
@@ -287,6 +321,9 @@ class BatchBuilder:
             column_scopes=torch.tensor(column_scopes, dtype=torch.int64).view(-1, 2),
             row_keys=torch.tensor(row_keys, dtype=torch.int64).view(-1, width),
             column_keys=torch.tensor(column_keys, dtype=torch.int64),
+            # with scores every document has one
+            scored=torch.tensor([*enumerate(own)], dtype=torch.int64).flip(1) if scores else None,
+            teacher_scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
         )
 
     def _tokenized(self, picked: list[_Picked], sets: list[DataSet], places: list[str]) -> TokenizedTexts:
@@ -328,6 +365,7 @@ class Batches:
         is_one_set: all rows of a step come from one data set.
         rank: whose part of a batch is made.
         num_ranks: how many there are.
+        needs_scores: see `BatchBuilder`.
 
     Attributes:
         sets: the opened data sets.
@@ -349,12 +387,15 @@ class Batches:
         is_one_set: bool = False,
         rank: int = 0,
         num_ranks: int = 1,
+        needs_scores: bool = False,
     ):
         self.sets = open_sets(parts)
         sizes = {data.name: len(data.rows) for data in self.sets}
         weights = {data.name: data.settings.weight for data in self.sets}
         self._mix = Mix(sizes, weights, batch=batch, seed=seed, is_one_set=is_one_set)
-        self._builder = BatchBuilder(self.sets, tokenizer, max_length=max_length, seed=seed)
+        self._builder = BatchBuilder(
+            self.sets, tokenizer, max_length=max_length, seed=seed, needs_scores=needs_scores
+        )
         self._rank, self._num_ranks = rank, num_ranks
         self.fingerprints = {data.name: data.rows.fingerprint for data in self.sets}
 

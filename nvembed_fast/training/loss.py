@@ -48,6 +48,9 @@ class Candidates:
         row_keys: [B, K] int64. 0 pads.
         column_keys: [M] int64, never 0.
         weights: [B] fp32. None: all are 1. They should have a mean of 1.
+        scored: [S, 2] int64 (row, column), sorted by row: a row's own texts that have a teacher's score. The
+            contrastive loss does not read them (`auxiliary_losses.score_distillation`).
+        teacher_scores: [S] fp32.
     """
 
     positives: torch.Tensor
@@ -56,6 +59,8 @@ class Candidates:
     row_keys: torch.Tensor
     column_keys: torch.Tensor
     weights: torch.Tensor | None = None
+    scored: torch.Tensor | None = None
+    teacher_scores: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Candidates":
         """The same on a device."""
@@ -63,18 +68,30 @@ class Candidates:
         return replace(self, **{name: t.to(device, non_blocking=True) for name, t in given.items()})
 
     def part(self, rows: Sequence[int], columns: Sequence[int]) -> "Candidates":
-        """Those of some rows and some columns, in the order given. Positives that fall away are left out."""
+        """Those of some rows and some columns, in the order given. Pairs that fall away are left out."""
         of_rows, of_columns = (torch.tensor(list(n), dtype=torch.int64) for n in (rows, columns))
-        matches = (self.positives[:, :1] == of_rows).unsqueeze(2) & (
-            self.positives[:, 1:] == of_columns
-        ).unsqueeze(1)
+        row_at, column_at = (
+            torch.full((len(t),), -1).scatter_(0, of, torch.arange(len(of)))
+            for t, of in ((self.row_scopes, of_rows), (self.column_keys, of_columns))
+        )
+
+        def renumbered(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """The pairs that stay, sorted, and their places among those of before."""
+            there = torch.stack([row_at[pairs[:, 0]], column_at[pairs[:, 1]]], 1)
+            places = (there >= 0).all(1).nonzero()[:, 0]
+            order = (there[places, 0] * (len(of_columns) + 1) + there[places, 1]).argsort()
+            return there[places[order]], places[order]
+
+        scored, places = (None, None) if self.scored is None else renumbered(self.scored)
         return Candidates(
-            matches.any(0).nonzero(),
+            renumbered(self.positives)[0],
             self.row_scopes[of_rows],
             self.column_scopes[of_columns],
             self.row_keys[of_rows],
             self.column_keys[of_columns],
             None if self.weights is None else self.weights[of_rows],
+            scored,
+            None if self.teacher_scores is None else self.teacher_scores[places],
         )
 
     def check(self, num_rows: int, num_columns: int) -> None:
@@ -90,10 +107,12 @@ class Candidates:
             "row_keys": (num_rows, num_keys),
             "column_keys": (num_columns,),
             "weights": (num_rows,),
+            "scored": (0 if self.scored is None else len(self.scored), 2),
+            "teacher_scores": (0 if self.scored is None else len(self.scored),),
         }
         for name, shape in shapes.items():
             t = getattr(self, name)
-            wanted = torch.float32 if name == "weights" else torch.int64
+            wanted = torch.float32 if name in ("weights", "teacher_scores") else torch.int64
             if t is not None and (t.shape != shape or t.dtype != wanted):
                 raise ValueError(f"{name} must be {list(shape)} {wanted}, got {list(t.shape)} {t.dtype}")
         if not self.positives.is_cpu:

@@ -90,6 +90,8 @@ class TrainPart:
         None, "drop negatives above this share of the lowest positive, such as 0.95 (default: none)", 0, 1
     )
     both_directions: bool = _key(False, "also find the query of each document")
+    distillation: float = _key(0.0, "weight of a teacher's pos_scores and neg_scores beside the loss", 0, 1e6)
+    teacher_temperature: float = _key(1.0, "the teacher's scores are divided by it", above=0, high=1e6)
 
 
 @dataclass(frozen=True)

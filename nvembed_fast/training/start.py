@@ -83,7 +83,7 @@ def _note_made(made: Path, recipe: Recipe) -> None:
 
 
 def _check_made(made: Path, recipe: Recipe) -> None:
-    """RecipeError if it was made by another recipe. With a checkpoint, that one says so, and files may move."""
+    """RecipeError if it was made by another recipe. A checkpoint says so itself, and its run may move."""
     file = made / _MADE_OF
     if not file.is_file() or checkpoints.newest(made.parent) is not None:
         return

@@ -35,11 +35,12 @@ from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.tokenization import TextTokenizer
 from nvembed_fast.training import checkpoints
+from nvembed_fast.training.auxiliary_losses import score_distillation
 from nvembed_fast.training.batch import Batches, TrainingBatch, open_sets
 from nvembed_fast.training.checkpoints import State
 from nvembed_fast.training.gather import gathered_loss
 from nvembed_fast.training.grad_cache import cached_step, direct_step
-from nvembed_fast.training.loss import LossResult, contrastive_loss
+from nvembed_fast.training.loss import Candidates, LossResult, contrastive_loss
 from nvembed_fast.training.mix import seed_of
 from nvembed_fast.training.ranks import Ranks, joined, spread
 from nvembed_fast.training.recipe import Recipe, RecipeError, TrainPart
@@ -97,7 +98,7 @@ def train(
         if ranks.is_first and checkpoints.newest(output) is None:
             _check_new(output)
             for data in open_sets(recipe.data):
-                data.check()
+                data.check(needs_scores=part.distillation > 0)
         with _alone(output, ranks):
             if ranks.is_first:
                 start_directory(recipe)
@@ -140,6 +141,7 @@ class _Run:
             is_one_set=recipe.train.batches == "one_set",
             rank=ranks.rank,
             num_ranks=ranks.size,
+            needs_scores=recipe.train.distillation > 0,
         )
         self.network = load_network(directory, recipe, ranks.device)
         self.model = spread(self.network, ranks, recipe.train.sharding)
@@ -223,16 +225,19 @@ class _Run:
         def seed(chunk: int) -> int:
             return seed_of(self.recipe.seed, "chunk", step, ranks.rank, chunk)
 
+        # ranks may have different numbers of rows. `gathered_loss` has this share in its loss
+        share = batch.num_queries * ranks.size / part.batch
+
         def loss_of(vectors: torch.Tensor) -> LossResult:
             queries, documents = vectors.tensor_split([batch.num_queries])
-            return gathered_loss(queries, documents, batch.candidates, **options)
+            result = gathered_loss(queries, documents, batch.candidates, **options)
+            return _distilled(result, queries, documents, batch.candidates, part, share)
 
         def own_loss_of(vectors: torch.Tensor, some: TrainingBatch) -> LossResult:
             queries, documents = vectors.tensor_split([some.num_queries])
             result = contrastive_loss(queries, documents, some.candidates, **options)
-            # ranks may have different numbers of rows
-            share = batch.num_queries * ranks.size / part.batch
-            return dataclasses.replace(result, loss=result.loss * share)
+            result = dataclasses.replace(result, loss=result.loss * share)
+            return _distilled(result, queries, documents, some.candidates, part, share)
 
         chunks: dict[str, Any] = {"max_tokens": part.max_tokens, "seed": seed}
         with _autocast(ranks.device, part):
@@ -251,6 +256,33 @@ class _Run:
             f"was not taken: {stays}. A lower lr or more warmup may help. Its rows: "
             f"{'; '.join(places[:_SHOWN])}{more}"
         )
+
+
+def _distilled(
+    result: LossResult,
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    candidates: Candidates,
+    part: TrainPart,
+    share: float,
+) -> LossResult:
+    """The loss with the teacher's term, where the recipe asks for it. Every row has scores then."""
+    if candidates.scored is None or candidates.teacher_scores is None:
+        return result
+    term = score_distillation(
+        queries,
+        documents,
+        candidates.scored,
+        candidates.teacher_scores,
+        temperature=part.temperature,
+        teacher_temperature=part.teacher_temperature,
+    )
+    found = term.detach()
+    metrics = result.metrics | {
+        "loss": result.metrics["loss"] + part.distillation * found,
+        "distillation": found,
+    }
+    return LossResult(result.loss + part.distillation * share * term, metrics)
 
 
 def _rate(step: int, part: TrainPart) -> float:
