@@ -43,6 +43,18 @@ def test_no_step_is_doubled_or_lost_after_a_resume(tmp_path, tail):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_no_evaluation_is_doubled_after_a_resume(tmp_path):
+    log = log_of(tmp_path)
+    for step in (2, 4):
+        log.note(step, {"ndcg": step})
+    log.close()
+    log = log_of(tmp_path, step=3)
+    log.note(4, {"ndcg": 5.0})
+    log.close()
+    found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert found == [{"step": 2, "ndcg": 2}, {"step": 4, "ndcg": 5.0}]
+
+
 def test_progress_is_lines_where_there_is_no_terminal(tmp_path, monkeypatch):
     said, now = [], [0.0]
     monkeypatch.setattr(run_log.time, "monotonic", lambda: now[0])

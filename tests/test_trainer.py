@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from training_runs import COMMAND, ROOT, losses, recipe_of, weights, write_pairs
 
 from nvembed_fast import NVEmbed
 from nvembed_fast.config import NVEmbedConfig
-from nvembed_fast.training import trainer
+from nvembed_fast.training import ranks, trainer
 from nvembed_fast.training.recipe import Recipe, RecipeError
 from nvembed_fast.training.run_log import read_metrics
 from nvembed_fast.training.trainer import Diverged, Stopped, train
@@ -295,6 +297,31 @@ def test_bad_rows_are_named_before_anything_is_written(folder, start, line, mess
 def test_a_data_set_smaller_than_a_batch_is_refused(folder, start):
     write_pairs(folder / "pairs.jsonl", 3)
     with pytest.raises(ValueError, match="pairs.jsonl has 3 rows, fewer than a batch of 4"):
+        train(recipe_of(folder, start))
+
+
+def test_ranks_wait_for_what_the_first_does_alone(monkeypatch):
+    """It reads all rows, and writes models. The default of NCCL is ten minutes."""
+    given = {}
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)
+    with ranks.joined("cpu") as here:
+        assert here.size == 2 and here.rank == 1
+    assert given["timeout"] >= timedelta(hours=1)
+
+
+def test_ranks_that_see_other_checkpoints_are_refused(folder, start, monkeypatch):
+    """As on two machines, each with an output of its own."""
+    others = [2.0]  # the steps that another one has done
+
+    class OfTwo(ranks.Ranks):
+        def total(self, values):
+            return [value + others.pop() if others else value for value in values]
+
+    monkeypatch.setattr(trainer, "joined", lambda _: nullcontext(OfTwo(0, 1, torch.device("cpu"))))
+    with pytest.raises(ValueError, match=r"the ranks see different checkpoints in .*out: .* shared by all"):
         train(recipe_of(folder, start))
 
 

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,9 @@ from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_device
 
 __all__ = ["Ranks", "joined", "spread"]
+
+# the others wait while the first rank reads all rows or writes a model. torchrun ends them if it dies
+_PATIENCE = timedelta(hours=3)
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
     # another one may have joined them, such as a test
     starts = size > 1 and not dist.is_initialized()
     if starts:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank() if size > 1 else 0, size, place)
     finally:

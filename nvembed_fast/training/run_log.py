@@ -24,7 +24,7 @@ from nvembed_fast.training.recipe import LogPart
 
 __all__ = ["METRICS_FILE", "RunLog", "draw", "memory_gb", "read_metrics"]
 
-METRICS_FILE, _PICTURE_FILE = "metrics.jsonl", "run.png"
+METRICS_FILE, _EVALUATIONS_FILE, _PICTURE_FILE = "metrics.jsonl", "evaluations.jsonl", "run.png"
 _TELL_EVERY_S = 10.0
 
 
@@ -56,6 +56,8 @@ class RunLog:
         self.output, self.steps, self._say, self._picture = output, steps, say, part.picture
         self._loggers = _loggers(output, part, step, settings)
         _cut(output / METRICS_FILE, step)
+        if (output / _EVALUATIONS_FILE).exists():
+            _cut(output / _EVALUATIONS_FILE, step)
         self._file = open(output / METRICS_FILE, "a", encoding="utf-8")  # noqa: SIM115 - closed by `close`
         # None: on a terminal alone
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=None, dynamic_ncols=True)
@@ -79,7 +81,7 @@ class RunLog:
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Give an evaluation to the loggers, and append it to evaluations.jsonl."""
-        with open(self.output / "evaluations.jsonl", "a", encoding="utf-8") as file:
+        with open(self.output / _EVALUATIONS_FILE, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for log, _ in self._loggers:
             log(step, {f"evaluation/{name}": value for name, value in values.items()})

@@ -109,6 +109,11 @@ def train(
             if path is not None:
                 state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
                 say(f"going on from {path.name}")
+            if ranks.total([state.step])[0] != state.step * ranks.size:
+                raise ValueError(
+                    f"the ranks see different checkpoints in {output}: it must lie on a disk that is shared "
+                    "by all machines"
+                )
             run.loop(state, evaluate, evaluate_every)
             if ranks.is_first:
                 last = checkpoints.newest(output)
