@@ -339,7 +339,7 @@ def test_an_error_comes_in_its_step(tmp_path, tokenizer):
         next(found)
     assert not any(t.name.startswith("batches") for t in threading.enumerate())
     with pytest.raises(ValueError, match=rf"a\.jsonl, line {bad + 1}: 'pos' is empty"):
-        made.check()
+        made.sets[0].check()
 
 
 def test_an_epoch_has_every_row_once_across_resumes(tmp_path, tokenizer):
@@ -351,7 +351,6 @@ def test_an_epoch_has_every_row_once_across_resumes(tmp_path, tokenizer):
         for (name, row), (query, _, _) in zip(batch.rows, parts_of(batch), strict=True):
             assert query == f"q{row}"
             taken[name].append(row)
-    assert made.epochs(counters) == {name: len(rows) / len(set(rows)) for name, rows in taken.items()}
     for name, number in (("a.jsonl", 20), ("b.jsonl", 30)):
         assert counters[name] == len(taken[name]) > 2 * number
         for epoch in range(2):

@@ -403,15 +403,6 @@ class Batches:
         """The rows taken before the first step, which a checkpoint keeps."""
         return self._mix.start()
 
-    def epochs(self, counters: Mapping[str, int]) -> dict[str, float]:
-        """How often each data set has been gone through."""
-        return self._mix.epochs(counters)
-
-    def check(self) -> None:
-        """Read every row of every file. Raises ValueError naming the file and the line of a bad one."""
-        for data in self.sets:
-            data.check()
-
     def __call__(self, step: int, counters: Mapping[str, int]) -> tuple[TrainingBatch, dict[str, int]]:
         """The batch of a step and the counters behind it.
 

@@ -135,10 +135,6 @@ class Mix:
                 rows.append((name, permuted(place, self.sizes[name], _digest((self.seed, name, epoch), 16))))
         return rows, after
 
-    def epochs(self, counters: Mapping[str, int]) -> dict[str, float]:
-        """How often each data set has been gone through."""
-        return {name: counters[name] / size for name, size in self.sizes.items()}
-
 
 def _digest(parts: tuple[object, ...], size: int) -> bytes:
     assert all(isinstance(part, int | str) for part in parts), parts

@@ -258,7 +258,7 @@ class _Run:
         stays = f"{last.name} stays" if last else "there is no checkpoint yet"
         return (
             f"step {step + 1} has loss {found['loss']:g} and gradient norm {found['gradient_norm']:g}, and "
-            f"was not taken: {stays}. A lower lr or more warmup may help. Its rows: "
+            f"was not taken: {stays}. A lower lr or more warmup may help, with another output. Its rows: "
             f"{'; '.join(places[:_SHOWN])}{more}"
         )
 
