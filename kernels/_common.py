@@ -23,6 +23,7 @@ MAX_PLANS = 1024  # of one launcher, a few KB each
 LOG2E = tl.constexpr(1.4426950408889634)
 # the interpreter plays the older part: no descriptors
 INTERPRETED_CAPABILITY = 80
+INTERPRETED_MULTIPROCESSORS = 2
 # the parts that load by descriptors: those with rows in tools/resource_snapshots
 WITH_DESCRIPTORS = (90, 100)
 
@@ -36,6 +37,13 @@ def capability(device: torch.device) -> int:
 def cuda_capability(index: int | None) -> int:
     major, minor = torch.cuda.get_device_capability(index)
     return 10 * major + minor
+
+
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs run at once that each need more than half of a multiprocessor."""
+    if device.type != "cuda":
+        return INTERPRETED_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def input_precision(dtype: torch.dtype) -> str:

@@ -33,6 +33,9 @@ pointers elsewhere. There are three ways to walk the keys:
 
 All three do the same arithmetic in the same order of blocks.
 
+An entry of `tuned.toml` may let one program on each multiprocessor walk several
+tiles (PERSISTENT), which changes no bit. No rule does.
+
 Backward, with p = exp2(c s - lse2) computed again from the scores:
 
 1. delta = rowsum(dout out) - dlse2 log2(e), per row, in fp32.
@@ -66,6 +69,7 @@ from nvembed_fast.kernels._common import (
     input_precision,
     is_dispatched,
     launch,
+    num_multiprocessors,
     operands,
     replayed,
     use_descriptors,
@@ -171,9 +175,9 @@ def _accumulate(
     return b_m_new, b_l, b_acc
 
 
-# the number of tokens changes with every batch: specialising on it would only compile the same code again
-@triton.jit(do_not_specialize=["stride_ln"])
-def _flash_attention_fwd_kernel(
+@triton.jit
+def _flash_attention_fwd_tile(
+    i_program,
     q_ptr, stride_qt, stride_qn,
     k_ptr, stride_kt, stride_kg,
     v_ptr, stride_vt, stride_vg,
@@ -186,8 +190,8 @@ def _flash_attention_fwd_kernel(
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_T * BLOCK_GROUP
     # the tile: which tokens of which sequence, for which heads
-    i_tile = (tl.program_id(0) // num_kv_heads).to(tl.int64)
-    i_g = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+    i_tile = (i_program // num_kv_heads).to(tl.int64)
+    i_g = (i_program % num_kv_heads).to(tl.int64)
     i_seq = tl.load(tiles_ptr + 2 * i_tile)
     first_token = tl.load(tiles_ptr + 2 * i_tile + 1)
     start = tl.load(cu_seqlens_ptr + i_seq).to(tl.int64)
@@ -278,6 +282,36 @@ def _flash_attention_fwd_kernel(
         o_h = tl.arange(0, BLOCK_H)
         o_out = o_t.to(tl.int64)[:, None] * stride_ot + o_head[:, None] * stride_on + o_h[None, :]
         tl.store(out_ptr + o_out, b_out, mask=m_m[:, None] & (o_h < H)[None, :])
+
+
+# the number of tokens changes with every batch: specialising on it would only compile the same code again
+@triton.jit(do_not_specialize=["stride_ln", "num_tiles"])
+def _flash_attention_fwd_kernel(
+    q_ptr, stride_qt, stride_qn,
+    k_ptr, stride_kt, stride_kg,
+    v_ptr, stride_vt, stride_vg,
+    out_ptr, stride_ot, stride_on,
+    lse2_ptr, stride_ln,
+    tiles_ptr, cu_seqlens_ptr, scale_log2, num_kv_heads, num_tiles,
+    GROUP: tl.constexpr, H: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr,
+    USE_TMA: tl.constexpr, AHEAD: tl.constexpr, PERSISTENT: tl.constexpr,
+):  # fmt: skip
+    if PERSISTENT:
+        for i_program in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
+            _flash_attention_fwd_tile(
+                i_program, q_ptr, stride_qt, stride_qn, k_ptr, stride_kt, stride_kg,
+                v_ptr, stride_vt, stride_vg, out_ptr, stride_ot, stride_on, lse2_ptr, stride_ln,
+                tiles_ptr, cu_seqlens_ptr, scale_log2, num_kv_heads,
+                GROUP, H, CAUSAL, PRECISION, BLOCK_T, BLOCK_GROUP, BLOCK_N, BLOCK_H, USE_TMA, AHEAD,
+            )  # fmt: skip
+    else:
+        _flash_attention_fwd_tile(
+            tl.program_id(0), q_ptr, stride_qt, stride_qn, k_ptr, stride_kt, stride_kg,
+            v_ptr, stride_vt, stride_vg, out_ptr, stride_ot, stride_on, lse2_ptr, stride_ln,
+            tiles_ptr, cu_seqlens_ptr, scale_log2, num_kv_heads,
+            GROUP, H, CAUSAL, PRECISION, BLOCK_T, BLOCK_GROUP, BLOCK_N, BLOCK_H, USE_TMA, AHEAD,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["stride_en"])
@@ -576,6 +610,7 @@ def _launch_config(
         "AHEAD": ahead,
         "num_warps": 4 if is_small else 8,
         "num_stages": num_stages,
+        "PERSISTENT": False,
     }
     return tuned.override("flash_attention.fwd", capability, rule, **_shape_class(rule, dtype, longest))
 
@@ -664,15 +699,17 @@ def _launch_fwd(
         width, group, longest, capability=sm, dtype=q.dtype, aligned=aligned, causal=causal
     )
     tiles = layout.tiles(config["BLOCK_T"])
+    num_tiles = len(tiles) * num_kv_heads
     launch(
         _flash_attention_fwd_kernel,
-        len(tiles) * num_kv_heads,
+        min(num_tiles, num_multiprocessors(q.device)) if config["PERSISTENT"] else num_tiles,
         of_layout=("tiles_ptr", "cu_seqlens_ptr"),
         **operands(("q", q, "tn"), ("k", k, "tg"), ("v", v, "tg"), ("out", out, "tn"), ("lse2", lse2, "n")),
         tiles_ptr=tiles,
         cu_seqlens_ptr=layout.cu_seqlens,
         scale_log2=scale * LOG2E.value,
         num_kv_heads=num_kv_heads,
+        num_tiles=num_tiles,
         GROUP=group,
         H=width,
         CAUSAL=causal,

@@ -8,8 +8,9 @@
 
 The invariant: an entry decides how fast a kernel is and never its result.
 A number that follows from the shape alone, such as a padded width, is no constant
-of an entry. An entry with a flag (USE_TMA, AHEAD) that the rule does not set is left,
-as where no descriptor can be made.
+of an entry. A rule sets USE_TMA and AHEAD wherever they can be set: an entry with one
+that the rule does not set is left, as where no descriptor can be made. PERSISTENT is
+set by entries alone. It needs AHEAD, so the entry is left where AHEAD is not set.
 
 A class names the numbers that its rule distinguishes, each rounded up to a power
 of two: `width128-group4-bits16-longest128`. `longest`, the longest sequence of a
@@ -32,6 +33,10 @@ ARCHITECTURES = {"sm_80": 80, "sm_90": 90}
 # of an entry, beside its constants. Times are the sums over the cases it was measured on
 PROVENANCE = {"gpu": str, "date": datetime.date, "commit": str, "time_ms": float, "rule_ms": float}
 
+# flags, each with the one that it needs. Those of CHOSEN are set by no rule
+FLAGS = {"USE_TMA": None, "AHEAD": "USE_TMA", "PERSISTENT": "AHEAD"}
+CHOSEN = ("PERSISTENT",)
+
 Config = dict[str, int | bool]
 Key = tuple[str, int, str]  # kernel, compute capability (80 for 8.0), class of shapes
 
@@ -47,7 +52,9 @@ class Kernel:
 _FLASH = Kernel(
     ("width", "group", "bits", "longest"), ("BLOCK_T", "BLOCK_N", "USE_TMA", "num_warps", "num_stages")
 )
-_FLASH_FWD = Kernel(_FLASH.shape, ("BLOCK_T", "BLOCK_N", "USE_TMA", "AHEAD", "num_warps", "num_stages"))
+_FLASH_FWD = Kernel(
+    _FLASH.shape, ("BLOCK_T", "BLOCK_N", "USE_TMA", "AHEAD", "num_warps", "num_stages", "PERSISTENT")
+)
 _POOL = Kernel(("width", "bits"), ("TOKENS", "BLOCK_T", "BLOCK_D", "num_warps"))
 _SCORES = Kernel(("width", "bits"), ("BLOCK_B", "BLOCK_M", "BLOCK_D", "num_warps", "num_stages"))
 KERNELS = {
@@ -92,7 +99,7 @@ def override(kernel: str, capability: int, rule: Config, **shape: int) -> Config
     Args:
         kernel: one of KERNELS.
         capability: 80 for 8.0.
-        rule: a whole launch configuration. A rule sets a flag wherever it can be set.
+        rule: a whole launch configuration. A rule sets a flag wherever it can be set, but those of CHOSEN.
         shape: the numbers of the class, powers of two.
     """
     numbers = KERNELS[kernel].shape
@@ -100,7 +107,7 @@ def override(kernel: str, capability: int, rule: Config, **shape: int) -> Config
     shape_class = "-".join(f"{name}{shape[name]}" for name in numbers)
     entries = _shipped() if _used is None else _used
     entry = entries.get((kernel, capability, shape_class))
-    if entry is None or any(value is True and not rule[name] for name, value in entry.items()):
+    if entry is None or any(v is True and not rule[n] and n not in CHOSEN for n, v in entry.items()):
         return rule
     return rule | entry
 
@@ -185,7 +192,7 @@ def _checked(kernel: str, architecture: str, shape_class: str, table: dict[str, 
             raise ValueError(f"{name} must be a {kind.__name__}, got {table[name]!r}")
     for name in constants:
         value = table[name]
-        if name in ("USE_TMA", "AHEAD"):
+        if name in FLAGS:
             fits, wanted = isinstance(value, bool), "true or false"
         elif name == "num_stages":
             fits, wanted = type(value) is int and value > 0, "a positive integer"
@@ -193,8 +200,9 @@ def _checked(kernel: str, architecture: str, shape_class: str, table: dict[str, 
             fits, wanted = type(value) is int and _is_power_of_two(value), "a power of two"
         if not fits:
             raise ValueError(f"{name} must be {wanted}, got {value!r}")
-    if table.get("AHEAD") and not table["USE_TMA"]:
-        raise ValueError("AHEAD needs USE_TMA")
+    for name, needed in FLAGS.items():
+        if needed and table.get(name) and not table[needed]:
+            raise ValueError(f"{name} needs {needed}")
     return {name: table[name] for name in constants}
 
 

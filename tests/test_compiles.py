@@ -21,7 +21,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 ATTENTION = [
-    f"flash_attention: {kernel} {dtype}" for kernel in ("forward", "dq", "dkv") for dtype in ("bf16", "fp16")
+    *(
+        f"flash_attention: {kernel} {dtype}"
+        for kernel in ("forward", "dq", "dkv")
+        for dtype in ("bf16", "fp16")
+    ),
+    *resources.ON_SM_90,
 ]
 
 
@@ -104,7 +109,7 @@ def test_every_kernel_is_compiled():
 
 def test_no_kernel_is_compiled_anew_for_another_number_of_tokens():
     """Triton compiles again when an integer turns out to be 1 or a multiple of 16, unless told not to."""
-    per_batch = {"num_tokens", "num_partials", "stride_ln", "stride_en"}
+    per_batch = {"num_tokens", "num_partials", "num_tiles", "stride_ln", "stride_en"}
     found = set()
     for path in (ROOT / "kernels").glob("*.py"):
         pattern = r"@triton\.jit(\([^\n]*\))?\ndef (_\w+_kernel)\((.*?)\):  # fmt: skip"
@@ -116,10 +121,9 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_tokens():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
-def test_attention_uses_the_tensor_units_of_sm_90(attention_on_sm_90, kernel, dtype):
-    row = attention_on_sm_90[f"flash_attention: {kernel} {dtype} sm_90"]
+@pytest.mark.parametrize("name", ATTENTION, ids=lambda name: name.partition(": ")[2].replace(" ", "-"))
+def test_attention_uses_the_tensor_units_of_sm_90(attention_on_sm_90, name):
+    row = attention_on_sm_90[f"{name} sm_90"]
     assert row["wgmma"] > 0 and row["tma"] > 0
     assert row["stack"] == row["spills"] == 0 and row["registers"] <= 255
     assert row["unbarred"] == row["touched"] == 0
@@ -146,6 +150,15 @@ def test_sm_100_has_its_tensor_units(path):
         row = snapshot[f"{name} sm_100"]
         assert row["tcgen05"] and row["tma"], name
         assert not row["spills"] or not name.startswith("flash_attention"), name
+
+
+@pytest.mark.parametrize("path", sorted(resources.SNAPSHOTS.glob("*.json")), ids=lambda p: p.stem)
+def test_what_the_tuner_tries_on_sm_90_keeps_its_exponentials_beside_the_products(path):
+    snapshot = json.loads(path.read_text())
+    (name,) = resources.ON_SM_90
+    assert [n for n in snapshot if n.startswith(f"{name} ")] == [f"{name} sm_90"]
+    row = snapshot[f"{name} sm_90"]
+    assert row["overlap"] > 0 and row["stack"] == row["spills"] == row["unbarred"] == row["touched"] == 0
 
 
 @pytest.mark.parametrize("path", sorted(resources.SNAPSHOTS.glob("*.json")), ids=lambda p: p.stem)

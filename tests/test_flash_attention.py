@@ -7,8 +7,8 @@ import torch
 from gradients import assert_same_constants, spy_on_launches
 
 from nvembed_fast import ops
+from nvembed_fast.kernels import _common, reference
 from nvembed_fast.kernels import flash_attention as module
-from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.flash_attention import flash_attention
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import (
@@ -82,6 +82,27 @@ def test_scores_ahead_change_no_bit(lengths, monkeypatch):
     one_by_one = flash_attention(*qkv, layout, return_lse=True)
     assert [arguments["AHEAD"] for _, arguments in launches] == [True, False]
     assert all(map(torch.equal, ahead, one_by_one))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="plays the number of multiprocessors in the interpreter")
+def test_programs_that_walk_several_tiles_change_no_bit(dtype, path, monkeypatch):
+    launches = spy_on_launches(monkeypatch, module, "_flash_attention_fwd_kernel")
+    *qkv, layout = AttentionCase("persistent", (150, 7, 0, 65), 4, 2, 32).inputs("cpu", dtype)
+    plain = flash_attention(*qkv, layout, return_lse=True)
+    rule = module._launch_config
+    monkeypatch.setattr(
+        module, "_launch_config", lambda *args, **kw: rule(*args, **kw) | {"PERSISTENT": True}
+    )
+    num_tiles = launches[0][1]["num_tiles"]
+    assert num_tiles > 6
+    grids = []
+    launch = module.launch
+    monkeypatch.setattr(module, "launch", lambda kernel, n, **kw: grids.append(n) or launch(kernel, n, **kw))
+    for num_programs in (1, 3, num_tiles + 5):
+        monkeypatch.setattr(_common, "INTERPRETED_MULTIPROCESSORS", num_programs)
+        assert all(map(torch.equal, plain, flash_attention(*qkv, layout, return_lse=True)))
+    assert grids == [1, 3, num_tiles]
+    assert [arguments["PERSISTENT"] for _, arguments in launches] == [False, True, True, True]
 
 
 @pytest.mark.parametrize("group", [1, 5, 64])

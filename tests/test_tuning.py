@@ -48,6 +48,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NAME = "flash_attention.fwd.sm_80.width32-group2-bits16-longest64"
 PROVENANCE = 'gpu = "a GPU"\ndate = 2000-01-01\ncommit = "abc"\ntime_ms = 1.0\nrule_ms = 2.0\n'
 CONSTANTS = "BLOCK_T = 16\nBLOCK_N = 16\nUSE_TMA = false\nAHEAD = false\nnum_warps = 4\nnum_stages = 1\n"
+CONSTANTS += "PERSISTENT = false\n"
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -72,7 +73,7 @@ def test_the_shipped_file_is_sound():
 def test_an_entry_is_read(tmp_path):
     entries = tuned.read(written(tmp_path, f"[{NAME}]\n{CONSTANTS}{PROVENANCE}"))
     constants = {"BLOCK_T": 16, "BLOCK_N": 16, "USE_TMA": False, "AHEAD": False}
-    constants |= {"num_warps": 4, "num_stages": 1}
+    constants |= {"num_warps": 4, "num_stages": 1, "PERSISTENT": False}
     assert entries == {("flash_attention.fwd", 80, "width32-group2-bits16-longest64"): constants}
 
 
@@ -91,6 +92,7 @@ def test_an_entry_is_read(tmp_path):
         ("USE_TMA = false", "USE_TMA = 0", "USE_TMA must be true or false"),
         ("AHEAD = false", "AHEAD = 1", "AHEAD must be true or false"),
         ("AHEAD = false", "AHEAD = true", "AHEAD needs USE_TMA"),
+        ("PERSISTENT = false", "PERSISTENT = true", "PERSISTENT needs AHEAD"),
         ("date = 2000-01-01", 'date = "today"', "date must be a date"),
         ('commit = "abc"\n', "", "missing: commit"),
     ],
@@ -171,7 +173,7 @@ def test_an_entry_changes_the_tile_of_attention(device, monkeypatch):
     tile = {"BLOCK_T": 16, "BLOCK_N": 16, "USE_TMA": False, "num_warps": 2, "num_stages": 1}
     shape_class = "width32-group2-bits16-longest64"
     entries = {}
-    entries |= at(device, "flash_attention.fwd", shape_class, **tile, AHEAD=False)
+    entries |= at(device, "flash_attention.fwd", shape_class, **tile, AHEAD=False, PERSISTENT=False)
     for kernel in ("flash_attention.dq", "flash_attention.dkv"):
         entries |= at(device, kernel, shape_class, **tile)
     names = [f"_flash_attention_{which}_kernel" for which in ("fwd", "bwd_dq", "bwd_dkv")]
@@ -325,6 +327,34 @@ def test_an_entry_ahead_is_left_where_there_is_no_block_ahead():
     with tuned.use({(*key, classes[1]): tile | {"AHEAD": False}}):
         taken = [rule(512, causal=causal) for causal in (False, True)]
     assert taken == [config | tile | {"AHEAD": False} for config in ruled[:2]]
+
+
+def test_a_written_entry_lets_programs_walk_several_tiles(tmp_path):
+    """No rule does. Causal attention has no block ahead, so it is left."""
+    rule = functools.partial(flash_attention._launch_config, 128, 4, 512, capability=90, dtype=torch.bfloat16)
+    ruled = {causal: rule(causal=causal) for causal in (False, True)}
+    assert [config["PERSISTENT"] for config in ruled.values()] == [False, False]
+    tile = {name: ruled[False][name] for name in tuned.KERNELS["flash_attention.fwd"].constants}
+    key = ("flash_attention.fwd", 90, "width128-group4-bits16-longest128")
+    path = written(tmp_path, "# head\n")
+    tuning.record(path, key, tile | {"PERSISTENT": True} | tuning_provenance())
+    with tuned.use(tuned.read(path)):
+        assert rule(causal=False) == ruled[False] | {"PERSISTENT": True}
+        assert rule(causal=True) == ruled[True]
+
+
+def test_programs_that_walk_several_tiles_are_tried_at_128_columns_on_sm_90_alone():
+    tried = {
+        (problem.name, sm): [config for config in problem.configs(sm) if config.get("PERSISTENT")]
+        for problem in tuning.problems()
+        for sm in problem.candidates
+    }
+    (where,) = [place for place, configs in tried.items() if configs]
+    assert where == ("flash_attention.fwd (forward bf16)", 90)
+    problem = next(p for p in tuning.problems() if p.name == where[0])
+    assert {c.head_width for c in (problem.part, *problem.cases)} == {128}
+    rule = tuning.rule_of(problem, 90)
+    assert tried[where] == [rule | {"PERSISTENT": True}]
 
 
 def test_latent_attention_without_descriptors_goes_by_its_rule():

@@ -50,6 +50,7 @@ from nvembed_fast.kernels import (
     mean_pool,
     rms_norm,
     rotary,
+    tuned,
 )
 from nvembed_fast.kernels.layout import SeqLayout
 from tools import sass
@@ -68,6 +69,8 @@ ON_SM_100 = (
     *(f"latent_attention: direct 64 {kernel}bf16" for kernel in ("", "dq ", "dkv ")),
     *(f"absorbed_latent_attention: weights 512 {kernel}bf16" for kernel in ("", "backward ")),
 )
+# of the tuner, which tries it there alone
+ON_SM_90 = ("flash_attention: forward persistent bf16",)
 COLUMNS = (
     *("registers", "stack", "spills", "shared", "wgmma", "mma", "tcgen05", "tma", "load_bytes"),
     *("unbarred", "touched", "overlap"),
@@ -149,6 +152,8 @@ def _flash_attention() -> Iterator[Example]:
             if "fwd" in passes:
                 forward = partial(m.flash_attention, q, k, v, layout, causal=causal)
                 yield Example(f"forward{title} {name}", "fwd", forward)
+                if not title and name == "bf16":
+                    yield Example("forward persistent bf16", "fwd", partial(_persistent, forward))
             if "bwd" in passes:
                 out, lse2 = (
                     _empty(length, heads, width, dtype=dtype),
@@ -161,6 +166,12 @@ def _flash_attention() -> Iterator[Example]:
                 yield Example(f"dkv{title} {name}", "bwd_dkv", call)
                 if not title:
                     yield Example(f"delta {name}", "bwd_delta", call)
+
+
+def _persistent(attention: Callable[[], object]) -> None:
+    shape_class = f"width{HEAD_WIDTH}-group{GROUP}-bits16-longest128"
+    with tuned.use({("flash_attention.fwd", 90, shape_class): {"AHEAD": True, "PERSISTENT": True}}):
+        attention()
 
 
 def _gated() -> Iterator[Example]:
@@ -373,6 +384,9 @@ def measure(
     if unknown := set(names or ()) - set(known):
         raise SystemExit(f"no rows of these names: {', '.join(sorted(unknown))}")
     jobs = [(capability, name) for capability in capabilities or TARGETS for name in names or known]
+    jobs = [(capability, name) for capability, name in jobs if capability == 90 or name not in ON_SM_90]
+    if not jobs:
+        raise SystemExit(f"sm_90 alone has {', '.join(ON_SM_90)}: --capability 90")
     if not capabilities and not names:
         jobs += [(100, name) for name in ON_SM_100 if name in known]
     spawn = multiprocessing.get_context("spawn")

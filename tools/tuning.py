@@ -254,21 +254,24 @@ def _case(cases: tuple[Case, ...], which: str, /, **changes) -> Case:
 
 def _attention_problems() -> list[Problem]:
     # BLOCK_T, BLOCK_N, USE_TMA, AHEAD, num_warps, num_stages: a group of four heads makes 4 BLOCK_T rows
-    short = {
+    tiles = {
         80: (*((32, 64, False, False, 8, stages) for stages in (2, 3, 4)), (16, 32, False, False, 4, 3)),
         90: (
             *((32, 128, True, False, 8, 2), (32, 64, True, False, 8, 2), (32, 64, True, False, 8, 3)),
             *((16, 64, True, False, 4, 2), (16, 128, True, False, 4, 2), (16, 32, True, False, 4, 2)),
         ),
     }
-    forward = short | {
+    long = tiles | {
         90: (
             *((32, 64, True, True, 8, 3), (32, 64, True, True, 8, 2), (32, 128, True, True, 8, 2)),
             *((16, 64, True, True, 4, 2), (16, 64, True, True, 4, 3), (32, 128, True, False, 8, 3)),
-            *short[90],
+            *tiles[90],
         ),
     }
-    # without AHEAD
+    # and PERSISTENT: where the compiler keeps the exponentials beside the products
+    short, forward = ({sm: tuple((*t, False) for t in of[sm]) for sm in of} for of in (tiles, long))
+    forward[90] += ((32, 64, True, True, 8, 3, True),)
+    # without AHEAD and PERSISTENT
     dq = {
         80: ((16, 64, False, 8, 2), (16, 128, False, 8, 2)),
         90: (
