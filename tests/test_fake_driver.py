@@ -422,6 +422,28 @@ def test_a_tuned_entry_ends_the_repeated_launches_of_the_rule(fake_gpu):
     assert by_entry == 8 != rule == after
 
 
+def programs_for_tiles() -> list[int]:
+    """The programs of a repeated launch: for 150 tiles by the rule and by an entry, and for 3 tiles."""
+    entry = {"AHEAD": True, "PERSISTENT": True}
+    key = ("flash_attention.fwd", gpu.CAPABILITY, "width128-group4-bits16-longest128")
+
+    def programs(count: int) -> int:
+        layout = SeqLayout((70,) * count, "cuda")
+        q, k, v = torch.zeros(70 * count, 6, 128, device="cuda", dtype=torch.bfloat16).split((4, 1, 1), 1)
+        for _ in range(2):
+            ops.flash_attention(q, k, v, layout)
+        return gpu.launches()[-1].num_programs
+
+    with torch.no_grad():
+        found = [programs(50)]
+        with tuned.use({key: entry}):
+            return [*found, programs(50), programs(1)]
+
+
+def test_one_program_on_a_multiprocessor_walks_several_tiles(fake_gpu):
+    assert fake_gpu(programs_for_tiles) == [150, 132, 3]
+
+
 def on_another_stream() -> bool:
     import triton
 
