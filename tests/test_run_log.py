@@ -1,7 +1,9 @@
 """The log of a run: one line a step also after a resume, a picture, other loggers and progress."""
 
+import errno
 import json
 import sys
+from contextlib import closing
 from types import SimpleNamespace
 
 import pytest
@@ -53,6 +55,23 @@ def test_no_evaluation_is_doubled_after_a_resume(tmp_path):
     log.close()
     found = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
     assert found == [{"step": 2, "ndcg": 2}, {"step": 4, "ndcg": 5.0}]
+
+
+def test_a_full_disk_is_named_and_hides_no_other_error(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    said = []
+    log = log_of(tmp_path, part=LogPart(picture=True), said=said)
+    log.write(1, metrics(1))
+    monkeypatch.setattr(run_log, "draw", full)
+    with pytest.raises(ValueError, match="of the run"), closing(log):
+        log._file.close()
+        log._file = SimpleNamespace(write=len, flush=full, close=full)
+        with pytest.raises(OSError, match=r"cannot write .*metrics.jsonl \(No space left .* goes on from"):
+            log.write(2, metrics(2))
+        raise ValueError("of the run")
+    assert said[-1].startswith("run.png was not drawn: ")
 
 
 def test_progress_is_lines_where_there_is_no_terminal(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +65,9 @@ class RunLog:
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append the line of a step."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        with _named(self.output / METRICS_FILE):
+            self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+            self._file.flush()
         for log, _ in self._loggers:
             log(step, metrics)
         shown = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_s']:,.0f} tokens/s"
@@ -81,7 +82,8 @@ class RunLog:
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
         """Give an evaluation to the loggers, and append it to evaluations.jsonl."""
-        with open(self.output / _EVALUATIONS_FILE, "a", encoding="utf-8") as file:
+        path = self.output / _EVALUATIONS_FILE
+        with _named(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for log, _ in self._loggers:
             log(step, {f"evaluation/{name}": value for name, value in values.items()})
@@ -89,17 +91,34 @@ class RunLog:
 
     def sync(self) -> None:
         """Put the lines on the disk."""
-        os.fsync(self._file.fileno())
+        with _named(self.output / METRICS_FILE):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Draw the picture and end."""
+        """Draw the picture and end. An error of the run is not hidden by one of the log."""
         self._bar.close()
-        self._file.close()
+        with suppress(OSError):  # `write` has raised it
+            self._file.close()
         for _, end in self._loggers:
             end()
         if self._picture and read_metrics(self.output / METRICS_FILE):
-            with suppress(ImportError):  # without matplotlib there is no picture
+            try:
                 draw(self.output / METRICS_FILE, self.output / _PICTURE_FILE)
+            except ImportError:  # without matplotlib there is no picture
+                pass
+            except OSError as error:
+                self._say(f"{_PICTURE_FILE} was not drawn: {error}")
+
+
+@contextmanager
+def _named(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(
+            f"cannot write {file} ({reason}): the same command goes on from the last checkpoint"
+        ) from error
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
