@@ -179,7 +179,8 @@ def contrastive_loss(
         limit: a share such as 0.95. With lowest the row's lowest positive cosine, a negative above
             lowest - (1 - limit) |lowest| is dropped.
         margin: a negative above lowest - margin is dropped.
-        both_directions: average with the loss of finding each pair's query among all queries.
+        both_directions: average with the loss of finding each pair's query among all queries. A row with its
+            own candidates only has no other query, so its loss is halved.
         all_documents: the negatives come from these in place of `documents` (`training/gather.py`).
         all_queries: likewise for the second direction.
 
