@@ -177,6 +177,13 @@ def test_evaluation_by_callback(folder, start):
     assert losses(folder / "out") == losses(folder / "plain")
 
 
+@pytest.mark.parametrize(("warmup", "is_told"), [(2, False), (3, True)])
+def test_a_rate_that_is_never_reached_is_told(folder, start, warmup, is_told):
+    told = []
+    train(recipe_of(folder, start, steps=2, warmup=warmup), say=told.append)
+    assert any("lr is never reached" in line for line in told) == is_told
+
+
 def test_rows_with_own_candidates_take_the_direct_step(folder, start, monkeypatch):
     calls = []
     real = trainer.direct_step

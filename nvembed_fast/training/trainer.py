@@ -105,6 +105,8 @@ def train(
             ranks.wait()
             path = checkpoints.newest(output)
             run = _Run(recipe, ranks, start_directory(recipe), say)
+            if part.warmup > part.steps:
+                say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
             state = State(0, run.batches.start())
             if path is not None:
                 state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
