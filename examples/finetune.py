@@ -41,7 +41,10 @@ def main(argv: list[str] | None = None) -> None:
             "data": [{"file": arguments.rows, "instruction": TASK, "hard_negatives": 1}],
         }
     )
-    output = train(recipe, say=print)
+    try:
+        output = train(recipe, say=print)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{parser.prog}: {error}") from None
     losses = [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
     print(f"loss {losses[0]:.3f} in the first step, {losses[-1]:.3f} in the last")
 

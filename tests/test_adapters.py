@@ -178,13 +178,17 @@ def test_what_is_no_plain_lora_is_named(damaged, change, message):
     ("change", "message"),
     [
         ({Q: None}, "q_proj.weight has only lora_B of its two matrices"),
+        (
+            {Q: None, Q.replace("lora_A", "lora_B"): None},
+            "has self_attn.q_proj of 1 layers, but this model has 2",
+        ),
         ({Q: torch.zeros(4, 47)}, r"must be \[4, 48\], got \[4, 47\]"),
         ({Q: torch.full((4, 48), float("nan"))}, "holds NaN, Inf"),
         ({Q: torch.zeros(4, 48, dtype=torch.int32)}, "no floating-point numbers"),
         ({Q.replace("1.", "2."): torch.zeros(4, 48)}, "belongs to no product of this model.*has 2 layers"),
         ({"lm_head.weight": torch.zeros(4)}, "'lm_head.weight' belongs to no product"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_matrices_that_do_not_fit_are_named(damaged, change, message):
     edit_tensors(damaged / WEIGHTS_FILE, **change)

@@ -299,6 +299,13 @@ def test_data_sets_of_a_recipe(tmp_path):
         bad.check()
     with pytest.raises(ValueError, match="line 1: no 'text'"):
         replace(bad, settings=replace(bad.settings, labels="texts")).check()
+    alone = [{"query": "q", "pos": "p"}]
+    data_set(tmp_path, alone, "c").check()
+    data_set(tmp_path, [*alone, {"query": "q", "pos": "p", "neg": "n"}], "d", in_batch=False).check()
+    with pytest.raises(
+        ValueError, match="e: no row has negatives, so with in_batch = false there is nothing"
+    ):
+        data_set(tmp_path, alone, "e", in_batch=False).check()
 
 
 def test_the_next_batch_is_made_while_a_step_runs(tmp_path, tokenizer):

@@ -118,7 +118,7 @@ def test_a_checkpoint_of_another_recipe_is_one_line(file, tmp_path, capsys):
     assert [step for step, _ in losses(tmp_path / "out")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_ctrl_c_finishes_the_step_and_saves(file, tmp_path):
+def test_ctrl_c_finishes_the_step_and_saves(file, tmp_path, ctrl_c):
     command = [*COMMAND, str(file), "--set", "train.steps=100000", "--set", "train.checkpoint_every=100000"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:

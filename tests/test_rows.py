@@ -159,5 +159,7 @@ def test_files_that_are_none(tmp_path):
 def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ImportError, match=r"x\.parquet needs pyarrow: pip install 'nvembed-fast\[train\]'"):
+    with pytest.raises(
+        ImportError, match=r"x\.parquet needs pyarrow: pip install 'nvembed-fast\[train\]', or"
+    ):
         open_rows(tmp_path / "x.parquet")

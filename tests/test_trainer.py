@@ -83,7 +83,7 @@ def test_the_rate_rises_and_falls(folder, start):
     assert rates == pytest.approx([0.25, 0.5, 0.5, 0.375, 0.25, 0.125])
 
 
-def test_the_next_call_goes_on_and_a_finished_run_is_left_as_it_is(folder, start):
+def test_the_next_call_goes_on_and_a_finished_run_is_left_as_it_is(folder, start, ctrl_c):
     whole = recipe_of(folder, start, output="whole")
     train(whole)
     recipe, said = recipe_of(folder, start), []
@@ -106,10 +106,10 @@ def test_the_next_call_goes_on_and_a_finished_run_is_left_as_it_is(folder, start
         assert losses(folder / "out") == losses(folder / "whole")
         ours, theirs = weights(folder / "out"), weights(folder / "whole")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert "going on from checkpoint-000003" in said and "going on from checkpoint-000006" in said
+    assert "going on from checkpoint-000003" in said and "checkpoint-000006: 6 of 6 steps are done" in said
 
 
-def test_a_second_signal_stops_at_once(folder, start, monkeypatch):
+def test_a_second_signal_stops_at_once(folder, start, ctrl_c, monkeypatch):
     monkeypatch.setattr(trainer, "_AGAIN_AFTER_S", 0.05)
 
     pressed = []
@@ -255,6 +255,17 @@ def test_a_start_made_by_another_recipe_is_refused(folder, start, monkeypatch):
     with pytest.raises(
         RecipeError, match=r"out.start was made by another recipe: model.layers was 1 and is 2"
     ):
+        train(Recipe.from_dict(raw))
+
+
+def test_a_run_goes_on_with_its_own_start(folder, start):
+    raw = recipe_of(folder, start, steps=1).to_dict() | {"model": {"start": str(start), "layers": 1}}
+    train(Recipe.from_dict(raw))
+    told = []
+    train(Recipe.from_dict(raw), say=told.append)
+    assert "checkpoint-000001: 1 of 1 steps are done" in told
+    raw["model"]["start"] = str(folder / "another")
+    with pytest.raises(RecipeError, match="model.start was 'base' and is 'another'"):
         train(Recipe.from_dict(raw))
 
 

@@ -43,6 +43,7 @@ CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE = (
 )
 _PREFIX, _BACKBONE = "base_model.model.", "embedding_model."
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.weight")
 # fields of a LoraConfig that do not change what an adapter computes, or are read below
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "bias", "init_lora_weights"}
 _HARMLESS = {"auto_mapping", "base_model_name_or_path", "ensure_weight_tying"}
@@ -233,6 +234,17 @@ def _placed(
         for name, pair in parts.items():
             if len(pair) < 2:
                 raise ValueError(f"{directory}: {name} has only lora_{min(pair)} of its two matrices")
+    layers: dict[str, set[str]] = defaultdict(set)
+    for name in (name for parts in found.values() for name in parts):
+        if match := _IN_LAYER.search(name):
+            layers[match[2]].add(match[1])
+    num_layers = len(model.embedding_model.layers)
+    for projection, numbers in layers.items():
+        if len(numbers) != num_layers:
+            raise ValueError(
+                f"{directory} has {projection} of {len(numbers)} layers, but this model has {num_layers}: "
+                "load the adapter on the model that it was trained on"
+            )
     return found
 
 

@@ -100,11 +100,18 @@ class DataSet:
 
     def check(self, *, needs_scores: bool = False) -> None:
         """Read every row. Raises ValueError naming the file and the line of one that cannot be used."""
+        has_negatives = self.settings.in_batch or self.settings.labels != "none"
         for index, record in enumerate(self.rows.records()):
             parse = to_row if self.settings.labels == "none" else to_labelled
             row = parse(record, self.rows.place(index))
+            has_negatives = has_negatives or isinstance(row, Labelled) or bool(row.negatives)
             if needs_scores:
                 check_scores(row, self.rows.place(index))
+        if not has_negatives:
+            raise ValueError(
+                f"{self.name}: no row has negatives, so with in_batch = false there is nothing to learn: add "
+                '"neg" to its rows, or set in_batch = true'
+            )
 
 
 def open_sets(parts: Sequence[DataPart]) -> list[DataSet]:

@@ -158,8 +158,7 @@ def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
     if keys:
         said = ", ".join(f"{key} was {brief(was.get(key))} and is {brief(now.get(key))}" for key in keys[:5])
         raise ValueError(
-            f"{path} is of another run: {said}. Choose another output, or remove the checkpoints to begin "
-            "anew"
+            f"{path} is of another run: {said}. Choose another output, or remove {path.parent} to begin anew"
         )
 
 

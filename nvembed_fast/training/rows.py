@@ -200,7 +200,10 @@ class JsonRows(Rows):
         except RecursionError as error:
             raise ValueError(f"{place}: its JSON is nested too deeply to be read") from error
         except ValueError as error:
-            raise ValueError(f"{place}: not JSON ({error}): {text.strip()!r:.80}") from error
+            raise ValueError(
+                f"{place}: not JSON ({error}): {text.strip()!r:.80}. "
+                "`nvembed-fast convert` makes rows of CSV and other forms"
+            ) from error
 
 
 class ArrowRows(Rows):
@@ -212,7 +215,7 @@ class ArrowRows(Rows):
             import pyarrow
         except ImportError as error:
             raise ImportError(
-                f"{file} needs pyarrow: pip install 'nvembed-fast[train]', or convert the file to JSON lines"
+                f"{file} needs pyarrow: pip install 'nvembed-fast[train]', or make it JSON lines"
             ) from error
         self.file = Path(file)
         try:
@@ -296,7 +299,8 @@ def _value(record: Any, key: str, place: str) -> Any:
         raise ValueError(f"{place}: must be an object with {key!r}, got {_kind(record)}")
     if key not in record:
         raise ValueError(
-            f"{place}: no {key!r}, the row has {', '.join(map(repr, record)) or 'nothing'!s:.200}"
+            f"{place}: no {key!r}, the row has {', '.join(map(repr, record)) or 'nothing'!s:.200}. "
+            "`nvembed-fast convert` makes rows of other forms"
         )
     return record[key]
 

@@ -104,8 +104,8 @@ class RunLog:
         if self._picture and read_metrics(self.output / METRICS_FILE):
             try:
                 draw(self.output / METRICS_FILE, self.output / _PICTURE_FILE)
-            except ImportError:  # without matplotlib there is no picture
-                pass
+            except ImportError:
+                self._say(f"{_PICTURE_FILE} needs matplotlib: pip install 'nvembed-fast[train]'")
             except OSError as error:
                 self._say(f"{_PICTURE_FILE} was not drawn: {error}")
 

@@ -25,6 +25,7 @@ from nvembed_fast.training.recipe import Recipe, RecipeError
 __all__ = ["export", "load_network", "start_directory", "trained", "weights_name"]
 
 _START, _ADAPTER, _MADE_OF = "start", "adapter", "made_of.json"
+_PATH = "model.start"
 
 
 def start_directory(recipe: Recipe) -> Path:
@@ -83,11 +84,19 @@ def _note_made(made: Path, recipe: Recipe) -> None:
 
 
 def _check_made(made: Path, recipe: Recipe) -> None:
-    """RecipeError if it was made by another recipe. A checkpoint says so itself, and its run may move."""
+    """RecipeError if it was made by another recipe.
+
+    A run with a checkpoint may move: of the path that it starts from, the name counts. The checkpoint says
+    the rest.
+    """
     file = made / _MADE_OF
-    if not file.is_file() or checkpoints.newest(made.parent) is not None:
+    if not file.is_file():
         return
-    was, now = files.read_json(file), _made_of(recipe)
+    was: dict[str, object] = files.read_json(file)
+    now = _made_of(recipe)
+    if checkpoints.newest(made.parent) is not None:
+        was = {_PATH: Path(str(was[_PATH])).name}
+        now = {_PATH: Path(recipe.model.start).name}
     for key in {**was, **now}:
         if was.get(key) != now.get(key):
             raise RecipeError(

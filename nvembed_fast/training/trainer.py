@@ -110,7 +110,9 @@ def train(
             state = State(0, run.batches.start())
             if path is not None:
                 state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
-                say(f"going on from {path.name}")
+                is_done = state.step >= part.steps
+                said = f"{path.name}: {state.step} of {part.steps} steps are done"
+                say(said if is_done else f"going on from {path.name}")
             if ranks.total([state.step])[0] != state.step * ranks.size:
                 raise ValueError(
                     f"the ranks see different checkpoints in {output}: it must lie on a disk that is shared "
