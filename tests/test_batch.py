@@ -208,7 +208,7 @@ def test_ranks_split_the_same_batch(num_ranks, tmp_path, tokenizer):
     ]
 
     def run(**ranks):
-        made = Batches(parts, tokenizer, batch=8, seed=0, max_length=9, **ranks)
+        made = Batches(open_sets(parts), tokenizer, batch=8, seed=0, max_length=9, **ranks)
         return list(made.ahead(0, 5, made.start()))
 
     ranks = [run(rank=rank, num_ranks=num_ranks) for rank in range(num_ranks)]
@@ -309,7 +309,8 @@ def test_data_sets_of_a_recipe(tmp_path):
 
 
 def test_the_next_batch_is_made_while_a_step_runs(tmp_path, tokenizer):
-    made = Batches([data_set(tmp_path, pairs()).settings], tokenizer, batch=4, seed=0, max_length=9)
+    sets = open_sets([data_set(tmp_path, pairs()).settings])
+    made = Batches(sets, tokenizer, batch=4, seed=0, max_length=9)
     begun, build = [], made._builder.build
     made._builder.build = lambda step, *rest: (
         begun.append((step, threading.current_thread())) or build(step, *rest)
@@ -334,7 +335,7 @@ def test_the_next_batch_is_made_while_a_step_runs(tmp_path, tokenizer):
 def test_an_error_comes_in_its_step(tmp_path, tokenizer):
     def run(records):
         part = data_set(tmp_path, records).settings
-        return Batches([part], tokenizer, batch=4, seed=0, max_length=9)
+        return Batches(open_sets([part]), tokenizer, batch=4, seed=0, max_length=9)
 
     records = pairs()
     (_, bad), *_ = run(records)(2, {"a.jsonl": 8})[0].rows
@@ -353,7 +354,7 @@ def test_an_epoch_has_every_row_once_across_resumes(tmp_path, tokenizer):
     parts = [data_set(tmp_path, pairs()).settings, data_set(tmp_path, pairs(30), "b", weight=2).settings]
     counters, taken = None, collections.defaultdict(list)
     for step in range(30):  # each step in a new process
-        made = Batches(parts, tokenizer, batch=7, seed=1, max_length=9)
+        made = Batches(open_sets(parts), tokenizer, batch=7, seed=1, max_length=9)
         batch, counters = made(step, counters or made.start())
         for (name, row), (query, _, _) in zip(batch.rows, parts_of(batch), strict=True):
             assert query == f"q{row}"
@@ -364,7 +365,7 @@ def test_an_epoch_has_every_row_once_across_resumes(tmp_path, tokenizer):
             assert sorted(taken[name][epoch * number : (epoch + 1) * number]) == list(range(number))
     assert set(made.fingerprints) == set(counters) and len(set(made.fingerprints.values())) == 2
     with pytest.raises(ValueError, match=r"a\.jsonl has 20 rows, fewer than a batch of 21"):
-        Batches(parts, tokenizer, batch=21, seed=1, max_length=9)
+        Batches(open_sets(parts), tokenizer, batch=21, seed=1, max_length=9)
 
 
 def test_a_part_of_a_batch(tmp_path, tokenizer):

@@ -364,7 +364,7 @@ class Batches:
     """The batches of a run: a function of the step and of the rows taken before it.
 
     Args:
-        parts: the data sets of the recipe. Their order gives the numbers of their scopes.
+        sets: the data sets, such as by `open_sets`. Their order gives the numbers of their scopes.
         tokenizer: of the model.
         batch: rows of a step, over all ranks.
         seed: of the whole run.
@@ -375,17 +375,16 @@ class Batches:
         needs_scores: see `BatchBuilder`.
 
     Attributes:
-        sets: the opened data sets.
+        sets: the data sets.
         fingerprints: data set -> 32 hexadecimal digits of its content.
 
     Raises:
-        ValueError: a file cannot be used, or has fewer rows than a batch.
-        ImportError: pyarrow is missing.
+        ValueError: a data set cannot be used, or has fewer rows than a batch.
     """
 
     def __init__(
         self,
-        parts: Sequence[DataPart],
+        sets: Sequence[DataSet],
         tokenizer: TextTokenizer,
         *,
         batch: int,
@@ -396,7 +395,7 @@ class Batches:
         num_ranks: int = 1,
         needs_scores: bool = False,
     ):
-        self.sets = open_sets(parts)
+        self.sets = list(sets)
         sizes = {data.name: len(data.rows) for data in self.sets}
         weights = {data.name: data.settings.weight for data in self.sets}
         self._mix = Mix(sizes, weights, batch=batch, seed=seed, is_one_set=is_one_set)

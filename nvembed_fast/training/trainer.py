@@ -19,7 +19,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.tokenization import TextTokenizer
 from nvembed_fast.training import checkpoints
 from nvembed_fast.training.auxiliary_losses import score_distillation
-from nvembed_fast.training.batch import Batches, TrainingBatch, open_sets
+from nvembed_fast.training.batch import Batches, DataSet, TrainingBatch, open_sets
 from nvembed_fast.training.checkpoints import State
 from nvembed_fast.training.gather import gathered_loss
 from nvembed_fast.training.grad_cache import cached_step, direct_step
@@ -95,16 +95,19 @@ def train(
         say = say if ranks.is_first else _nothing
         if part.batch < ranks.size:
             raise RecipeError(f"train.batch is {part.batch}, fewer rows than the {ranks.size} ranks")
+        sets = open_sets(recipe.data)
         if ranks.is_first and checkpoints.newest(output) is None:
             _check_new(output)
-            for data in open_sets(recipe.data):
+            for data in sets:
                 data.check(needs_scores=part.distillation > 0)
         with _alone(output, ranks):
+            if not ranks.is_first:
+                ranks.wait()
+            start = start_directory(recipe)  # which the first rank makes
             if ranks.is_first:
-                start_directory(recipe)
-            ranks.wait()
+                ranks.wait()
             path = checkpoints.newest(output)
-            run = _Run(recipe, ranks, start_directory(recipe), say)
+            run = _Run(recipe, ranks, sets, start, say)
             if part.warmup > part.steps:
                 say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
             state = State(0, run.batches.start())
@@ -135,6 +138,7 @@ class _Run:
         self,
         recipe: Recipe,
         ranks: Ranks,
+        sets: Sequence[DataSet],
         directory: Path,
         say: Callable[[str], None],
     ):
@@ -142,7 +146,7 @@ class _Run:
         place = files.current(directory)
         self.tokenizer = TextTokenizer.from_directory(place, NVEmbedConfig.from_file(place / CONFIG_FILE))
         self.batches = Batches(
-            recipe.data,
+            sets,
             self.tokenizer,
             batch=recipe.train.batch,
             seed=recipe.seed,
