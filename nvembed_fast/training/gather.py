@@ -21,6 +21,7 @@ from nvembed_fast.training.loss import (
     LossResult,
     contrastive_loss,
     document_columns,
+    loss_of_unit_vectors,
     query_columns,
     unit_vectors,
 )
@@ -71,10 +72,10 @@ def gathered_loss(
         here = candidates.to(q.device)
         all_documents = _gather(document_columns(d, here), max_columns, 1, group)
         all_queries = _gather(query_columns(q, here), max_rows, max_keys, group) if both_directions else None
-    result = contrastive_loss(
+    result = loss_of_unit_vectors(
         q,
         d,
-        candidates,
+        here,
         both_directions=both_directions,
         all_documents=all_documents,
         all_queries=all_queries,

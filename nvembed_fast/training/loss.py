@@ -166,8 +166,6 @@ def contrastive_loss(
     limit: float | None = None,
     margin: float | None = None,
     both_directions: bool = False,
-    all_documents: Columns | None = None,
-    all_queries: Columns | None = None,
 ) -> LossResult:
     """The mean loss of the rows.
 
@@ -181,23 +179,49 @@ def contrastive_loss(
         margin: a negative above lowest - margin is dropped.
         both_directions: average with the loss of finding each pair's query among all queries. A row with its
             own candidates only has no other query, so its loss is halved.
-        all_documents: the negatives come from these in place of `documents` (`training/gather.py`).
-        all_queries: likewise for the second direction.
 
     Raises:
         ValueError: candidates that do not fit, or a temperature that is not positive and finite.
+    """
+    if not len(queries):
+        raise ValueError("queries must hold one row or more, got none")
+    candidates.check(len(queries), len(documents))
+    return loss_of_unit_vectors(
+        unit_vectors(queries),
+        unit_vectors(documents),
+        candidates.to(queries.device),
+        temperature=temperature,
+        limit=limit,
+        margin=margin,
+        both_directions=both_directions,
+    )
+
+
+def loss_of_unit_vectors(
+    q: torch.Tensor,
+    d: torch.Tensor,
+    c: Candidates,
+    *,
+    temperature: float,
+    limit: float | None = None,
+    margin: float | None = None,
+    both_directions: bool = False,
+    all_documents: Columns | None = None,
+    all_queries: Columns | None = None,
+) -> LossResult:
+    """`contrastive_loss` of `unit_vectors` and of checked candidates on their device.
+
+    Args:
+        q, d, c, temperature, limit, margin, both_directions: as in `contrastive_loss`.
+        all_documents: the negatives come from these in place of d (`training/gather.py`).
+        all_queries: likewise for the second direction.
     """
     if not 0 < temperature < inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     for name, value in (("limit", limit), ("margin", margin)):
         if value is not None and not isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
-    if not len(queries):
-        raise ValueError("queries must hold one row or more, got none")
-    candidates.check(len(queries), len(documents))
-    with torch.autocast(queries.device.type, enabled=False):
-        q, d = unit_vectors(queries), unit_vectors(documents)
-        c = candidates.to(q.device)
+    with torch.autocast(q.device.type, enabled=False):
         rows, columns = c.positives.unbind(1)
         # by indexing: its gradient is summed in a fixed order on a GPU, too
         cosines = (q[rows] * d[columns]).sum(1)
