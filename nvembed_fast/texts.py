@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
-__all__ = ["Format", "read_records", "read_texts"]
+__all__ = ["Format", "kind_of", "parse_json", "read_records", "read_texts", "text_of"]
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv"]
 Records = Generator[tuple[str, Any], None, None]  # (place, parsed record)
@@ -199,20 +199,21 @@ def _json_lines(lines: Iterable[str], name: str, guessed: bool) -> Records:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{name}, line {number}"
-            yield place, _json(line, place, _NO_LINES if guessed else "")
+            yield place, parse_json(line, place, _NO_LINES if guessed else "")
 
 
 def _json_items(lines: Iterable[str], name: str) -> Records:
     """(place, record) of every item."""
     document = "".join(lines)
-    items = _json(document, name) if document.strip() else []
+    items = parse_json(document, name) if document.strip() else []
     if not isinstance(items, list):
-        raise ValueError(f"{name} must be an array of objects or strings, got {_kind(items)}")
+        raise ValueError(f"{name} must be an array of objects or strings, got {kind_of(items)}")
     for number, item in enumerate(items, start=1):
         yield f"{name}, item {number}", item
 
 
-def _json(document: str, place: str, hint: str = "") -> Any:
+def parse_json(document: str, place: str, hint: str = "") -> Any:
+    """The value of a JSON document. Raises ValueError naming the place, with a hint what to do."""
     try:
         return json.loads(document)
     except RecursionError as error:
@@ -230,14 +231,19 @@ def _text(record: Any, place: str, unit: str, field: str | None) -> str:
     else:
         key = _DEFAULT_FIELD if field is None else field
         text, what = _value(record, place, unit, key, "--field"), repr(key)
-    if not isinstance(text, str):
-        raise ValueError(f"{place}: {what} must be a string, got {_kind(text)}")
+    return text_of(text, what, place)
+
+
+def text_of(value: Any, what: str, place: str) -> str:
+    """A parsed value as a text. Raises ValueError naming the place if it is none."""
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {what} must be a string, got {kind_of(value)}")
     # a JSON escape can give what no file in UTF-8 holds
-    if not text.isascii() and (lone := re.search("[\ud800-\udfff]", text)):
+    if not value.isascii() and (lone := re.search("[\ud800-\udfff]", value)):
         raise ValueError(
             f"{place}: {what} has a lone surrogate, \\u{ord(lone[0]):04x}, which is no character: remove it"
         )
-    return text
+    return value
 
 
 def _id(record: Any, place: str, unit: str, key: str) -> str:
@@ -245,7 +251,7 @@ def _id(record: Any, place: str, unit: str, key: str) -> str:
     value = _value(record, place, unit, key, "--ids")
     value = str(value) if type(value) is int else value
     if not isinstance(value, str):
-        raise ValueError(f"{place}: {key!r} must be a string or an integer, got {_kind(value)}")
+        raise ValueError(f"{place}: {key!r} must be a string or an integer, got {kind_of(value)}")
     if not value or not value.isprintable():
         raise ValueError(f"{place}: {key!r} must be printable characters in one line, got {value!r:.40}")
     return value
@@ -254,13 +260,14 @@ def _id(record: Any, place: str, unit: str, key: str) -> str:
 def _value(record: Any, place: str, unit: str, key: str, option: str) -> Any:
     """What a parsed record holds under a key."""
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: no {key!r}, the {unit} is no JSON object but {_kind(record)}")
+        raise ValueError(f"{place}: no {key!r}, the {unit} is no JSON object but {kind_of(record)}")
     if key not in record:
         raise _absent(place, unit, key, list(record), option)
     return record[key]
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a parsed value is called in JSON, for messages."""
     names = {"NoneType": "null", "dict": "an object", "list": "an array", "str": "a string"}
     return names.get(type(value).__name__, type(value).__name__)
 

@@ -40,7 +40,7 @@ GROUND |= {"self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
 INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream", "warm_up"}
 TRAINING = {"checkpoint", "files", "fingerprint", "network", "new_model", "ops", "packing", "placement"}
-TRAINING |= {"config", "tokenization"}
+TRAINING |= {"config", "texts", "tokenization"}
 CURATION = {"encoder", "corpus", "topk", "texts", "files"}
 INTEGRATIONS = {
     "config",

@@ -18,10 +18,8 @@ another process changes is no longer the same data, which `fingerprint` tells.
 
 import codecs
 import hashlib
-import json
 import math
 import os
-import re
 import tempfile
 from array import array
 from bisect import bisect_right
@@ -32,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_fast import files
+from nvembed_fast.texts import kind_of, parse_json, text_of
 
 __all__ = ["ArrowRows", "JsonRows", "Labelled", "Row", "Rows", "open_rows", "to_labelled", "to_row"]
 
@@ -195,15 +194,8 @@ class JsonRows(Rows):
             ) from error
         if not text.strip():
             raise ValueError(f"{place} is blank: remove it")
-        try:
-            return json.loads(text)
-        except RecursionError as error:
-            raise ValueError(f"{place}: its JSON is nested too deeply to be read") from error
-        except ValueError as error:
-            raise ValueError(
-                f"{place}: not JSON ({error}): {text.strip()!r:.80}. "
-                "`nvembed-fast convert` makes rows of CSV and other forms"
-            ) from error
+        hint = f": {text[:200].strip()!r:.80}. `nvembed-fast convert` makes rows of CSV and other forms"
+        return parse_json(text, place, hint)
 
 
 class ArrowRows(Rows):
@@ -296,7 +288,7 @@ def to_labelled(record: Any, place: str) -> Labelled:
 
 def _value(record: Any, key: str, place: str) -> Any:
     if not isinstance(record, dict):
-        raise ValueError(f"{place}: must be an object with {key!r}, got {_kind(record)}")
+        raise ValueError(f"{place}: must be an object with {key!r}, got {kind_of(record)}")
     if key not in record:
         raise ValueError(
             f"{place}: no {key!r}, the row has {', '.join(map(repr, record)) or 'nothing'!s:.200}. "
@@ -310,35 +302,24 @@ def _texts(value: Any, key: str, place: str) -> tuple[str, ...]:
     if isinstance(value, str):
         return (_text(value, f"'{key}'", place),)
     if value is not None and not isinstance(value, list):
-        raise ValueError(f"{place}: '{key}' must be a list of strings, got {_kind(value)}")
+        raise ValueError(f"{place}: '{key}' must be a list of strings, got {kind_of(value)}")
     return tuple(_text(text, f"'{key}'[{i}]", place) for i, text in enumerate(value or ()))
 
 
 def _text(value: Any, what: str, place: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: {what} must be a string, got {_kind(value)}")
-    if not value.strip():
+    text = text_of(value, what, place)
+    if not text.strip():
         raise ValueError(f"{place}: {what} is empty")
-    # a JSON escape can give what no file in UTF-8 holds
-    if not value.isascii() and (lone := re.search("[\ud800-\udfff]", value)):
-        raise ValueError(
-            f"{place}: {what} has a lone surrogate, \\u{ord(lone[0]):04x}, which is no character: remove it"
-        )
-    return value
+    return text
 
 
 def _scores(value: Any, key: str, texts: Sequence[str], place: str) -> tuple[float, ...] | None:
     if value is None or (value == [] and not texts):
         return None
     if not isinstance(value, list) or len(value) != len(texts):
-        got = f"{len(value)} of them" if isinstance(value, list) else _kind(value)
+        got = f"{len(value)} of them" if isinstance(value, list) else kind_of(value)
         raise ValueError(f"{place}: '{key}' must be {len(texts)} numbers, one for each text, got {got}")
     for score in value:
         if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
             raise ValueError(f"{place}: '{key}' must be finite numbers, got {score!r:.40}")
     return tuple(map(float, value))
-
-
-def _kind(value: Any) -> str:
-    names = {"NoneType": "null", "dict": "an object", "list": "an array", "str": "a string"}
-    return names.get(type(value).__name__, type(value).__name__)
