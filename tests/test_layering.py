@@ -136,7 +136,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "training.recipe": set(),
     "training.checkpoints": {"safetensors", "torch"},
     "training.ranks": {"torch"},
-    "training.run_log": {"matplotlib", "torch", "tqdm"},
+    "training.run_log": {"matplotlib", "numpy", "torch", "tqdm"},
     "training.start": {"torch"},
     "training.trainer": {"torch"},
     "training.rows": {"pyarrow"},

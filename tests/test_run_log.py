@@ -6,6 +6,7 @@ import sys
 from contextlib import closing
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from nvembed_fast.training import run_log
@@ -99,6 +100,12 @@ def test_a_picture_of_the_run(tmp_path):
     before = (tmp_path / "run.png").stat().st_size
     draw(tmp_path / "metrics.jsonl", tmp_path / "again.png")
     assert abs((tmp_path / "again.png").stat().st_size - before) < 2000 and before > 5000
+
+
+def test_a_curve_is_the_mean_of_the_last_values():
+    values = np.array([1.0, np.nan, 3.0, np.inf, np.nan, 8.0, 2.0])
+    np.testing.assert_allclose(run_log._means(values, 2), [1, 1, 3, 3, np.nan, 8, 5])
+    np.testing.assert_allclose(run_log._means(values, 50), [1, 1, 2, 2, 2, 4, 3.5])
 
 
 def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -148,10 +149,9 @@ def draw(metrics: Path, picture: Path) -> None:
     for place, panel in enumerate(panels, 1):
         axes = figure.add_subplot(math.ceil(len(panels) / 2), 2, place)
         for name in panel:
-            values = [line.get(name, math.nan) for line in lines]
+            values = np.array([line.get(name, math.nan) for line in lines])
             (curve,) = axes.plot(steps, values, alpha=0.3, linewidth=0.8)
-            means = [_mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
-            axes.plot(steps, means, color=curve.get_color(), label=name.replace("_", " "))
+            axes.plot(steps, _means(values, window), color=curve.get_color(), label=name.replace("_", " "))
         axes.set_xlabel("step")
         axes.legend(loc="best", frameon=False)
         axes.grid(alpha=0.3)
@@ -169,9 +169,12 @@ def memory_gb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def _mean(values: list[float]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+def _means(values: np.ndarray, window: int) -> np.ndarray:
+    """Of each value and those before it in the window, without what is not finite. NaN where nothing is."""
+    is_finite = np.isfinite(values)
+    sums, counts = np.cumsum(np.where(is_finite, values, 0.0)), np.cumsum(is_finite)
+    sums[window:], counts[window:] = sums[window:] - sums[:-window], counts[window:] - counts[:-window]
+    return np.divide(sums, counts, out=np.full(len(values), math.nan), where=counts > 0)
 
 
 def _duration(seconds: float) -> str:
