@@ -3,7 +3,6 @@
 Run by torchrun it is one rank of `test_two_ranks_get_the_gradient_of_one_process`.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import leave, say
 from whole_model import HEADS, VOCAB, make_model
 
 from nvembed_fast import ops
@@ -155,14 +155,7 @@ def main() -> None:
     assert {g.dtype for g in gradients(model).values()} == {torch.float32}
     assert worst_difference(gradients(model), gradients(alone)) < 1e-5
     say(f"bf16 equal on rank {rank}")
-    dist.barrier()
-    # no teardown: gloo's thread and the interpreter may wait for each other there (torch 2.13)
-    os._exit(0)
-
-
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")
-    sys.stdout.flush()
+    leave()
 
 
 def own_batch() -> TrainingBatch:

@@ -2,10 +2,6 @@
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +16,7 @@ from cached_steps import (
     seed_of,
     worst_difference,
 )
+from two_ranks import ROOT, run_on_two_ranks
 from whole_model import HEADS, head_name
 
 from nvembed_fast import ops
@@ -27,8 +24,6 @@ from nvembed_fast.packing import token_budget_batches
 from nvembed_fast.tokenization import TokenizedTexts
 from nvembed_fast.training.grad_cache import cached_step, direct_step
 from nvembed_fast.training.loss import LossResult
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -190,12 +185,8 @@ def test_another_module_is_refused():
 @pytest.mark.slow
 def test_two_ranks_get_the_gradient_of_one_process(tmp_path):
     """DDP and FSDP2, with other numbers of chunks, and refused where the ranks differ."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "tests" / "cached_steps.py"), str(tmp_path / "adapter")]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=100)
-    assert run.returncode == 0, run.stderr[-4000:]
+    said = run_on_two_ranks(ROOT / "tests" / "cached_steps.py", tmp_path / "adapter", timeout=100)
     for how in ("ddp", "fsdp2"):
         for what in ("equal on rank", "refused on rank", "equal again on rank"):
-            assert run.stdout.count(f"{how} {what}") == 2, run.stdout
-    assert run.stdout.count("bf16 equal on rank") == 2
+            assert said.count(f"{how} {what}") == 2, said
+    assert said.count("bf16 equal on rank") == 2

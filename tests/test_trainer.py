@@ -5,8 +5,6 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from contextlib import nullcontext
@@ -16,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_runs import COMMAND, ROOT, losses, recipe_of, weights, write_pairs, write_recipe, write_start
+from training_runs import COMMAND, losses, recipe_of, weights, write_pairs, write_recipe, write_start
+from two_ranks import run_on_two_ranks
 
 from nvembed_fast import NVEmbed
 from nvembed_fast.config import NVEmbedConfig
@@ -343,16 +342,6 @@ def test_ranks_that_see_other_checkpoints_are_refused(folder, start, monkeypatch
         train(recipe_of(folder, start))
 
 
-def run_on_two_ranks(recipe: Recipe, file: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [*COMMAND[1:], str(write_recipe(file, recipe))]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 def assert_same_run(ours: Path, theirs: Path) -> None:
     """Losses within 1e-5, of the same steps."""
     one, two = losses(ours), losses(theirs)
@@ -366,7 +355,8 @@ def test_two_ranks_have_the_losses_of_one_process(folder, start):
     """With unequal numbers of rows and of chunks on the ranks, LoRA and a teacher's scores."""
     settings = {"lr": 1e-3, "batch": 5, "lora_rank": 4, "distillation": 0.5}
     train(recipe_of(folder, start, **settings))
-    run_on_two_ranks(recipe_of(folder, start, output="two", **settings), folder / "two.toml")
+    recipe = recipe_of(folder, start, output="two", **settings)
+    run_on_two_ranks(*COMMAND[1:], write_recipe(folder / "two.toml", recipe), timeout=200)
     assert_same_run(folder / "two", folder / "out")
 
 
@@ -378,5 +368,5 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder, start):
     train(recipe_of(folder, start, output="both", data=data, **settings))
     shutil.rmtree(folder / "both" / "checkpoint-000006")
     recipe = recipe_of(folder, start, output="both", sharding="fsdp", data=data, **settings)
-    run_on_two_ranks(recipe, folder / "both.toml")
+    run_on_two_ranks(*COMMAND[1:], write_recipe(folder / "both.toml", recipe), timeout=200)
     assert_same_run(folder / "both", folder / "out")

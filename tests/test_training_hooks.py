@@ -2,21 +2,16 @@
 
 import copy
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
+from two_ranks import ROOT, run_on_two_ranks
 from whole_model import EVERY_HEAD, HEADS, gradients_of, loss_of, make_batch, make_model
 
 from nvembed_fast import ops
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def contrastive_loss(model, batch) -> torch.Tensor:
@@ -133,9 +128,5 @@ def test_autocast_computes_in_16_bits_and_keeps_fp32_gradients(head, device):
 def test_two_processes_get_the_mean_gradient(how, device):
     if device == "cuda" and torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "tests" / "data_parallel.py"), how, device]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-    assert run.stdout.count("equal on rank") == 2
+    said = run_on_two_ranks(ROOT / "tests" / "data_parallel.py", how, device, timeout=300)
+    assert said.count("equal on rank") == 2
