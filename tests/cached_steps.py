@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from test_lora import adapted_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.nn.functional import all_gather
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +19,7 @@ from two_ranks import leave, say
 from whole_model import HEADS, VOCAB, make_model
 
 from nvembed_fast import ops
-from nvembed_fast.checkpoint import add_lora, load_adapter, merge_adapter, save_adapter
+from nvembed_fast.checkpoint import load_adapter, merge_adapter, save_adapter
 from nvembed_fast.packing import PackedBatch, token_budget_batches
 from nvembed_fast.tokenization import TokenizedTexts
 from nvembed_fast.training import grad_cache
@@ -27,16 +28,9 @@ from nvembed_fast.training.grad_cache import cached_step, direct_step
 from nvembed_fast.training.loss import Candidates, LossResult, contrastive_loss
 
 
-def dropped_model(dropout: float = 0.1, head=HEADS[1], device: str = "cpu", dtype=torch.float32):
+def dropped_model(dropout: float = 0.1, head=HEADS[1], dtype=torch.float32):
     """With LoRA on its layers as if trained, and its head in training."""
-    model = make_model(head, device, dtype)
-    add_lora(model, rank=4, alpha=8, dropout=dropout)
-    draw = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.copy_(0.2 * torch.randn(parameter.shape, generator=draw))
-    return model.train()
+    return adapted_model(head, "full", dtype, dropout).train()
 
 
 def make_texts(num_queries: int = 6, seed: int = 0) -> TokenizedTexts:

@@ -93,6 +93,17 @@ def gradients_of(model, batch, impl: str, loss=loss_of) -> dict[str, torch.Tenso
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
+def slope_of(model, batch, weight, direction, step=1e-5) -> torch.Tensor:
+    """The slope of the loss along a direction of one weight, by finite differences."""
+    losses = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            weight += sign * step * direction
+            losses.append(loss_of(model, batch))
+            weight -= sign * step * direction
+    return (losses[0] - losses[1]) / (2 * step)
+
+
 def assert_every_gradient_matches(head, dtype, device, impl="triton") -> None:
     """Parity of an implementation's gradients with the reference's, for every parameter of a model."""
     # wide, and three batches side by side: the RMS error over the few elements of a norm would be luck
