@@ -160,10 +160,9 @@ def read(root: Path, stems: Sequence[str] = ()) -> list[Mutation]:
     return mutations
 
 
-def missing_package(mutation: Mutation) -> str | None:
-    """The package that the mutation's test needs, if it is not installed."""
-    is_here = not mutation.needs or importlib.util.find_spec(mutation.needs) is not None
-    return None if is_here else mutation.needs
+def can_run(mutation: Mutation) -> bool:
+    """Whether the package that the mutation's test needs is installed."""
+    return not mutation.needs or importlib.util.find_spec(mutation.needs) is not None
 
 
 def draw(mutations: Sequence[Mutation], number: int, seed: int) -> list[Mutation]:
@@ -281,11 +280,13 @@ torch.set_num_threads(1)
 sys.path.append("tests")
 import exact_bf16, exact_products
 exact_products.install()
+dtypes = ["float16", "float32"]
 if exact_bf16.IS_EXACT:
     exact_bf16.install()
+    dtypes.insert(1, "bfloat16")
 from nvembed_fast import ops, self_check
 from nvembed_fast.kernels import _common
-for dtype in ("float16", "bfloat16", "float32")[:: 1 if exact_bf16.IS_EXACT else 2]:
+for dtype in dtypes:
     for _common.INTERPRETED_CAPABILITY in (90, 80):
         for operation in sys.argv[1:] or ops.OPERATIONS:
             for direction in ("forward", "backward"):
@@ -353,7 +354,7 @@ def check(root: Path, mutations: Sequence[Mutation]) -> list[str]:
             mutation.apply(root)
         except Stale as error:
             problems.append(f"{mutation}: {error}")
-    tests = list(dict.fromkeys(m.red for m in mutations if missing_package(m) is None))
+    tests = list(dict.fromkeys(m.red for m in mutations if can_run(m)))
     run = run_pytest(root, ["--collect-only", "-qq", *tests], LIMIT)
     if run.status != 0:
         missing = re.findall(r"^ERROR: not found: (.*)$", run.output, re.M)
@@ -432,15 +433,13 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         problems = check(root, mutations)
         print("\n".join([*problems, f"{len(mutations)} mutations, {len(problems)} problems"]))
         return 1 if problems else 0
-    if absent := sorted({package for m in mutations if (package := missing_package(m))}):
-        waiting = sum(missing_package(m) is not None for m in mutations)
-        why = (
-            f"{waiting} mutations need {', '.join(absent)}, which is not installed: make mutate-integrations"
-        )
+    if waiting := [m for m in mutations if not can_run(m)]:
+        absent = ", ".join(sorted({m.needs for m in waiting}))
+        why = f"{len(waiting)} mutations need {absent}, which is not installed: make mutate-integrations"
         if args.stems:
             parser.error(why)
         print(why)
-        mutations = [m for m in mutations if missing_package(m) is None]
+        mutations = [m for m in mutations if can_run(m)]
     if args.number is not None:
         seed = int(time.time()) if args.seed is None else args.seed
         print(f"--number {args.number} --seed {seed}")
