@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bench.baselines.encoders import mistral_model
+from bench.baselines.encoders import mistral_model, pad
 from bench.measure.comparison import Prepared
 from bench.measure.limits import Limits
 from bench.measure.results import OURS, SKIPPED, TIMES, Figure
@@ -35,6 +35,7 @@ from bench.workloads import GPU, SMALL, SMALLEST, random_encoder
 from nvembed_fast import NVEmbed
 from nvembed_fast.checkpoint import add_lora
 from nvembed_fast.config import NVEmbedConfig
+from nvembed_fast.kernels.layout import to_device
 from nvembed_fast.kernels.testing import skewed_lengths
 from nvembed_fast.packing import token_budget_batches
 from nvembed_fast.tokenization import TokenizedTexts
@@ -95,9 +96,15 @@ CASES = {
 
 @functools.cache
 def encoder(setting: Setting) -> NVEmbed:
+    """In training, with an adapter on its layers."""
     scale = setting.choose(gpu=GPU, cpu=SMALL, smallest=SMALLEST)
     config: NVEmbedConfig = dataclasses.replace(scale.config, pooling_head="mean")
-    return random_encoder(config, setting.device, setting.dtype)
+    model = random_encoder(config, setting.device, setting.dtype)
+    add_lora(model.model, RANK, ALPHA, 0.0, "frozen")
+    if setting.device == "cuda":
+        model.model.checkpoint_layers()
+    model.model.train()
+    return model
 
 
 @dataclass(frozen=True)
@@ -120,25 +127,18 @@ class TrainBench:
         """
         model, skipped = encoder(self.setting), {}
         batch = self.of.batch(model.config.text_config.vocab_size)
-        steps: dict[str, Callable[[], LossResult]] = {}
+        options: dict[str, Any] = {"max_tokens": self.of.max_tokens, "seed": lambda chunk: chunk}
+        cached = functools.partial(cached_step, model.model, batch.texts, _loss_of(batch), **options)
+        steps: dict[str, Callable[[], LossResult]] = {OURS: cached}
+        if self.of.is_own:
+            direct = functools.partial(direct_step, model.model, batch, _own_loss, **options)
+            steps = {OURS: direct, "cached": cached}
         # the tests run without PEFT
         if not only_ours and not (self.setting.smallest and find_spec("peft") is None):
             try:
                 steps[HUGGING_FACE] = _hugging_face(model, batch, self.of.max_tokens, self.setting)
             except ImportError as error:
                 skipped[HUGGING_FACE] = f"needs peft ({error})"
-        network = model.model
-        if network.adapter is None:
-            add_lora(network, RANK, ALPHA, 0.0, "frozen")
-            if self.setting.device == "cuda":
-                network.checkpoint_layers()
-        options: dict[str, Any] = {"max_tokens": self.of.max_tokens, "seed": lambda chunk: chunk}
-        cached = functools.partial(cached_step, network.train(), batch.texts, _loss_of(batch), **options)
-        ours: dict[str, Callable[[], LossResult]] = {OURS: cached}
-        if self.of.is_own:
-            direct = functools.partial(direct_step, network, batch, _own_loss, **options)
-            ours = {OURS: direct, "cached": cached}
-        steps = {**ours, **steps}
         losses = {name: step().loss.item() for name, step in steps.items()}
         for name, loss in losses.items():
             far = abs(loss - losses["cached" if self.of.is_own else OURS]) / abs(losses[OURS])
@@ -162,8 +162,7 @@ class TrainBench:
 
 
 def benches(setting: Setting) -> Iterator[TrainBench]:
-    kind = setting.choose(gpu="gpu", cpu="cpu", smallest="smallest")
-    for case in CASES[kind]:
+    for case in setting.choose(**CASES):
         yield TrainBench(setting, case)
 
 
@@ -191,8 +190,9 @@ def _hugging_face(
         mistral.enable_input_require_grads()
 
     def embed(rows: list[int]) -> torch.Tensor:
-        ids, real = _padded([batch.texts.ids[row] for row in rows], model.device)
-        mask = None if bool(real.all()) else real[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        ids, on_host = pad([batch.texts.ids[row] for row in rows], model.device)
+        real = to_device(torch.from_numpy(on_host), model.device)
+        mask = None if on_host.all() else real[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
         states = wrapped(input_ids=ids, attention_mask=mask).last_hidden_state.float()
         return F.normalize((states * real[..., None]).sum(1) / real.sum(1, keepdim=True), dim=-1)
 
@@ -234,14 +234,6 @@ def _own_step(embed: Callable, batch: TrainingBatch, max_tokens: int) -> LossRes
         (result.loss * share).backward()
         losses.append(result.loss.detach() * share)
     return dataclasses.replace(result, loss=torch.stack(losses).sum())
-
-
-def _padded(ids: list[np.ndarray], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    lengths = np.array([len(i) for i in ids])
-    real = np.arange(lengths.max()) < lengths[:, None]
-    filled = np.zeros(real.shape, dtype=np.int64)
-    filled[real] = np.concatenate(ids)
-    return torch.from_numpy(filled).to(device), torch.from_numpy(real).to(device)
 
 
 def bench_train(bench, timed):

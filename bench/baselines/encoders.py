@@ -67,6 +67,18 @@ def mistral_model(ours: NVEmbed) -> "MistralModel":
     return model.eval().requires_grad_(False)
 
 
+def pad(
+    ids: Sequence[np.ndarray], device: torch.device, multiple: int = 1
+) -> tuple[torch.Tensor, np.ndarray]:
+    """[B, S] ids on the device, and [B, S] bool on the host: True at tokens."""
+    lengths = np.array([len(i) for i in ids])
+    longest = -(-lengths.max() // multiple) * multiple
+    real = np.arange(longest) < lengths[:, None]
+    padded = np.full(real.shape, EOS_ID, dtype=np.int64)
+    padded[real] = np.concatenate(ids)
+    return to_device(torch.from_numpy(padded), device), real
+
+
 class PaddedEncoder:
     """Batches of a number of texts, padded at the right to their longest.
 
@@ -108,13 +120,7 @@ class PaddedEncoder:
         raise NotImplementedError
 
     def pad(self, ids: Sequence[np.ndarray], multiple: int = 1) -> tuple[torch.Tensor, np.ndarray]:
-        """[B, S] ids on the device, and [B, S] bool on the host: True at tokens."""
-        lengths = np.array([len(i) for i in ids])
-        longest = -(-lengths.max() // multiple) * multiple
-        real = np.arange(longest) < lengths[:, None]
-        padded = np.full(real.shape, EOS_ID, dtype=np.int64)
-        padded[real] = np.concatenate(ids)
-        return to_device(torch.from_numpy(padded), self.device), real
+        return pad(ids, self.device, multiple)
 
 
 class Original(PaddedEncoder):
