@@ -1,5 +1,7 @@
 """One rank of `test_two_ranks_get_the_loss_of_one`: torchrun gathered_loss.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,16 +10,6 @@ from two_ranks import leave, say
 
 from nvembed_fast.training.gather import gathered_loss
 from nvembed_fast.training.loss import Candidates, contrastive_loss
-
-
-def part(c: Candidates, rows: list[int], columns: list[int]) -> Candidates:
-    pairs = [(rows.index(i), columns.index(j)) for i, j in c.positives.tolist() if i in rows]
-    # a rank knows as many keys as its own rows have
-    keys = c.row_keys[rows]
-    keys = keys[:, : int((keys != 0).sum(1).max())]
-    return Candidates(
-        torch.tensor(pairs), c.row_scopes[rows], c.column_scopes[columns], keys, c.column_keys[columns]
-    )
 
 
 def check(rank: int, ranks: int, scopes: str, both_directions: bool) -> None:
@@ -30,8 +22,11 @@ def check(rank: int, ranks: int, scopes: str, both_directions: bool) -> None:
     # unequal numbers of rows, columns and keys
     rows = list(range(2)) if rank == 0 else list(range(2, 7))
     columns = [j for j in range(len(d)) if int(c.column_scopes[j, 1]) - PRIVATE in rows]
-    q_here, d_here = (t.detach()[own].requires_grad_() for t, own in ((q, rows), (d, columns)))
-    got = gathered_loss(q_here, d_here, part(c, rows, columns), **options)
+    q_here, d_here = (t.detach()[here].requires_grad_() for t, here in ((q, rows), (d, columns)))
+    own = c.part(rows, columns)
+    # a rank knows as many keys as its own rows have
+    own = replace(own, row_keys=own.row_keys[:, : int((own.row_keys != 0).sum(1).max())])
+    got = gathered_loss(q_here, d_here, own, **options)
     got.loss.backward()
     # as DDP does
     mean = got.loss.detach() / ranks
