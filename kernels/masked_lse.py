@@ -229,13 +229,10 @@ def _masked_lse_bwd_kernel(
 
 def _configured(kernel: str, width: int, *, capability: int, dtype: torch.dtype) -> dict[str, int]:
     padded = max(16, triton.next_power_of_2(width))
-    if dtype.itemsize == 4:
-        # full fp32 products are on the plain cores, and hold both operands in registers
-        rule = {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 8, "num_stages": 3}
-    else:
-        # beside the scores there are two masks of their size
-        rule = {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_D": 64, "num_warps": 8, "num_stages": 3}
-    rule["BLOCK_D"] = min(rule["BLOCK_D"], padded)
+    # full fp32 products are on the plain cores, and hold both operands in registers
+    depth = min(16 if dtype.itemsize == 4 else 64, padded)
+    # beside the scores there are two masks of their size
+    rule = {"BLOCK_B": 64, "BLOCK_M": 64, "BLOCK_D": depth, "num_warps": 8, "num_stages": 3}
     return tuned.override(f"masked_lse.{kernel}", capability, rule, width=padded, bits=8 * dtype.itemsize)
 
 
@@ -291,9 +288,7 @@ def _launch_fwd(
     launch(
         _masked_lse_fwd_kernel,
         triton.cdiv(num_rows, config["BLOCK_B"]) * num_splits,
-        **operands(("q", q, "b")),
-        d_ptr=d,
-        stride_dm=d.stride(0),
+        **operands(("q", q, "b"), ("d", d, "m")),
         **_masks(row_scopes, column_scopes, row_keys, column_keys, limits),
         partial_ptr=partial,
         partial_counts_ptr=partial_counts,
@@ -354,9 +349,7 @@ def _launch_bwd(
         launch(
             _masked_lse_bwd_kernel,
             triton.cdiv(len(ds_here), config["BLOCK_B"]) * triton.cdiv(num_columns, config["BLOCK_M"]),
-            **operands(("q", q, "b")),
-            d_ptr=d,
-            stride_dm=d.stride(0),
+            **operands(("q", q, "b"), ("d", d, "m")),
             **_masks(row_scopes, column_scopes, row_keys, column_keys, limits),
             lse_ptr=lse,
             dlse_ptr=dlse,
