@@ -174,11 +174,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     with lock:
         try:
             yield aside
-            for file in aside.iterdir():
-                _set_mode(file, 0o666)
-                _sync(file)
-            _set_mode(aside, 0o777)
-            _sync(aside)
+            _settle(aside)
             os.replace(aside, path)
         except BaseException:
             shutil.rmtree(aside, ignore_errors=True)
@@ -359,6 +355,15 @@ def _set_mode(path: Path, kind: int) -> None:
             raise
 
 
+def _settle(folder: Path) -> None:
+    """Give a folder and its files the modes of ordinary ones, and wait until they are on the disk."""
+    for file in folder.iterdir():
+        _set_mode(file, 0o666)
+        _sync(file)
+    _set_mode(folder, 0o777)
+    _sync(folder)
+
+
 def _sync(path: Path) -> None:
     """Wait until a file or a folder is on the disk. Not every file system can do that for a folder."""
     with suppress(PermissionError):  # a folder that may be written and not read
@@ -452,12 +457,8 @@ def _make_ready(directory: Path, aside: Path, plan: dict[str, str]) -> None:
     for name in {*os.listdir(aside)} - {_PLAN}:
         if (directory / name).is_dir():
             raise IsADirectoryError(f"{directory / name} is a folder, and a file of this name is to be saved")
-        _set_mode(aside / name, 0o666)
-        _sync(aside / name)
     (aside / _PLAN).write_text(json.dumps(plan))
-    _sync(aside / _PLAN)
-    _set_mode(aside, 0o777)
-    _sync(aside)
+    _settle(aside)
 
 
 def _commit(directory: Path, aside: Path) -> None:
