@@ -180,19 +180,20 @@ def _load(model: NVEmbedModel, directory: Path, trainable: bool) -> Adapter:
     of_head = _read_tensors(directory / HEAD_FILE) if files.is_file(directory / HEAD_FILE) else {}
     whole = {name: value for name, value in of_head.items() if not name.startswith(_PREFIX)}
     matrices = stored | {name: value for name, value in of_head.items() if name not in whole}
-    products, found = _products(model), _placed(model, matrices, rank, directory)
+    found = _placed(model, matrices, rank, directory)
+    products = {product: slots for product, slots in _products(model).items() if slots.keys() & found.keys()}
     head_values = _head_values(model, whole, directory) if whole else {}
     head: HeadTraining = "full" if whole else "frozen"
-    if any(product.startswith("head.") for product in found):
+    if any(product.startswith("head.") for product in products):
         head = "lora"
     adapter = Adapter(rank, alpha, dropout, head)
-    _put_on(model, adapter, {name: slots for name, slots in products.items() if name in found})
+    _put_on(model, adapter, products)
     with torch.no_grad():
         for product, module in _adapted(model):
             for index, (name, slot) in enumerate(products[product].items()):
-                if name in found[product]:
-                    module.lora_A[index * rank : (index + 1) * rank] = found[product][name]["A"]
-                    module.lora_B[slot.rows] = found[product][name]["B"]
+                if name in found:
+                    module.lora_A[index * rank : (index + 1) * rank] = found[name]["A"]
+                    module.lora_B[slot.rows] = found[name]["B"]
     if trainable:
         _require_gradients(model, adapter)
     else:
@@ -205,12 +206,10 @@ def _load(model: NVEmbedModel, directory: Path, trainable: bool) -> Adapter:
 
 def _placed(
     model: NVEmbedModel, matrices: Mapping[str, torch.Tensor], rank: int, directory: Path
-) -> dict[str, dict[str, dict[str, torch.Tensor]]]:
-    """Matrices of a file by product, published name and "A" or "B", all of the right shape and in pairs."""
-    slots = {
-        name: (product, slot) for product, parts in _products(model).items() for name, slot in parts.items()
-    }
-    found: dict[str, dict[str, dict[str, torch.Tensor]]] = defaultdict(lambda: defaultdict(dict))
+) -> dict[str, dict[str, torch.Tensor]]:
+    """Matrices of a file by published name and "A" or "B", all of the right shape and in pairs."""
+    slots = {name: slot for parts in _products(model).values() for name, slot in parts.items()}
+    found: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for stored, value in matrices.items():
         match = _MATRIX.fullmatch(stored)
         # of the model that stood inside PEFT: a decoder, one with a language-model head, or the original
@@ -223,19 +222,17 @@ def _placed(
                 f"{len(model.embedding_model.layers)} layers: "
                 "load the adapter on the model that it was trained on"
             )
-        product, slot = slots[name]
-        wanted = [rank, slot.shape[1]] if match[2] == "A" else [slot.shape[0], rank]
+        shape = slots[name].shape
+        wanted = [rank, shape[1]] if match[2] == "A" else [shape[0], rank]
         if list(value.shape) != wanted:
             raise ValueError(f"{directory}: {stored} must be {wanted}, got {list(value.shape)}")
-        found[product][name][match[2]] = value
+        found[name][match[2]] = value
     if not found:
         raise ValueError(f"{directory}: {WEIGHTS_FILE} holds no adapter")
-    for parts in found.values():
-        for name, pair in parts.items():
-            if len(pair) < 2:
-                raise ValueError(f"{directory}: {name} has only lora_{min(pair)} of its two matrices")
     layers: dict[str, set[str]] = defaultdict(set)
-    for name in (name for parts in found.values() for name in parts):
+    for name, pair in found.items():
+        if len(pair) < 2:
+            raise ValueError(f"{directory}: {name} has only lora_{min(pair)} of its two matrices")
         if match := _IN_LAYER.search(name):
             layers[match[2]].add(match[1])
     num_layers = len(model.embedding_model.layers)
