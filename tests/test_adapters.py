@@ -280,6 +280,18 @@ def test_a_fingerprint_sees_the_adapter_whatever_the_dtype(tiny_directory, tiny_
     assert model.fingerprint not in (wanted, name(None))
 
 
+def test_the_callers_default_device_changes_nothing(tiny_directory, tiny_adapter):
+    """The device "meta" stands in for a GPU."""
+    wanted = NVEmbed.from_pretrained(tiny_directory, device="cpu", adapter=tiny_adapter)
+    try:
+        torch.set_default_device("meta")
+        loaded = NVEmbed.from_pretrained(tiny_directory, device="cpu", adapter=tiny_adapter)
+        assert loaded.fingerprint == wanted.fingerprint
+        assert torch.equal(loaded.encode(["a b"]), wanted.encode(["a b"]))
+    finally:
+        torch.set_default_device(None)
+
+
 def test_an_untrained_model_with_an_adapter_is_trained(tiny_directory, tiny_adapter, tmp_path):
     fresh = shutil.copytree(tiny_directory, tmp_path / "fresh")
     edit_json(fresh / "config.json", lambda content: content.update(is_untrained=True))

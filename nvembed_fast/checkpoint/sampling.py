@@ -67,7 +67,9 @@ def adapter_samples(directory: str | os.PathLike) -> Iterator[Sample]:
                 for name in stored.keys():  # noqa: SIM118
                     view = stored.get_slice(name)
                     shape = tuple(view.get_shape())
-                    rows = torch.cat([view[row : row + 1] for row in _rows(shape)])
+                    # safetensors would put them on the caller's default device
+                    with torch.device("cpu"):
+                        rows = torch.cat([view[row : row + 1] for row in _rows(shape)])
                     yield name, shape, rows.float().numpy()
 
 
