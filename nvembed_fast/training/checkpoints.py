@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from nvembed_fast import files
 from nvembed_fast.files import brief
 
-__all__ = ["HARMLESS", "State", "check_same_run", "load", "load_weights", "newest", "save"]
+__all__ = ["HARMLESS", "State", "load", "load_weights", "newest", "save"]
 
 # a run may go on with other values of them. `train.steps` moves the end of the learning rate's decay, and
 # `train.max_tokens` draws other dropout masks
@@ -124,7 +124,8 @@ def load(
     Raises:
         ValueError: it is of another run, of another format, or its tensors are not these parameters.
     """
-    check_same_run(path, identity)
+    content = files.read_json(path / _STATE)
+    _check_same_run(path, content, identity)
     load_weights(path, parameters)
     kinds: dict[str, dict[str, torch.Tensor]] = {}
     for key, value in _tensors(path / _MOMENTS):
@@ -135,7 +136,6 @@ def load(
     ordered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
     stored["state"] = {index: kinds[name] for index, name in enumerate(ordered)}
     optimizer.load_state_dict(stored)
-    content = files.read_json(path / _STATE)
     return State(content["step"], content["counters"])
 
 
@@ -148,9 +148,8 @@ def load_weights(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
         parameter.copy_(_like(name, found.pop(name), parameter))
 
 
-def check_same_run(path: Path, identity: Mapping[str, Any]) -> None:
+def _check_same_run(path: Path, content: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """ValueError if a checkpoint is of another run. The message says what differs."""
-    content = files.read_json(path / _STATE)
     if content.get("format") != _FORMAT:
         raise ValueError(f"{path} has format {brief(content.get('format'))}, and {_FORMAT} is read here")
     was, now = content["identity"], identity
