@@ -400,11 +400,11 @@ class _MaskedLSE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, d, row_scopes, column_scopes, row_keys, column_keys, limits, scale):
         masks = row_scopes, column_scopes, row_keys, column_keys, limits
-        wide = torch.promote_types(q.dtype, torch.float32)
-        lse, highest, total = (q.new_zeros(len(q), dtype=wide) for _ in range(3))
+        d_wide = d.to(torch.promote_types(d.dtype, torch.float32))
+        lse, highest, total = (d_wide.new_zeros(len(q)) for _ in range(3))
         counts = torch.zeros(len(q), 3, dtype=torch.int32, device=q.device)
         for rows in _row_chunks(q, d):
-            results = _lse_of_rows(q, d, masks, scale, rows)
+            results = _lse_of_rows(q, d_wide, masks, scale, rows)
             lse[rows], highest[rows], total[rows], counts[rows] = results
         ctx.save_for_backward(q, d, *masks, lse)
         ctx.scale = scale
@@ -416,15 +416,17 @@ class _MaskedLSE(torch.autograd.Function):
     def backward(ctx, dlse, *_):
         q, d, *masks, lse = ctx.saved_tensors
         needs_dq, needs_dd = ctx.needs_input_grad[:2]
+        d_wide = d.to(lse.dtype)
         dq = torch.zeros_like(q, dtype=lse.dtype) if needs_dq else None
         dd = torch.zeros_like(d, dtype=lse.dtype) if needs_dd else None
         for rows in _row_chunks(q, d):
-            _add_gradient_of_rows(dq, dd, q, d, masks, ctx.scale, rows, lse, dlse)
+            _add_gradient_of_rows(dq, dd, q, d_wide, masks, ctx.scale, rows, lse, dlse)
         grads = (None if g is None else g.to(q.dtype) for g in (dq, dd))
         return *grads, None, None, None, None, None, None
 
 
-# functions of their own, so that a chunk's scores are freed before the next one's are made
+# functions of their own, so that a chunk's scores are freed before the next one's are made. They take d in
+# the dtype of the scores, and q as it is
 
 
 def _lse_of_rows(q, d, masks, scale, rows) -> tuple[torch.Tensor, ...]:
@@ -443,9 +445,9 @@ def _add_gradient_of_rows(dq, dd, q, d, masks, scale, rows, lse, dlse) -> None:
     ds.masked_fill_(dropped, -torch.inf).sub_(shift[:, None]).exp_().mul_(scale * dlse[rows, None])
     # autocast leaves products alone that write into a tensor
     if dq is not None:
-        torch.mm(ds, d.to(ds.dtype), out=dq[rows])
+        torch.mm(ds, d, out=dq[rows])
     if dd is not None:
-        dd.addmm_(ds.mT, q[rows].to(ds.dtype))
+        dd.addmm_(ds.mT, q[rows].to(d.dtype))
 
 
 def _row_chunks(q: torch.Tensor, d: torch.Tensor) -> list[slice]:
@@ -456,9 +458,8 @@ def _row_chunks(q: torch.Tensor, d: torch.Tensor) -> list[slice]:
 def _scores(q, d, masks, scale, rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(scores [R, M], whether they are dropped, counts [R, 3]) of a chunk of rows."""
     row_scopes, column_scopes, row_keys, column_keys, limits = masks
-    wide = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = (q[rows].to(wide) @ d.to(wide).mT).mul_(scale)
+        scores = (q[rows].to(d.dtype) @ d.mT).mul_(scale)
     kept = _share_one(row_scopes[rows], column_scopes, row_scopes[rows] >= 0)
     numbers = [_count(kept)]
     drop = _share_one(row_keys[rows], column_keys, row_keys[rows] != 0).logical_and_(kept)
