@@ -260,8 +260,8 @@ def check_attention(attn_implementation: Any) -> None:
     for name in names.values():
         if name is None or (isinstance(name, str) and _ATTENTION.fullmatch(name)):
             continue
-        first, *others, last = map(repr, get_args(ops.Impl))
-        way = f"leave it out, or pass impl={', '.join([first, *others])} or {last}"
+        *others, last = map(repr, get_args(ops.Impl))
+        way = f"leave it out, or pass impl={', '.join(others)} or {last}"
         if name in get_args(ops.Impl):
             way = f"pass impl={name!r}"
         raise ValueError(f"attn_implementation={name!r} is no attention of transformers: {way}")
