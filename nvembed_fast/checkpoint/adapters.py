@@ -34,7 +34,7 @@ from nvembed_fast.files import brief
 from nvembed_fast.network.lora import AdaptedLinear, Adapter, HeadTraining, takes_adapter
 from nvembed_fast.network.model import NVEmbedModel
 
-__all__ = ["add_lora", "load_adapter", "merge_adapter", "save_adapter"]
+__all__ = ["add_lora", "load_adapter", "merge_adapter", "read_config", "save_adapter"]
 
 CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE = (
     "adapter_config.json",
@@ -175,7 +175,7 @@ def load_adapter(model: NVEmbedModel, directory: str | os.PathLike, *, trainable
 
 
 def _load(model: NVEmbedModel, directory: Path, trainable: bool) -> Adapter:
-    rank, alpha, dropout = _read_config(directory / CONFIG_FILE)
+    rank, alpha, dropout = read_config(directory / CONFIG_FILE)
     stored = _read_tensors(directory / WEIGHTS_FILE)
     of_head = _read_tensors(directory / HEAD_FILE) if files.is_file(directory / HEAD_FILE) else {}
     whole = {name: value for name, value in of_head.items() if not name.startswith(_PREFIX)}
@@ -259,7 +259,7 @@ def _head_values(
     return {slot.parameter: stored[name] for name, slot in table.items()}
 
 
-def _read_config(file: Path) -> tuple[int, float, float]:
+def read_config(file: Path) -> tuple[int, float, float]:
     """(rank, alpha, dropout) of a LoraConfig that is plain LoRA."""
     raw = files.read_json(file)
     try:

@@ -58,9 +58,8 @@ def stored_samples(directory: Path, config: NVEmbedConfig) -> Iterator[Sample]:
 def adapter_samples(directory: str | os.PathLike) -> Iterator[Sample]:
     """The same of an adapter that loads, under the names in its files, and the factor of B A."""
     directory = files.current(files.expanded(directory))
-    config = files.read_json(directory / adapters.CONFIG_FILE)
-    scale = config.get("lora_alpha", 8) / config.get("r", 8)
-    yield "scale", (), np.asarray(scale, dtype=np.float32)
+    rank, alpha, _ = adapters.read_config(directory / adapters.CONFIG_FILE)
+    yield "scale", (), np.asarray(alpha / rank, dtype=np.float32)
     for file in (directory / name for name in (adapters.WEIGHTS_FILE, adapters.HEAD_FILE)):
         if files.is_file(file):
             with safe_open(file, framework="pt") as stored:
