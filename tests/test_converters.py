@@ -6,7 +6,8 @@ import json
 import pytest
 
 from nvembed_fast import cli
-from nvembed_fast.training.converters import convert
+from nvembed_fast.cli.convert import _FORMS
+from nvembed_fast.training.converters import FIELDS, convert
 from nvembed_fast.training.rows import open_rows
 
 
@@ -155,3 +156,8 @@ def test_the_command(tmp_path, capsys):
     assert open_rows(output).row(0).query == "a"
     assert cli.main([*command, "anchor"]) == 1
     assert "--field takes NAME=KEY, such as anchor=question, got 'anchor'" in capsys.readouterr().err
+
+
+def test_the_command_offers_every_form():
+    """It has a copy of them, because it imports training only to run."""
+    assert tuple(FIELDS) == _FORMS
