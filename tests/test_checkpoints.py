@@ -64,6 +64,18 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert names == {"state.json", "weights.safetensors", "optimizer.safetensors"}
 
 
+def test_a_rank_that_does_not_write_copies_nothing(tmp_path):
+    """A tensor on "meta" cannot be copied."""
+    parameter = nn.Parameter(torch.ones(3, device="meta"))
+    optimizer = torch.optim.SGD([parameter], momentum=0.9)
+    optimizer.state[parameter]["momentum_buffer"] = torch.ones_like(parameter)
+    arguments = (tmp_path, State(5, {}), {"weight": parameter}, optimizer, IDENTITY)
+    checkpoints.save(*arguments, keep=2, is_writer=False)
+    with pytest.raises(NotImplementedError, match="meta"):
+        checkpoints.save(*arguments, keep=2)
+    assert not any(tmp_path.iterdir())
+
+
 def test_old_ones_go_when_the_new_one_is_there(tmp_path):
     small = Small(1)
     for step in (5, 10, 15, 1_000_000):

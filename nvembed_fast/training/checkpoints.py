@@ -79,9 +79,9 @@ def save(
     Raises:
         OSError: it could not be written. The last checkpoint is as it was, and the message names it.
     """
-    weights = {name: _whole(value) for name, value in parameters.items()}
+    weights = {name: _whole(value, is_writer) for name, value in parameters.items()}
     moments = {
-        f"{kind}/{name}": _whole(value)
+        f"{kind}/{name}": _whole(value, is_writer)
         for name, parameter in parameters.items()
         for kind, value in optimizer.state[parameter].items()
     }
@@ -179,10 +179,12 @@ def _sizes(folder: Path, names: Any = (_WEIGHTS, _MOMENTS)) -> dict[str, int]:
     return {name: (folder / name).stat().st_size for name in names}
 
 
-def _whole(value: torch.Tensor) -> torch.Tensor:
+def _whole(value: torch.Tensor, is_writer: bool) -> torch.Tensor:
+    """The tensor on the CPU. A rank that does not write helps to put it together, and copies nothing."""
     value = value.detach()
+    value = value.full_tensor() if isinstance(value, DTensor) else value
     # a copy: the next step changes the tensor
-    return (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu", copy=True).contiguous()
+    return value.to("cpu", copy=True).contiguous() if is_writer else value.new_empty(0)
 
 
 def _like(name: str, value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
