@@ -76,6 +76,17 @@ def test_lora_is_merged_and_its_adapter_kept(folder, start, head):
     assert not {name for name in checkpoint if "embed_tokens" in name}, "frozen weights are stored"
 
 
+@pytest.mark.parametrize("is_frozen", [True, False])
+def test_a_frozen_table_of_embeddings_keeps_its_bytes_and_is_in_no_checkpoint(folder, start, is_frozen):
+    train(recipe_of(folder, start, freeze_embeddings=is_frozen))
+    before, after = weights(start), weights(folder / "out")
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same == ({name for name in before if "embed_tokens" in name} if is_frozen else set())
+    for file in ("weights", "optimizer"):
+        stored = load_file(folder / "out" / "checkpoint-000006" / f"{file}.safetensors")
+        assert any("embed_tokens" in name for name in stored) != is_frozen
+
+
 def test_the_rate_rises_and_falls(folder, start):
     train(recipe_of(folder, start, steps=6, warmup=2, lr=0.5))
     rates = [line["lr"] for line in read_metrics(folder / "out" / "metrics.jsonl")]

@@ -71,6 +71,7 @@ class TrainPart:
     temperature: float = _key(0.02, "cosines are divided by it", above=0, high=100)
     max_length: int = _key(512, "tokens a text", 3, 2**20)
     lora_rank: int = _key(16, "rank of the adapters; 0 trains all weights", 0, 4096)
+    freeze_embeddings: bool = _key(False, "with lora_rank 0 the table of token embeddings stays as it is")
     checkpoint_every: int = _key(500, "steps between checkpoints; the last step has one, too", 1, _BIG)
     keep_checkpoints: int = _key(2, "the newest ones that stay", 1, _BIG)
     max_tokens: int = _key(16384, "tokens of a chunk that is computed at once, on each rank", 1, _BIG)

@@ -159,6 +159,7 @@ def _choose_trained(network: NVEmbedModel, recipe: Recipe) -> None:
     part = recipe.train
     if not part.lora_rank:
         network.requires_grad_(True)
+        network.embedding_model.embed_tokens.requires_grad_(not part.freeze_embeddings)
         return
     network.requires_grad_(False)
     checkpoint.add_lora(
