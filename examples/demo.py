@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from examples import fetch_decoder, wheel_file
-from nvembed_fast import NVEmbed
+from examples import fetch_decoder
+from nvembed_fast import NVEmbed, packages
 from nvembed_fast.encoder import UntrainedModel
 from nvembed_fast.new_model import init_model
 from nvembed_fast.stream import TextsCut
@@ -174,7 +174,7 @@ def _arguments() -> argparse.Namespace:
         "--texts", type=_min_ten, default=2048, help="docstrings to embed (default: %(default)s)"
     )
     parser.add_argument("--max-length", type=int, default=128, help="tokens a text (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=wheel_file.default_cache(), help="default: %(default)s")
+    parser.add_argument("--cache", type=Path, default=packages.default_cache(), help="default: %(default)s")
     return parser.parse_args()
 
 

@@ -101,9 +101,9 @@ def ctrl_c() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def mistral_pieces_file() -> Path:
     """Mistral's SentencePiece model, which the wheel mistral-common carries."""
-    from examples import wheel_file
+    from nvembed_fast import packages
 
-    return wheel_file.fetch(
+    return packages.wheel_file(
         "mistral-common==1.13.1",
         "mistral_common/data/tokenizer.model.v1",
         sha256="dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055",

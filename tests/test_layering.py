@@ -35,13 +35,13 @@ KERNEL_FILES = {
 
 # nvembed_fast/: a room is a file, or a folder with all below it. Per room: what it may import of the package
 # beside itself, and what it does import from elsewhere. A folder's files have a line each in FOLDER_FILES
-GROUND = {"config", "files", "fingerprint", "ops", "packing", "placement", "precision"}
+GROUND = {"config", "files", "fingerprint", "ops", "packages", "packing", "placement", "precision"}
 GROUND |= {"self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
 INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream", "warm_up"}
 TRAINING = {"checkpoint", "files", "fingerprint", "network", "new_model", "ops", "packing", "placement"}
 TRAINING |= {"config", "texts", "tokenization"}
-CURATION = {"encoder", "corpus", "topk", "texts", "files"}
+CURATION = {"encoder", "corpus", "topk", "texts", "files", "packages"}
 INTEGRATIONS = {
     "config",
     "corpus",
@@ -53,7 +53,7 @@ INTEGRATIONS = {
     "stream",
     "tokenization",
 }
-EVALUATION = {"encoder", "files", "integrations.mteb"}
+EVALUATION = {"encoder", "files", "packages", "integrations.mteb"}
 SERVING = {"encoder", "graphs", "stream", "fingerprint"}
 EVERYTHING = BELOW_ENCODER | INFERENCE | {"curation", "evaluation", "integrations", "serving", "training"}
 WALLS = {
@@ -61,6 +61,7 @@ WALLS = {
     "files": (GROUND, set()),
     "fingerprint": (GROUND, {"numpy"}),
     "ops": (GROUND, {"torch"}),
+    "packages": (GROUND, set()),
     "packing": (GROUND, {"numpy", "torch"}),
     "placement": (GROUND, {"torch"}),
     "precision": (GROUND, {"numpy"}),
