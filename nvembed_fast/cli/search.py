@@ -66,8 +66,11 @@ def run(arguments: argparse.Namespace) -> None:
         documents, record = read_vectors(arguments.embeddings)
         _check_texts(arguments, texts, documents, record)
     # importing torch takes seconds: first what fails at once
+    import torch
+
     from nvembed_fast.cli.embedding import embed
     from nvembed_fast.encoder import query_instruction
+    from nvembed_fast.topk import topk
 
     instruction = query_instruction(arguments.task)
     model = options.load(arguments)
@@ -90,9 +93,9 @@ def run(arguments: argparse.Namespace) -> None:
         )
         documents = embed(model, texts, "", arguments)
     show = _print_json if arguments.json else _print
-    for question, scores in zip(arguments.question, queries @ documents.T, strict=True):
-        best = np.argsort(-scores, kind="stable")[: arguments.top].tolist()
-        found = [{"index": row, "score": float(scores[row]), "text": texts[row]} for row in best]
+    best = topk(torch.from_numpy(queries), torch.from_numpy(documents), min(arguments.top, len(texts)))
+    for question, *results in zip(arguments.question, *(part.tolist() for part in best), strict=True):
+        found = [{"index": i, "score": score, "text": texts[i]} for score, i in zip(*results, strict=True)]
         show(question, [{"id": ids[result["index"]], **result} for result in found] if ids else found)
 
 
