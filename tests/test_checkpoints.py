@@ -19,6 +19,7 @@ from training_runs import ROOT, losses, recipe_of, weights, write_pairs, write_r
 
 from nvembed_fast.training import checkpoints
 from nvembed_fast.training.checkpoints import State
+from nvembed_fast.training.recipe import Recipe
 from nvembed_fast.training.trainer import train
 
 IDENTITY = {"output": "out", "seed": 3, "train.lr": 0.1, "train.steps": 5}
@@ -216,6 +217,17 @@ def test_another_run_is_refused_with_what_differs(tmp_path):
         small.load(path)
 
 
+def test_a_key_that_is_younger_than_the_checkpoint_counts_as_its_default(tmp_path):
+    small = Small(1)
+    small.save(tmp_path, 5)
+    path = checkpoints.newest(tmp_path)
+    young = {"train.clip": 1.0, "data.0.separate": False, "model.layers": None}
+    assert small.load(path, IDENTITY | young).step == 5
+    for key, value in {"train.clip": 2.0, "data.0.separate": True, "model.layers": 3}.items():
+        with pytest.raises(ValueError, match=f"is of another run: {key} was .* and is {value}"):
+            small.load(path, IDENTITY | young | {key: value})
+
+
 def test_tensors_of_another_model_are_refused(tmp_path):
     small = Small(1)
     small.save(tmp_path, 5)
@@ -282,3 +294,26 @@ def test_a_moved_run_goes_on(tmp_path, start):
     train(recipe_of(tmp_path / "b", start, steps=4), say=said.append)
     assert "going on from checkpoint-000002" in said
     assert [step for step, _ in losses(tmp_path / "b" / "out")] == [1, 2, 3, 4]
+
+
+def test_a_run_goes_on_with_renamed_files_of_data(tmp_path, start):
+    """Their names are in the order of their rows, and stay those of the first step."""
+
+    def recipe(output: str, *names: str) -> Recipe:
+        raw = recipe_of(tmp_path, start, output=output).to_dict()
+        raw["data"] = [raw["data"][0] | {"file": str(tmp_path / name)} for name in names]
+        return Recipe.from_dict(raw)
+
+    write_pairs(tmp_path / "a.jsonl", seed=1)
+    write_pairs(tmp_path / "b.jsonl", seed=2)
+    train(recipe("whole", "a.jsonl", "b.jsonl"))
+    with pytest.raises(ZeroDivisionError):  # behind the checkpoint of step 2
+        train(recipe("out", "a.jsonl", "b.jsonl"), evaluate=lambda *_: {"none": 1 / 0}, evaluate_every=2)
+    (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
+    (tmp_path / "b.jsonl").rename(tmp_path / "a.jsonl")
+    with pytest.raises(ValueError, match="content of a.jsonl was '.*' and is '.*'"):
+        train(recipe("out", "a.jsonl", "c.jsonl"))
+    train(recipe("out", "c.jsonl", "a.jsonl"))
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+    ours, theirs = weights(tmp_path / "out"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -9,7 +9,8 @@ any number of ranks.
 2. `state.json` names the size of every file, so a checkpoint that a hand or a disk has damaged is not taken.
 3. Older ones are removed when the new one is in its place.
 
-A checkpoint of another recipe, of other data or of another start is refused. HARMLESS keys may differ.
+A checkpoint of another recipe, of other data or of another start is refused. HARMLESS keys may differ, and a
+key that the checkpoint does not know counts as its default.
 """
 
 import json
@@ -28,8 +29,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nvembed_fast import files
 from nvembed_fast.files import brief
+from nvembed_fast.training.recipe import differing
 
-__all__ = ["HARMLESS", "State", "load", "load_weights", "newest", "save"]
+__all__ = ["HARMLESS", "State", "identity_of", "load", "load_weights", "newest", "save"]
 
 # a run may go on with other values of them. `train.steps` moves the end of the learning rate's decay, and
 # `train.max_tokens` draws other dropout masks
@@ -113,6 +115,11 @@ def newest(output: Path) -> Path | None:
     return next((path for path in _all(output) if _is_whole(path)), None)
 
 
+def identity_of(path: Path) -> dict[str, Any]:
+    """What the run of a whole checkpoint is."""
+    return files.read_json(path / _STATE).get("identity", {})
+
+
 def load(
     path: Path,
     parameters: Mapping[str, nn.Parameter],
@@ -152,10 +159,13 @@ def _check_same_run(path: Path, content: Mapping[str, Any], identity: Mapping[st
     """ValueError if a checkpoint is of another run. The message says what differs."""
     if content.get("format") != _FORMAT:
         raise ValueError(f"{path} has format {brief(content.get('format'))}, and {_FORMAT} is read here")
-    was, now = content["identity"], identity
-    keys = [key for key in {**was, **now} if not HARMLESS.fullmatch(key) and was.get(key) != now.get(key)]
-    if keys:
-        said = ", ".join(f"{key} was {brief(was.get(key))} and is {brief(now.get(key))}" for key in keys[:5])
+    found = {
+        key: pair
+        for key, pair in differing(content["identity"], identity).items()
+        if not HARMLESS.fullmatch(key)
+    }
+    if found:
+        said = ", ".join(f"{k} was {brief(a)} and is {brief(b)}" for k, (a, b) in [*found.items()][:5])
         raise ValueError(
             f"{path} is of another run: {said}. Choose another output, or remove {path.parent} to begin anew"
         )

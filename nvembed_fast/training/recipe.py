@@ -9,6 +9,7 @@ import copy
 import difflib
 import math
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
@@ -20,7 +21,7 @@ from nvembed_fast import files
 from nvembed_fast.config import HeadStart, PoolingHeadName
 from nvembed_fast.files import brief
 
-__all__ = ["DataPart", "LogPart", "ModelPart", "Recipe", "RecipeError", "TrainPart", "defaults"]
+__all__ = ["DataPart", "LogPart", "ModelPart", "Recipe", "RecipeError", "TrainPart", "defaults", "differing"]
 
 _MAX_BYTES = 2**20
 _BIG = 2**31 - 1
@@ -203,6 +204,20 @@ def defaults() -> str:
     for name, part in _TABLES.items():
         lines += ["", f"[{name}]", *_lines(part)]
     return "\n".join([*lines, "", "[[data]]  # one for each data set", *_lines(DataPart)]) + "\n"
+
+
+def differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Key -> (was, is), of two recipes by `Recipe.flat`. An absent key has its default: it may be younger."""
+    pairs = {key: (was.get(key, _default(key)), now.get(key, _default(key))) for key in {**was, **now}}
+    return {key: (one, other) for key, (one, other) in pairs.items() if one != other}
+
+
+def _default(key: str) -> Any:
+    table, _, name = key.rpartition(".")
+    parts = {"": Recipe, **_TABLES}
+    part = DataPart if re.fullmatch(r"data\.\d+", table) else parts.get(table)
+    found = _keys(part).get(name) if part else None
+    return None if found is None or found.default is MISSING else found.default
 
 
 def _keys(part: Any) -> dict[str, Field]:

@@ -20,7 +20,7 @@ from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.new_model import init_model
 from nvembed_fast.training import checkpoints
-from nvembed_fast.training.recipe import Recipe, RecipeError
+from nvembed_fast.training.recipe import Recipe, RecipeError, differing
 
 __all__ = ["export", "load_network", "start_directory", "trained", "weights_name"]
 
@@ -97,12 +97,11 @@ def _check_made(made: Path, recipe: Recipe) -> None:
     if checkpoints.newest(made.parent) is not None:
         was = {_PATH: Path(str(was[_PATH])).name}
         now = {_PATH: Path(recipe.model.start).name}
-    for key in {**was, **now}:
-        if was.get(key) != now.get(key):
-            raise RecipeError(
-                f"{made} was made by another recipe: {key} was {files.brief(was.get(key))} and is "
-                f"{files.brief(now.get(key))}. Remove it, or choose another output"
-            )
+    for key, (before, after) in differing(was, now).items():
+        raise RecipeError(
+            f"{made} was made by another recipe: {key} was {files.brief(before)} and is "
+            f"{files.brief(after)}. Remove it, or choose another output"
+        )
 
 
 def weights_name(directory: Path) -> str:

@@ -54,6 +54,7 @@ Evaluate = Callable[[NVEmbedModel, TextTokenizer, int], Mapping[str, float]]
 _AGAIN_AFTER_S = 1.0
 _SHOWN = 16
 _LOCK = ".lock"
+_CONTENT = "content of "
 
 
 class Diverged(ValueError):
@@ -107,6 +108,7 @@ def train(
             if ranks.is_first:
                 ranks.wait()
             path = checkpoints.newest(output)
+            sets = sets if path is None else _named(sets, checkpoints.identity_of(path))
             run = _Run(recipe, ranks, sets, start, say)
             if part.warmup > part.steps:
                 say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
@@ -160,7 +162,7 @@ class _Run:
         self.model = spread(self.network, ranks, recipe.train.sharding)
         self.parameters = trained(self.network)  # behind `spread`, which may replace them
         self.optimizer = _adamw(self.parameters, recipe.train)
-        contents = {f"content of {name}": digest for name, digest in self.batches.fingerprints.items()}
+        contents = {_CONTENT + name: digest for name, digest in self.batches.fingerprints.items()}
         self.identity = recipe.flat() | {"model.weights": weights_name(directory)} | contents
 
     def loop(
@@ -269,6 +271,14 @@ class _Run:
             f"was not taken: {stays}. A lower lr or more warmup may help, with another output. Its rows: "
             f"{'; '.join(places[:_SHOWN])}{more}"
         )
+
+
+def _named(sets: list[DataSet], identity: Mapping[str, Any]) -> list[DataSet]:
+    """The data sets under the names that the run knows, where only their files' names are others."""
+    was = {key.removeprefix(_CONTENT): value for key, value in identity.items() if key.startswith(_CONTENT)}
+    if [*was.values()] != [data.rows.fingerprint for data in sets]:
+        return sets  # which `checkpoints.load` refuses
+    return [dataclasses.replace(data, name=name) for data, name in zip(sets, was, strict=True)]
 
 
 def _distilled(
