@@ -187,6 +187,36 @@ def test_evaluation_by_callback(folder, start):
     assert losses(folder / "out") == losses(folder / "plain")
 
 
+@pytest.mark.parametrize("fatal", [2, 5])
+def test_an_evaluation_that_a_kill_has_taken_is_made_on_resume(folder, start, fatal):
+    """Behind a checkpoint, and behind the last one."""
+    calls = []
+
+    def evaluate(network, tokenizer, step):
+        calls.append(step)
+        if calls.count(fatal) == 1 and step == fatal:
+            raise ZeroDivisionError
+        return {"ndcg": step / 10}
+
+    recipe, every = recipe_of(folder, start, steps=5), {"evaluate": evaluate, "evaluate_every": 2}
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, **every)
+    for _ in range(2):
+        train(recipe, **every)
+        lines = [json.loads(line) for line in (folder / "out" / "evaluations.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [2, 4, 5]
+        assert sorted(calls) == sorted([2, 4, 5, fatal])
+
+
+def test_another_number_of_steps_tells_the_rate_that_moves(folder, start):
+    told = []
+    for steps in (4, 4, 8, 6):
+        train(recipe_of(folder, start, steps=steps, lr=0.6, warmup=2), say=told.append)
+    assert [line for line in told if "learning rate" in line] == [
+        "train.steps was 4 and is 8: the learning rate of step 5 is 0.4 in the place of 0"
+    ]
+
+
 @pytest.mark.parametrize(("warmup", "is_told"), [(2, False), (3, True)])
 def test_a_rate_that_is_never_reached_is_told(folder, start, warmup, is_told):
     told = []

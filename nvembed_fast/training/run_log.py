@@ -90,6 +90,10 @@ class RunLog:
             log(step, {f"evaluation/{name}": value for name, value in values.items()})
         self._say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
+    def has_note(self, step: int) -> bool:
+        """Whether there is an evaluation of a step."""
+        return any(line["step"] == step for line in read_metrics(self.output / _EVALUATIONS_FILE))
+
     def sync(self) -> None:
         """Put the lines on the disk."""
         with _named(self.output / METRICS_FILE):

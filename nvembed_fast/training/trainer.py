@@ -115,6 +115,7 @@ def train(
             state = State(0, run.batches.start())
             if path is not None:
                 state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
+                _tell_new_rate(state.step, part, checkpoints.identity_of(path)["train.steps"], say)
                 is_done = state.step >= part.steps
                 said = f"{path.name}: {state.step} of {part.steps} steps are done"
                 say(said if is_done else f"going on from {path.name}")
@@ -174,6 +175,18 @@ class _Run:
         part, ranks = self.recipe.train, self.ranks
         source = closing(self.batches.ahead(state.step, part.steps, state.counters))
         with _log(self, state) as log, _stop_signals(self.say) as stop, source as steps:
+
+            def judge(done: int) -> None:
+                if evaluate is not None and (done == part.steps or done % evaluate_every == 0):
+                    with _inference(self.network):
+                        figures = evaluate(self.network, self.tokenizer, done)
+                    if log is not None:
+                        log.note(done, figures)
+
+            # a run may have ended between its last checkpoint and what was to follow
+            is_missing = state.step > 0 and log is not None and not log.has_note(state.step)
+            if ranks.total([float(is_missing)])[0]:
+                judge(state.step)
             for step, batch, counters in steps:
                 metrics = self.step(step, batch)
                 done = step + 1
@@ -186,11 +199,7 @@ class _Run:
                     if log is not None:
                         log.sync()
                     self.save(State(done, counters))
-                if evaluate is not None and (is_last or done % evaluate_every == 0):
-                    with _inference(self.network):
-                        figures = evaluate(self.network, self.tokenizer, done)
-                    if log is not None:
-                        log.note(done, figures)
+                judge(done)
                 if is_stopped and not is_last:
                     raise Stopped(f"step {done} of {part.steps} is done and saved; the same command goes on")
 
@@ -313,6 +322,16 @@ def _rate(step: int, part: TrainPart) -> float:
     if step < part.warmup:
         return part.lr * (step + 1) / part.warmup
     return part.lr * (part.steps - step) / max(1, part.steps - part.warmup)
+
+
+def _tell_new_rate(step: int, part: TrainPart, steps_before: int, say: Callable[[str], None]) -> None:
+    """A run that goes on with other `steps` has another rate at once."""
+    if steps_before != part.steps > step:
+        was, now = (_rate(step, dataclasses.replace(part, steps=n)) for n in (steps_before, part.steps))
+        say(
+            f"train.steps was {steps_before} and is {part.steps}: the learning rate of step {step + 1} is "
+            f"{now:.3g} in the place of {was:.3g}"
+        )
 
 
 def _adamw(parameters: Mapping[str, nn.Parameter], part: TrainPart) -> torch.optim.AdamW:
