@@ -119,11 +119,9 @@ def flash_attention(
     check_flash_attention(q, k, v, layout, scale, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     outs, lses = [], []
-    for run in layout.runs():
+    for run, *rows in zip(layout.runs(), *(_split(t, layout) for t in (q, k, v)), strict=True):
         # [b, n, s, h]. by PyTorch's own methods: einops shows in the time of a short text
-        q_run, k_run, v_run = (
-            t[run.rows].view(run.num_seqs, run.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
-        )
+        q_run, k_run, v_run = (t.view(run.num_seqs, run.length, *t.shape[1:]).transpose(1, 2) for t in rows)
         out = F.scaled_dot_product_attention(
             q_run, k_run, v_run, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
@@ -139,6 +137,11 @@ def flash_attention(
     if not return_lse:
         return out
     return out, torch.cat(lses, dim=1) if lses else q.new_zeros(q.shape[1], 0, dtype=torch.float32)
+
+
+def _split(x: torch.Tensor, layout: SeqLayout) -> tuple[torch.Tensor, ...]:
+    """The rows of each run. The gradient of all is one concatenation, that of a slice as large as x."""
+    return x.split([run.num_seqs * run.length for run in layout.runs()])
 
 
 def latent_attention(
@@ -245,8 +248,8 @@ def _pool(
     """[B, width] means of transform(x), run by run: no wide tensor of all T tokens exists at once."""
     wide = torch.promote_types(x.dtype, torch.float32)
     means = torch.zeros(len(layout), width, dtype=wide, device=x.device)
-    for run in layout.runs():
-        values = rearrange(x[run.rows].to(wide), "(b s) d -> b s d", b=run.num_seqs)
+    for run, rows in zip(layout.runs(), _split(x, layout), strict=True):
+        values = rearrange(rows.to(wide), "(b s) d -> b s d", b=run.num_seqs)
         count: torch.Tensor | int = run.length
         if pool_mask is not None:
             keep = rearrange(pool_mask[run.rows], "(b s) -> b s 1", b=run.num_seqs)

@@ -336,6 +336,39 @@ def test_every_tensor_follows_the_autocast_rule(name, by_keyword, device):
         assert out.dtype == (low if "attention" in name else torch.float32)
 
 
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_attention_that_is_trained_in_16_bits_on_a_cpu_is_computed_in_fp32(is_autocast):
+    layout = SeqLayout([5, 5, 3])
+    q, k, v = (torch.randn(13, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2))
+    gradient = torch.randn(13, 4, 16, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        out = ops.flash_attention(q, k, v, layout)
+    out.backward(gradient)
+    wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
+    expected = reference.flash_attention(*wide, layout)
+    expected.backward(gradient.float())
+    assert torch.equal(out, expected.to(torch.bfloat16))
+    for narrow, exact in zip((q, k, v), wide, strict=True):
+        assert torch.equal(narrow.grad, exact.grad.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["flash_attention", "mean_pool", "mean_pool_geglu"])
+def test_no_gradient_on_a_cpu_is_as_large_as_the_batch_for_each_run_of_lengths(name):
+    layout = SeqLayout([5, 5, 3, 2])
+    x = torch.randn(15, 4, 16, requires_grad=True)
+    if name == "flash_attention":
+        out = reference.flash_attention(x, x, x, layout)
+    else:
+        out = getattr(reference, name)(x.flatten(1), layout)
+    # a slice's gradient is x with zeros around, and there is one for each run
+    nodes, seen = [out.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        seen.add(node.name())
+        nodes += [other for other, _ in node.next_functions if other is not None]
+    assert "SliceBackward0" not in seen and "SplitWithSizesBackward0" in seen
+
+
 def test_every_operation_reaches_its_kernel():
     """A wrong module name in the table would show only on a GPU otherwise."""
     for name in ops.OPERATIONS:
