@@ -15,6 +15,7 @@ setup(
     package_dir={"": "."} if EDITABLE else {"nvembed_fast.kernels": "kernels"},
     package_data={
         "nvembed_fast.kernels": ["tuned.toml"],
+        "nvembed_fast.evaluation": ["docstring_questions.toml"],
         "nvembed_fast.integrations": ["mteb_prompts.toml"],
     },
 )

@@ -115,6 +115,8 @@ FOLDER_FILES: dict[str, set[str]] = {
     "cli.search": {"numpy", "torch"},
     "cli.train": set(),
     "cli.warm_up": set(),
+    "evaluation.__init__": set(),
+    "evaluation.docstrings": {"numpy"},
     "integrations.__init__": set(),
     "integrations.sentence_transformers": {"numpy", "sentence_transformers", "torch"},
     "integrations.mteb": {"mteb", "numpy", "torch"},

@@ -1,0 +1,1 @@
+"""Scores of models on tasks with human labels."""
