@@ -35,13 +35,13 @@ KERNEL_FILES = {
 
 # nvembed_fast/: a room is a file, or a folder with all below it. Per room: what it may import of the package
 # beside itself, and what it does import from elsewhere. A folder's files have a line each in FOLDER_FILES
-GROUND = {"config", "files", "fingerprint", "ops", "packages", "packing", "placement", "precision"}
+GROUND = {"baselines", "config", "files", "fingerprint", "ops", "packages", "packing", "placement", "precision"}
 GROUND |= {"self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
 INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream", "warm_up"}
 TRAINING = {"checkpoint", "files", "fingerprint", "network", "new_model", "ops", "packing", "placement"}
 TRAINING |= {"config", "texts", "tokenization"}
-CURATION = {"encoder", "corpus", "topk", "texts", "files", "packages"}
+CURATION = {"baselines", "encoder", "corpus", "topk", "texts", "files", "packages"}
 INTEGRATIONS = {
     "config",
     "corpus",
@@ -53,10 +53,11 @@ INTEGRATIONS = {
     "stream",
     "tokenization",
 }
-EVALUATION = {"encoder", "files", "packages", "integrations.mteb"}
+EVALUATION = {"baselines", "encoder", "files", "packages", "integrations.mteb"}
 SERVING = {"encoder", "graphs", "stream", "fingerprint"}
 EVERYTHING = BELOW_ENCODER | INFERENCE | {"curation", "evaluation", "integrations", "serving", "training"}
 WALLS = {
+    "baselines": (GROUND, {"bm25s", "numpy", "safetensors", "tokenizers", "torch", "transformers"}),
     "config": (GROUND, set()),
     "files": (GROUND, set()),
     "fingerprint": (GROUND, {"numpy"}),
@@ -117,6 +118,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "cli.warm_up": set(),
     "evaluation.__init__": set(),
     "evaluation.docstrings": {"numpy"},
+    "evaluation.tasks": {"pyarrow"},
     "integrations.__init__": set(),
     "integrations.sentence_transformers": {"numpy", "sentence_transformers", "torch"},
     "integrations.mteb": {"mteb", "numpy", "torch"},
