@@ -35,8 +35,8 @@ KERNEL_FILES = {
 
 # nvembed_fast/: a room is a file, or a folder with all below it. Per room: what it may import of the package
 # beside itself, and what it does import from elsewhere. A folder's files have a line each in FOLDER_FILES
-GROUND = {"baselines", "config", "files", "fingerprint", "ops", "packages", "packing", "placement", "precision"}
-GROUND |= {"self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
+GROUND = {"baselines", "config", "files", "fingerprint", "ops", "packages", "packing", "placement"}
+GROUND |= {"precision", "self_check", "texts", "tokenization", "topk", "vectors", "verdicts"}
 BELOW_ENCODER = GROUND | {"checkpoint", "network"}
 INFERENCE = {"corpus", "encoder", "graphs", "legacy", "new_model", "stream", "warm_up"}
 TRAINING = {"checkpoint", "files", "fingerprint", "network", "new_model", "ops", "packing", "placement"}
