@@ -277,6 +277,11 @@ def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, tmp_pa
             "model.pooling_head is 'mean', but .* pools by 'latent': leave the key out",
         ),
         ({"layers": 4}, "model.layers is 4, but .* has 3 layers"),
+        (
+            {"head_start": "mean"},
+            "model.head_start is 'mean', but .* has a head already, and keeps it: leave",
+        ),
+        ({"num_latents": 512}, "model.num_latents is 512, but .* has a head already"),
     ):
         raw |= {"output": str(folder / "no"), "model": {"start": str(start)} | change}
         with pytest.raises(RecipeError, match=message):

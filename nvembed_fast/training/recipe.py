@@ -33,6 +33,35 @@ Labels = Literal["none", "examples", "texts"]
 Sharding = Literal["ddp", "fsdp"]
 
 
+# other libraries' words -> keys here
+_ELSEWHERE: Mapping[str, str] = MappingProxyType(
+    {
+        "base_model": "start",
+        "batch_size": "batch",
+        "per_device_train_batch_size": "batch",
+        "train_batch_size": "batch",
+        "epochs": "steps",
+        "max_steps": "steps",
+        "num_epochs": "steps",
+        "num_train_epochs": "steps",
+        "gradient_accumulation_steps": "max_tokens",
+        "gradient_checkpointing": "checkpoint_layers",
+        "learning_rate": "lr",
+        "lora_r": "lora_rank",
+        "max_grad_norm": "clip",
+        "max_seq_length": "max_length",
+        "model_name_or_path": "start",
+        "output_dir": "output",
+        "path": "file",
+        "prompt": "instruction",
+        "save_steps": "checkpoint_every",
+        "train_data": "file",
+        "train_group_size": "hard_negatives",
+        "warmup_steps": "warmup",
+    }
+)
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be run as it stands. The message names the key."""
 
@@ -57,8 +86,10 @@ class ModelPart:
     pooling_head: PoolingHeadName | None = _key(
         None, "latent, mean, eos or self_attention (default: a model's own, and latent on a decoder)"
     )
-    num_latents: int = _key(512, "of a decoder with a latent head", 1, _BIG)
-    head_start: HeadStart = _key("mean", "of a decoder: its head begins as mean pooling, or random")
+    num_latents: int | None = _key(None, "of a decoder with a latent head (default: 512)", 1, _BIG)
+    head_start: HeadStart | None = _key(
+        None, "of a decoder: its head begins as mean pooling, or random (default: mean)"
+    )
 
 
 @dataclass(frozen=True)
@@ -192,6 +223,7 @@ class Recipe:
     def flat(self) -> dict[str, Any]:
         """Dotted key -> value, as JSON has it."""
         raw = self.to_dict()
+        raw["model"] = {"num_latents": 512, "head_start": "mean"} | raw["model"]
         tables = {name: raw.pop(name) for name in _TABLES}
         tables |= {f"data.{index}": table for index, table in enumerate(raw.pop("data"))}
         return raw | {f"{name}.{key}": value for name, part in tables.items() for key, value in part.items()}
@@ -254,11 +286,13 @@ def _values(part: Any, table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _unknown(prefix: str, name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    if not close:  # it may stand in the wrong table
-        everywhere = {key: f"{table}.{key}" for table, part in _TABLES.items() for key in _keys(part)}
-        everywhere |= {key: f"data.0.{key}" for key in _keys(DataPart)} | {key: key for key in _keys(Recipe)}
-        close = [everywhere[n] for n in difflib.get_close_matches(name, everywhere, 1, cutoff=0.5)]
+    everywhere = {key: f"{table}.{key}" for table, part in _TABLES.items() for key in _keys(part)}
+    everywhere |= {key: f"data.0.{key}" for key in _keys(DataPart)} | {key: key for key in _keys(Recipe)}
+    everywhere |= {key: key for key in known}
+    near = [_ELSEWHERE[word] for word in difflib.get_close_matches(name, _ELSEWHERE, 1, cutoff=0.85)]
+    near += difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    near += difflib.get_close_matches(name, everywhere, 1, cutoff=0.5)  # it may stand in the wrong table
+    close = [everywhere[key] for key in near]
     hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
     return f"no key {prefix + name!r}: {hint}. `nvembed-fast train --print-defaults` shows them all"
 

@@ -47,10 +47,10 @@ def start_directory(recipe: Recipe) -> Path:
         init_model(
             start,
             made,
-            num_latents=part.num_latents,
+            num_latents=part.num_latents or 512,
             num_layers=part.layers,
             pooling_head=part.pooling_head or "latent",
-            head_start=part.head_start,
+            head_start=part.head_start or "mean",
             seed=recipe.seed % 2**63,
         )
         return made
@@ -60,6 +60,12 @@ def start_directory(recipe: Recipe) -> Path:
             f"model.pooling_head is {part.pooling_head!r}, but {start} pools by {config.pooling_head!r}: "
             "leave the key out, or start from a decoder"
         )
+    for key in ("num_latents", "head_start"):
+        if (value := getattr(part, key)) is not None:
+            raise RecipeError(
+                f"model.{key} is {value!r}, but {start} has a head already, and keeps it: leave the key out, "
+                "or start from a decoder"
+            )
     if part.layers is None:
         return source
     there = config.text_config.num_hidden_layers
