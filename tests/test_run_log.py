@@ -58,6 +58,16 @@ def test_no_evaluation_is_doubled_after_a_resume(tmp_path):
     assert found == [{"step": 2, "ndcg": 2}, {"step": 4, "ndcg": 5.0}]
 
 
+@pytest.mark.parametrize("line", ['{"loss": 1}', "[1]", '{"step": "one"}', "loss 1"])
+def test_a_file_of_metrics_that_is_of_no_run_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n' + line + "\n")
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl, line 2(: not JSON| is no line of a run, with a step)"
+    ):
+        log_of(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text().endswith(line + "\n"), "it is the user's"
+
+
 def test_a_full_disk_is_named_and_hides_no_other_error(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -117,11 +127,13 @@ def test_without_matplotlib_there_is_no_picture_and_no_error(tmp_path, monkeypat
 
 
 def test_loggers_get_every_step_and_evaluation(tmp_path, monkeypatch):
-    calls = []
+    calls, names = [], []
 
     def fake(library: str) -> SimpleNamespace:
         return SimpleNamespace(
-            init=lambda **options: calls.append((library, "init", options["config"])),
+            init=lambda **options: (
+                calls.append((library, "init", options["config"])) or names.append(options)
+            ),
             log=lambda values, step: calls.append((library, step, values)),
             finish=lambda: calls.append((library, "finish")),
         )
@@ -136,6 +148,19 @@ def test_loggers_get_every_step_and_evaluation(tmp_path, monkeypatch):
         own = [call[1:] for call in calls if call[0] == name]
         assert own == [("init", {"seed": 3}), (7, metrics(7)), (7, {"evaluation/ndcg": 0.5}), ("finish",)]
     assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {"step": 7, "ndcg": 0.5}
+    # the same run where the directory was moved, and another one in an empty directory
+    moved, other = tmp_path / "moved", tmp_path / "other"
+    for directory in (moved, other):
+        directory.mkdir()
+    (tmp_path / "run_id").rename(moved / "run_id")
+    for directory in (moved, other):
+        log_of(directory, part=LogPart(picture=False, wandb=True, trackio=True)).close()
+    ids = [options["id"] for options in names[::2]]
+    assert ids[0] == ids[1] != ids[2] and [options["name"] for options in names[1::2]] == [
+        f"{tmp_path.name}-{ids[0]}",
+        f"moved-{ids[0]}",
+        f"other-{ids[2]}",
+    ]
 
 
 @pytest.mark.parametrize("library", ["tensorboard", "wandb", "trackio"])

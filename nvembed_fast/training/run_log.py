@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,11 +22,13 @@ import torch
 from tqdm import tqdm
 
 from nvembed_fast import files
+from nvembed_fast.texts import parse_json
 from nvembed_fast.training.recipe import LogPart
 
 __all__ = ["METRICS_FILE", "RunLog", "draw", "memory_gb", "read_metrics"]
 
 METRICS_FILE, _EVALUATIONS_FILE, _PICTURE_FILE = "metrics.jsonl", "evaluations.jsonl", "run.png"
+_RUN_ID_FILE = "run_id"
 _TELL_EVERY_S = 10.0
 
 
@@ -127,11 +130,19 @@ def _named(file: Path) -> Iterator[None]:
 
 
 def read_metrics(file: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl, without a last one that was cut off."""
+    """The lines of a metrics.jsonl, without a last one that was cut off. ValueError if it is of no run."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in lines]
+    found = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        values = parse_json(line, f"{file}, line {number}")
+        if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            raise ValueError(
+                f"{file}, line {number} is no line of a run, with a step: move the file away, or choose "
+                "another output"
+            )
+        found.append(values)
+    return found
 
 
 def draw(metrics: Path, picture: Path) -> None:
@@ -198,7 +209,7 @@ def _loggers(
 ) -> list[tuple[Callable[[int, Mapping[str, float]], None], Callable[[], Any]]]:
     """Functions of (step, metrics), each with the one that ends it.
 
-    A run of wandb or trackio continues the one of the same name, which is that of the directory.
+    A run of wandb or trackio is known there by a random name, which stays in the directory and moves with it.
     """
     found: list[tuple[Callable[[int, Mapping[str, float]], None], Callable[[], Any]]] = []
     if part.tensorboard:
@@ -212,16 +223,25 @@ def _loggers(
                 writer.add_scalar(name, value, step)
 
         found.append((log, writer.close))
-    name = output.name
     if part.wandb:
         wandb = _need("wandb")
-        wandb.init(project="nvembed-fast", id=name, dir=str(output), config=dict(settings), resume="allow")
+        options = {"name": output.name, "dir": str(output), "config": dict(settings), "resume": "allow"}
+        wandb.init(project="nvembed-fast", id=_run_id(output), **options)
         found.append((lambda step, metrics: wandb.log(dict(metrics), step=step), wandb.finish))
     if part.trackio:
         trackio = _need("trackio")
+        name = f"{output.name}-{_run_id(output)}"
         trackio.init(project="nvembed-fast", name=name, config=dict(settings), resume="allow")
         found.append((lambda step, metrics: trackio.log(dict(metrics), step=step), trackio.finish))
     return found
+
+
+def _run_id(output: Path) -> str:
+    file = output / _RUN_ID_FILE
+    if not file.exists():
+        with files.replacing(file) as aside:
+            aside.write_text(secrets.token_hex(8), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def _need(library: str) -> Any:
