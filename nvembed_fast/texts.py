@@ -22,7 +22,7 @@ from contextlib import closing, contextmanager
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
-__all__ = ["Format", "kind_of", "parse_json", "read_records", "read_texts", "text_of"]
+__all__ = ["Format", "kind_of", "parse_json", "read_records", "read_table", "read_texts", "text_of"]
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv"]
 Records = Generator[tuple[str, Any], None, None]  # (place, parsed record)
@@ -282,8 +282,19 @@ def _absent(place: str, unit: str, key: str, keys: list[str], option: str) -> Va
     )
 
 
-def _rows(lines: Iterator[str], name: str, keys: list[str], kind: Format) -> Records:
-    """(place, cells) of every row. The columns are those of the text and of the id."""
+def read_table(file: str) -> Records:
+    """(place, cells by column) of every row of a .csv or .tsv file, gzipped or not, as `read_texts` reads it.
+
+    Raises:
+        ValueError: it cannot be read. Names the file and the line.
+    """
+    kind = _SUFFIXES[PurePath(file.lower().removesuffix(".gz")).suffix]
+    with _opened(file, file) as stream, closing(_rows(_lines(stream, file), file, None, kind)) as rows:
+        yield from rows
+
+
+def _rows(lines: Iterator[str], name: str, keys: list[str] | None, kind: Format) -> Records:
+    """(place, cells) of every row. The columns are those of the text and of the id, or all."""
     header = next(lines, "")
     delimiter = "\t" if kind == "tsv" else next((d for d in ",;\t" if d in header), ",")
     rows = csv.reader(itertools.chain([header] if header else [], lines), delimiter=delimiter, strict=True)
@@ -296,6 +307,7 @@ def _rows(lines: Iterator[str], name: str, keys: list[str], kind: Format) -> Rec
             first = rows.line_num + 1
             if columns is None:
                 columns = row
+                keys = columns if keys is None else keys
                 for key, option in zip(keys, ("--field", "--ids"), strict=False):
                     if key not in columns:
                         raise _absent(place, "header", key, columns, option)

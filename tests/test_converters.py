@@ -1,6 +1,7 @@
 """Other forms of training data become rows that training reads."""
 
 import csv
+import gzip
 import json
 
 import pytest
@@ -51,6 +52,15 @@ def test_columns_of_a_table(suffix, tmp_path):
     source = table(tmp_path / f"x{suffix}", records)
     counts, rows = converted(source, "triplets", fields={"anchor": "q"})
     assert counts == (2, 0) and rows[0] == {"query": 'two\nlines, "quoted"', "pos": ["p1"]}
+
+
+def test_a_table_is_read_as_texts_are(tmp_path):
+    """Gzipped, with long fields, and with the semicolons of some spreadsheets."""
+    text = "a" * 200_000
+    with gzip.open(tmp_path / "x.csv.gz", "wt") as file:
+        file.write(f"text;label\n{text};b\n\n")
+    counts, rows = converted(tmp_path / "x.csv.gz", "labels")
+    assert counts == (1, 0) and rows == [{"text": text, "label": "b"}]
 
 
 def test_tevatron(tmp_path):
@@ -131,7 +141,7 @@ def test_a_bad_table_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"x\.csv, line 3: must have 2 fields like the header"):
         converted(tmp_path / "x.csv", "labels")
     (tmp_path / "x.csv").write_text('text,label\na,"b\n')
-    with pytest.raises(ValueError, match=r"x\.csv cannot be read"):
+    with pytest.raises(ValueError, match=r"x\.csv, the row from line 2: not CSV"):
         converted(tmp_path / "x.csv", "labels")
 
 

@@ -11,16 +11,16 @@ A record comes from JSON lines, CSV or TSV with a header, Arrow or Parquet. Ever
 written, and the output appears whole or not at all.
 """
 
-import csv
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from os import PathLike
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal, get_args
 
 from nvembed_fast import files
+from nvembed_fast.texts import read_table
 from nvembed_fast.training.rows import open_rows, to_labelled, to_row
 
 __all__ = ["FIELDS", "Form", "convert"]
@@ -33,7 +33,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "labels": ("text", "label"),
     "scores": ("sentence1", "sentence2", "score"),
 }
-_SEPARATED = {".csv": ",", ".tsv": "\t"}
+_TABLES = (".csv", ".tsv")
 
 
 def convert(
@@ -47,7 +47,7 @@ def convert(
     """Write the records of a file as rows for training, as JSON lines.
 
     Args:
-        source: JSON lines, .csv, .tsv, .arrow or .parquet.
+        source: JSON lines, .csv or .tsv (gzipped or not), .arrow or .parquet.
         output: replaced if it is there.
         form: of the records.
         fields: names of `FIELDS` to those that the file has instead.
@@ -88,27 +88,12 @@ def convert(
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, record) of a file."""
-    delimiter = _SEPARATED.get(path.suffix.lower())
-    if delimiter is None:
-        rows = open_rows(path)
-        for index, record in enumerate(rows.records()):
-            yield rows.place(index), record
+    if PurePath(path.name.lower().removesuffix(".gz")).suffix in _TABLES:
+        yield from read_table(str(path))
         return
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter, strict=True)
-            first = 2
-            for record in reader:
-                place, first = f"{path}, line {first}", reader.line_num + 1
-                if None in record or None in record.values():
-                    raise ValueError(
-                        f"{place}: must have {len(reader.fieldnames or ())} fields like the header"
-                    )
-                yield place, record
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}): convert it to UTF-8 and quote its fields"
-        ) from error
+    rows = open_rows(path)
+    for index, record in enumerate(rows.records()):
+        yield rows.place(index), record
 
 
 def _rows(
