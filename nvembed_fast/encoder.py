@@ -194,6 +194,14 @@ class NVEmbed(nn.Module):
         stored: list[Iterator] = []
         if adapter is not None:
             checkpoint.load_adapter(model, adapter)
+            base, weights = checkpoint.trained_on(adapter)
+            there = fingerprint.of_decoder(checkpoint.stored_samples(directory, config))
+            if weights not in (None, there):
+                raise ValueError(
+                    f"{adapter} was trained on other weights than those of {path_or_id}. Load it on "
+                    f"{base or 'the model that it was trained on'}. If {path_or_id} is the model with the "
+                    "adapter merged, load that without an adapter"
+                )
             checkpoint.merge_adapter(model)
             model.config = dataclasses.replace(config, is_untrained=False)
             stored.append(checkpoint.adapter_samples(adapter))

@@ -27,7 +27,7 @@ import numpy as np
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.tokenization import TextTokenizer
 
-__all__ = ["of_model", "of_texts", "of_weights"]
+__all__ = ["of_decoder", "of_model", "of_texts", "of_weights"]
 
 
 def of_model(weights: str, config: NVEmbedConfig, tokenizer: TextTokenizer) -> str:
@@ -45,6 +45,11 @@ def of_weights(samples: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> st
         digest = hashlib.blake2b((values + 0.0).astype("<f4").tobytes()).hexdigest()
         tensors.append(json.dumps([name, shape, digest]))
     return _name(sorted(tensors))
+
+
+def of_decoder(samples: Iterable[tuple[str, tuple[int, ...], np.ndarray]]) -> str:
+    """The same of the decoder's weights among those of a model, which are those that an adapter stands on."""
+    return of_weights(sample for sample in samples if sample[0].startswith("embedding_model."))
 
 
 def of_texts(texts: Iterable[str]) -> str:

@@ -12,8 +12,17 @@ from test_lora import adapted_model, fill_adapters
 from tiny_checkpoint import edit_json, everything
 from whole_model import EVERY_HEAD, HEADS, make_batch, make_model
 
-from nvembed_fast import NVEmbed, files, ops
-from nvembed_fast.checkpoint import add_lora, load_adapter, load_model, merge_adapter, save_adapter
+from nvembed_fast import NVEmbed, files, fingerprint, ops
+from nvembed_fast.checkpoint import (
+    add_lora,
+    load_adapter,
+    load_model,
+    merge_adapter,
+    save_adapter,
+    save_model,
+    stored_samples,
+    tokenizer_files,
+)
 from nvembed_fast.checkpoint.adapters import CONFIG_FILE, HEAD_FILE, WEIGHTS_FILE
 from nvembed_fast.cli import main
 from nvembed_fast.network.lora import AdaptedLinear
@@ -259,6 +268,27 @@ def test_the_encoder_merges_an_adapter(tiny_directory, tiny_adapter, tmp_path):
     plain.save_pretrained(tmp_path / "saved")
     again = NVEmbed.from_pretrained(tmp_path / "saved", device="cpu")
     torch.testing.assert_close(again.encode(texts), vectors, rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_is_taken_on_the_weights_that_it_was_trained_on(tiny_directory, tmp_path):
+    """Whatever their dtype, and with another head. Not on another decoder."""
+    model = load_model(tiny_directory)
+    name = fingerprint.of_decoder(stored_samples(tiny_directory, model.config))
+    add_lora(model, rank=4, alpha=8)
+    save_adapter(model, tmp_path / "adapter", base="the/base", base_weights=name)
+    for dtype in ("float32", "bfloat16"):
+        NVEmbed.from_pretrained(tiny_directory, device="cpu", dtype=dtype, adapter=tmp_path / "adapter")
+    down = "embedding_model.layers.0.mlp.down_proj.weight"
+    for folder, parameter in (("head", "head.latents"), ("other", down)):
+        changed = load_model(tiny_directory)
+        with torch.no_grad():
+            changed.get_parameter(parameter).mul_(1.01)
+        save_model(changed, tmp_path / folder, other_files=tokenizer_files(tiny_directory))
+    NVEmbed.from_pretrained(tmp_path / "head", device="cpu", adapter=tmp_path / "adapter")
+    with pytest.raises(
+        ValueError, match="was trained on other weights than those of .*other. Load it on the/base"
+    ):
+        NVEmbed.from_pretrained(tmp_path / "other", device="cpu", adapter=tmp_path / "adapter")
 
 
 def test_a_fingerprint_sees_the_adapter_whatever_the_dtype(tiny_directory, tiny_adapter, tmp_path):

@@ -65,6 +65,10 @@ def test_lora_is_merged_and_its_adapter_kept(folder, start, head):
     train(recipe)
     merged = NVEmbed.from_pretrained(folder / "out", device="cpu")
     adapted = NVEmbed.from_pretrained(start, adapter=folder / "out" / "adapter", device="cpu")
+    with pytest.raises(
+        ValueError, match="was trained on other weights .* Load it on .*base. If .* merged, load"
+    ):
+        NVEmbed.from_pretrained(folder / "out", adapter=folder / "out" / "adapter", device="cpu")
     texts = ["w1 w2", "w3 w4 w5 w6"]
     ours, theirs = merged.encode(texts), adapted.encode(texts)
     assert (ours - theirs).abs().max() < 1e-5

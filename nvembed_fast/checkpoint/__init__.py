@@ -1,6 +1,6 @@
 """Published checkpoint directories: names, the hub, loading and saving. Decoders to start from. Adapters."""
 
-from nvembed_fast.checkpoint.adapters import add_lora, load_adapter, merge_adapter, save_adapter
+from nvembed_fast.checkpoint.adapters import add_lora, load_adapter, merge_adapter, save_adapter, trained_on
 from nvembed_fast.checkpoint.hub import download_size, resolve
 from nvembed_fast.checkpoint.load import load_model
 from nvembed_fast.checkpoint.names import published_tensors, tokenizer_files
@@ -22,4 +22,5 @@ __all__ = [
     "save_model",
     "stored_samples",
     "tokenizer_files",
+    "trained_on",
 ]

@@ -9,6 +9,9 @@ A directory of an adapter holds:
 3. adapter_head.safetensors: the pooling head, where it was trained. Either all of its weights under their
    published names, or A and B of its products under PEFT's names. PEFT does not read this file.
 
+The metadata of the second file may name the decoder's weights that the adapter was trained on. PEFT does not
+read them. `NVEmbed.from_pretrained` then refuses others, such as those that the adapter is merged into.
+
 Adapters that PEFT has written load, too, on any of the seven projections. Projections without an adapter in a
 packed product then get one of zeros.
 """
@@ -23,7 +26,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -34,13 +37,14 @@ from nvembed_fast.files import brief
 from nvembed_fast.network.lora import AdaptedLinear, Adapter, HeadTraining, takes_adapter
 from nvembed_fast.network.model import NVEmbedModel
 
-__all__ = ["add_lora", "load_adapter", "merge_adapter", "read_config", "save_adapter"]
+__all__ = ["add_lora", "load_adapter", "merge_adapter", "read_config", "save_adapter", "trained_on"]
 
 CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "adapter_head.safetensors",
 )
+_BASE_WEIGHTS = "base_weights"
 _PREFIX, _BACKBONE = "base_model.model.", "embedding_model."
 _MATRIX = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _IN_LAYER = re.compile(r"layers\.(\d+)\.(.+)\.weight")
@@ -104,7 +108,11 @@ def add_lora(
 
 
 def save_adapter(
-    model: NVEmbedModel, directory: str | os.PathLike, *, base: str | os.PathLike | None = None
+    model: NVEmbedModel,
+    directory: str | os.PathLike,
+    *,
+    base: str | os.PathLike | None = None,
+    base_weights: str | None = None,
 ) -> None:
     """Write the adapter of a model to a directory, in the place of an earlier one: all new files or none.
 
@@ -114,6 +122,8 @@ def save_adapter(
         model: with an adapter.
         directory: created if it is not there.
         base: path or hub id of the model without the adapter, for `base_model_name_or_path`.
+        base_weights: the name of its weights by `fingerprint.of_decoder`. With it `NVEmbed.from_pretrained`
+            takes the adapter on these weights alone.
 
     Raises:
         ValueError: the model has no adapter, or a weight is NaN or Inf. Nothing was written.
@@ -145,12 +155,21 @@ def save_adapter(
     ours = re.compile("|".join(map(re.escape, (CONFIG_FILE, WEIGHTS_FILE, HEAD_FILE))))
     try:
         with files.replacing_together(directory, key=CONFIG_FILE, outdated=ours) as aside:
-            save_file(backbone, aside / WEIGHTS_FILE, metadata={"format": "pt"})
+            known = {} if base_weights is None else {_BASE_WEIGHTS: base_weights}
+            save_file(backbone, aside / WEIGHTS_FILE, metadata={"format": "pt"} | known)
             if head:
                 save_file(head, aside / HEAD_FILE, metadata={"format": "pt"})
             (aside / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     except SafetensorError as error:
         raise OSError(f"cannot write the adapter to {directory}: {error}") from error
+
+
+def trained_on(directory: str | os.PathLike) -> tuple[str | None, str | None]:
+    """(base, base_weights) of `save_adapter`, as an adapter that loads has them. None: it does not say."""
+    directory = files.current(files.expanded(directory))
+    with safe_open(directory / WEIGHTS_FILE, framework="pt") as stored:
+        weights = (stored.metadata() or {}).get(_BASE_WEIGHTS)
+    return files.read_json(directory / CONFIG_FILE).get("base_model_name_or_path"), weights
 
 
 def load_adapter(model: NVEmbedModel, directory: str | os.PathLike, *, trainable: bool = False) -> Adapter:

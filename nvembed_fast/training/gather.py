@@ -26,7 +26,7 @@ from nvembed_fast.training.loss import (
     unit_vectors,
 )
 
-__all__ = ["gathered_loss"]
+__all__ = ["gathered_loss", "rank_share"]
 
 _PAD_SCOPE = -2
 
@@ -81,11 +81,16 @@ def gathered_loss(
         all_queries=all_queries,
         **options,
     )
-    share = len(queries) * num_ranks / sum(num_rows)
+    share = rank_share(len(queries), sum(num_rows), num_ranks)
     metrics = torch.stack(list(result.metrics.values())) * share
     dist.all_reduce(metrics, group=group)
     means = (metrics / num_ranks).unbind()
     return LossResult(result.loss * share, dict(zip(result.metrics, means, strict=True)))
+
+
+def rank_share(num_rows: int, all_rows: int, num_ranks: int) -> float:
+    """What the mean loss of a rank's rows is multiplied by (4.): its rows over the mean number of rows."""
+    return num_rows * num_ranks / all_rows
 
 
 def _gather(columns: Columns, length: int, num_keys: int, group: dist.ProcessGroup | None) -> Columns:

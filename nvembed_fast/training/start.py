@@ -149,7 +149,8 @@ def export(recipe: Recipe, directory: Path, path: Path) -> None:
     checkpoints.load_weights(path, trained(network))
     network.config = dataclasses.replace(config, is_untrained=False)
     if recipe.train.lora_rank:
-        checkpoint.save_adapter(network, output / _ADAPTER, base=recipe.model.start)
+        decoder = fingerprint.of_decoder(checkpoint.stored_samples(directory, config))
+        checkpoint.save_adapter(network, output / _ADAPTER, base=recipe.model.start, base_weights=decoder)
         checkpoint.merge_adapter(network)
     tokenizer = checkpoint.tokenizer_files(directory)
     checkpoint.save_model(network, output, dtype=config.torch_dtype, other_files=tokenizer)

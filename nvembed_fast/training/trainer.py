@@ -38,7 +38,7 @@ from nvembed_fast.training import checkpoints
 from nvembed_fast.training.auxiliary_losses import score_distillation
 from nvembed_fast.training.batch import Batches, DataSet, TrainingBatch, open_sets
 from nvembed_fast.training.checkpoints import State
-from nvembed_fast.training.gather import gathered_loss
+from nvembed_fast.training.gather import gathered_loss, rank_share
 from nvembed_fast.training.grad_cache import cached_step, direct_step
 from nvembed_fast.training.loss import Candidates, LossResult, contrastive_loss
 from nvembed_fast.training.mix import seed_of
@@ -249,8 +249,8 @@ class _Run:
         def seed(chunk: int) -> int:
             return seed_of(self.recipe.seed, "chunk", step, ranks.rank, chunk)
 
-        # ranks may have different numbers of rows. `gathered_loss` has this share in its loss
-        share = batch.num_queries * ranks.size / part.batch
+        # `gathered_loss` has it in its loss
+        share = rank_share(batch.num_queries, part.batch, ranks.size)
 
         def loss_of(vectors: torch.Tensor) -> LossResult:
             queries, documents = vectors.tensor_split([batch.num_queries])
