@@ -22,7 +22,16 @@ from contextlib import closing, contextmanager
 from pathlib import PurePath
 from typing import Any, Literal, get_args
 
-__all__ = ["Format", "kind_of", "parse_json", "read_records", "read_table", "read_texts", "text_of"]
+__all__ = [
+    "Format",
+    "kind_of",
+    "parse_json",
+    "read_records",
+    "read_table",
+    "read_texts",
+    "suffix_of",
+    "text_of",
+]
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv"]
 Records = Generator[tuple[str, Any], None, None]  # (place, parsed record)
@@ -92,7 +101,7 @@ def read_records(
     if format == "text" and (field is not None or ids is not None):
         key = ids if field is None else field
         raise ValueError(f"lines of text have no field {key!r}: choose another format, or no field")
-    suffix = PurePath(file.lower().removesuffix(".gz")).suffix
+    suffix = suffix_of(file)
     kind = format or _SUFFIXES.get(suffix) or ("text" if field is None and ids is None else "jsonl")
     found: list[str] = []
     with _opened(file, name) as stream:
@@ -117,6 +126,11 @@ def read_records(
     if not texts:
         raise ValueError(f"{name} holds no text")
     return texts, found
+
+
+def suffix_of(file: str) -> str:
+    """The suffix of a file in small letters, which of a gzipped one stands before .gz."""
+    return PurePath(file.lower().removesuffix(".gz")).suffix
 
 
 @contextmanager
@@ -288,7 +302,7 @@ def read_table(file: str) -> Records:
     Raises:
         ValueError: it cannot be read. Names the file and the line.
     """
-    kind = _SUFFIXES[PurePath(file.lower().removesuffix(".gz")).suffix]
+    kind = _SUFFIXES[suffix_of(file)]
     with _opened(file, file) as stream, closing(_rows(_lines(stream, file), file, None, kind)) as rows:
         yield from rows
 

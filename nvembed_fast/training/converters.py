@@ -16,11 +16,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from os import PathLike
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nvembed_fast import files
-from nvembed_fast.texts import read_table
+from nvembed_fast.texts import read_table, suffix_of
 from nvembed_fast.training.rows import open_rows, to_labelled, to_row
 
 __all__ = ["FIELDS", "Form", "convert"]
@@ -88,7 +88,7 @@ def convert(
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, record) of a file."""
-    if PurePath(path.name.lower().removesuffix(".gz")).suffix in _TABLES:
+    if suffix_of(path.name) in _TABLES:
         yield from read_table(str(path))
         return
     rows = open_rows(path)
