@@ -75,11 +75,16 @@ class BM25:
         k = min(k, self._num_documents)
         scores = np.empty((len(queries), k), np.float32)
         places = np.empty((len(queries), k), np.int64)
-        for row, words in enumerate(self._words(queries, as_words=True)):
-            found = self._index.get_scores(words) if words else np.zeros(self._num_documents, np.float32)
+        for row, query in enumerate(queries):
+            found = self.scores(query)
             places[row] = np.argsort(-found, kind="stable")[:k]
             scores[row] = found[places[row]]
         return scores, places
+
+    def scores(self, query: str) -> np.ndarray:
+        """[N] fp32 of every document. 0 without a common word."""
+        (words,) = self._words([query], as_words=True)
+        return self._index.get_scores(words) if words else np.zeros(self._num_documents, np.float32)
 
     def _words(self, texts: list[str], as_words: bool = False):
         return self._library.tokenize(texts, stopwords="en", return_ids=not as_words, show_progress=False)

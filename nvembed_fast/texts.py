@@ -11,6 +11,7 @@ The invariant: a record gives exactly one text, or an error that names the file,
 import codecs
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -30,6 +31,7 @@ __all__ = [
     "read_table",
     "read_texts",
     "suffix_of",
+    "text_id",
     "text_of",
 ]
 
@@ -258,6 +260,12 @@ def text_of(value: Any, what: str, place: str) -> str:
             f"{place}: {what} has a lone surrogate, \\u{ord(lone[0]):04x}, which is no character: remove it"
         )
     return value
+
+
+def text_id(text: str) -> int:
+    """The key of a text among others: 64 bits of its hash as a signed integer, and never 0."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True) or 1
 
 
 def _id(record: Any, place: str, unit: str, key: str) -> str:

@@ -16,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvembed_fast.checkpoint import load_model
 from nvembed_fast.packing import PackedBatch
+from nvembed_fast.texts import text_id
 from nvembed_fast.tokenization import TextTokenizer
 from nvembed_fast.training import batch as module
-from nvembed_fast.training.batch import BatchBuilder, Batches, DataSet, open_sets, text_id
+from nvembed_fast.training.batch import BatchBuilder, Batches, DataSet, open_sets
 from nvembed_fast.training.recipe import DataPart
 from nvembed_fast.training.rows import open_rows
 

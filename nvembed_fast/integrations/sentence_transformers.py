@@ -45,7 +45,7 @@ except ImportError as error:
         "pip install 'nvembed-fast[sentence-transformers]'"
     ) from error
 
-__all__ = ["NVEmbedModule", "load"]
+__all__ = ["NVEmbedModule", "load", "load_foreign"]
 
 _LIBRARYS_CONFIG = "config_sentence_transformers.json"
 _MODULE_CONFIG = "sentence_bert_config.json"
@@ -364,6 +364,18 @@ def load(
     return SentenceTransformer(
         modules=[module], device=str(module.encoder.device), prompts=prompts, **keywords
     )
+
+
+def load_foreign(path_or_id: str | PathLike, *, device: str | None = None) -> SentenceTransformer:
+    """A model that is not of this package, such as a teacher. It runs no code of the model's directory.
+
+    Raises:
+        ValueError: the model cannot be loaded. The message names it.
+    """
+    try:
+        return SentenceTransformer(os.path.expanduser(path_or_id), device=device)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path_or_id} is no model of sentence-transformers: {error}") from error
 
 
 def _types(modules: Path) -> list[str]:

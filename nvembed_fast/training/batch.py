@@ -15,7 +15,6 @@
 A thread makes the next batch while a step runs.
 """
 
-import hashlib
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,13 +25,14 @@ import numpy as np
 import torch
 
 from nvembed_fast.config import query_instruction
+from nvembed_fast.texts import text_id
 from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts
 from nvembed_fast.training.loss import Candidates
 from nvembed_fast.training.mix import Draws, Mix
 from nvembed_fast.training.recipe import DataPart
 from nvembed_fast.training.rows import Labelled, Row, Rows, open_rows, to_labelled, to_row
 
-__all__ = ["BatchBuilder", "Batches", "DataSet", "TrainingBatch", "open_sets", "text_id"]
+__all__ = ["BatchBuilder", "Batches", "DataSet", "TrainingBatch", "open_sets"]
 
 EVERYBODY, NOBODY, PRIVATE = 0, -2, 2**32
 
@@ -439,9 +439,3 @@ class Batches:
                 if step + 1 < stop:
                     ahead = thread.submit(self, step + 1, after)
                 yield step, batch, after
-
-
-def text_id(text: str) -> int:
-    """The key of a text for `Candidates`: 64 bits of its hash as a signed integer, and never 0."""
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True) or 1

@@ -1,0 +1,1 @@
+"""Training data: hard negatives by teachers."""

@@ -1,0 +1,532 @@
+"""Hard negatives: every rule beside a brute-force oracle. The command killed, resumed, wrong and large."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nvembed_fast import cli
+from nvembed_fast.cli import mine
+from nvembed_fast.curation import mining as module
+from nvembed_fast.curation.mining import Entry, Mining, Rule, Texts, choose
+from nvembed_fast.curation.teachers import Bm25, Dense
+from nvembed_fast.texts import text_id
+from nvembed_fast.training.rows import open_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Planted:
+    """Entries in memory."""
+
+    def __init__(self, entries: list[Entry]):
+        self.entries = entries
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def entry(self, index: int) -> Entry:
+        return self.entries[index]
+
+    def place(self, index: int) -> str:
+        return f"planted, line {index + 1}"
+
+
+def eighths(num: int, seed: int) -> np.ndarray:
+    """[num, 6] vectors whose products are exact in fp32, many of them equal and many negative."""
+    return (np.random.default_rng(seed).integers(-4, 5, (num, 6)) / 8).astype(np.float32)
+
+
+@pytest.fixture(params=["rows", "corpus"])
+def planted(request) -> tuple[Texts, Dense]:
+    """40 rows: queries that come twice, several positives, texts that come twice, a document like a query."""
+    draw = np.random.default_rng(3)
+    words = [f"document {i}" for i in range(60)] + ["query 5"]
+    rows = [
+        Entry(f"query {i % 30}", tuple(words[j] for j in draw.choice(61, draw.integers(1, 4), replace=False)))
+        for i in range(40)
+    ]
+    corpus = (
+        [Planted([Entry("", (word,)) for word in words[::2] + words[:3]])]
+        if request.param == "corpus"
+        else []
+    )
+    texts = Texts([Planted(rows[:25]), Planted(rows[25:])], corpus)
+    documents = eighths(len(texts.document_ids), 1)
+    return texts, Dense(eighths(40, 2), documents, texts.num_candidates)
+
+
+def oracle(texts: Texts, teachers: list[Dense], mining: Mining, row: int) -> list[int]:
+    """What is chosen, from the scores of all documents and the texts themselves."""
+    found: list[int] = []
+    query = texts.row(row)[2].query
+    same = [texts.row(r)[2] for r in range(len(texts)) if texts.row(r)[2].query == query]
+    never = {query, *itertools.chain(*(entry.documents for entry in same))}
+    for number, teacher in enumerate(teachers):
+        scores = teacher._documents @ teacher._queries[row]
+        names = {texts.document(i): i for i in range(len(scores))}
+        lowest = min(scores[names[text]] for text in texts.row(row)[2].documents)
+        ceilings = [np.float32(np.inf)]
+        rule = mining.rule
+        ceilings += (
+            [] if rule.percentage is None else [lowest - np.float32(1 - rule.percentage) * abs(lowest)]
+        )
+        ceilings += [] if rule.margin is None else [lowest - np.float32(rule.margin)]
+        ceilings += [] if rule.absolute is None else [np.float32(rule.absolute)]
+        ranked = sorted(range(texts.num_candidates), key=lambda i: (-scores[i], i))
+        ranked = [i for i in ranked if texts.document(i) not in never and scores[i] <= min(ceilings)]
+        share = len(range(number, mining.num_negatives, len(teachers)))
+        window = [i for i in ranked[mining.first : mining.end] if i not in found]
+        found += window[:share]
+    return found
+
+
+MININGS = {
+    "naive": Mining(5, Rule()),
+    "percentage": Mining(5, Rule(percentage=0.95)),
+    "strict percentage": Mining(4, Rule(percentage=0.25)),
+    "margin": Mining(5, Rule(margin=0.125)),
+    "absolute": Mining(5, Rule(absolute=0.25)),
+    "shifted": Mining(5, Rule(), first=10),
+    "range": Mining(3, Rule(percentage=0.95), first=4, last=9),
+    "all rules": Mining(5, Rule(0.9, 0.05, 0.5), first=1),
+    "more than there are": Mining(70, Rule(absolute=0.0)),
+}
+
+
+@pytest.mark.parametrize("slack", [32, 0])
+@pytest.mark.parametrize("name", MININGS)
+def test_a_rule_equals_the_oracle(planted, name, slack, monkeypatch):
+    monkeypatch.setattr(module, "_SLACK", slack)
+    texts, teacher = planted
+    choice = choose(texts, [teacher], MININGS[name], range(len(texts)))
+    for row in range(len(texts)):
+        wanted = oracle(texts, [teacher], MININGS[name], row)
+        assert [i for i in choice.negatives[row] if i >= 0] == wanted
+    assert (choice.negatives >= 0).any()
+
+
+def test_the_oracle_meets_negative_cosines_and_ties(planted):
+    texts, teacher = planted
+    lowest = module._lowest(texts, teacher, range(len(texts)))
+    assert (lowest < 0).any() and (lowest > 0).any()
+    scores = np.sort(teacher._queries @ teacher._documents.T, axis=1)
+    assert (np.diff(scores[:, -8:], axis=1) == 0).any()
+
+
+def test_two_teachers_share_the_negatives(planted):
+    texts, first = planted
+    second = Dense(eighths(40, 7), eighths(len(texts.document_ids), 8), texts.num_candidates)
+    mining = Mining(5, Rule(percentage=0.95))
+    choice = choose(texts, [first, second], mining, range(len(texts)))
+    for row in range(len(texts)):
+        found = [i for i in choice.negatives[row] if i >= 0]
+        assert found == oracle(texts, [first, second], mining, row) and len(set(found)) == len(found)
+
+
+def test_a_random_choice_follows_from_the_seed_and_stays_in_its_range(planted):
+    texts, teacher = planted
+    rows = range(len(texts))
+
+    def chosen(**changes) -> list[list[int]]:
+        lines = choose(
+            texts, [teacher], Mining(**{"rule": Rule(), "first": 2, "last": 12} | changes), rows
+        ).negatives
+        return [[i for i in line if i >= 0] for line in lines]
+
+    windows, drawn = chosen(num_negatives=10), chosen(num_negatives=3, seed=0)
+    for window, found in zip(windows, drawn, strict=True):
+        assert len(found) == 3 and [i for i in window if i in found] == found
+    assert drawn == chosen(num_negatives=3, seed=0) != chosen(num_negatives=3, seed=1)
+    # each place of a range comes up, and none much more often than others
+    places = [
+        windows[row].index(i)
+        for row in rows
+        for seed in range(9)
+        for i in chosen(num_negatives=3, seed=seed)[row]
+    ]
+    counts = np.bincount(places, minlength=10)
+    assert len(places) == 9 * 40 * 3 and counts.min() > 70 and counts.max() < 150
+
+
+def test_a_planted_false_negative_goes_by_the_percentage_rule_alone():
+    """The positive has 0.8 of the query, its twin 0.78, an honest negative 0.6."""
+    rows = [Entry("query", ("positive",)), Entry("other", ("twin",)), Entry("third", ("negative",))]
+    texts = Texts([Planted(rows)])
+    documents = np.array([[0.8, 0], [0.78, 0], [0.6, 0]], dtype=np.float32)
+    teacher = Dense(np.array([[1, 0], [0, 1], [0, 1]], dtype=np.float32), documents, 3)
+    naive = choose(texts, [teacher], Mining(2, Rule()), range(1))
+    kept = choose(texts, [teacher], Mining(2, Rule(percentage=0.95)), range(1))
+    assert naive.negatives.tolist() == [[1, 2]] and kept.negatives.tolist() == [[2, -1]]
+    assert kept.by_rule.tolist() == [1] and kept.by_text.tolist() == [1]
+
+
+def test_candidates_above_the_lowest_positive_are_suspects():
+    texts = Texts([Planted([Entry("q", ("low", "high")), Entry("o", ("above", "between", "below"))])])
+    documents = np.array([[0.5], [0.9], [1.0], [0.7], [0.4]], dtype=np.float32)
+    teacher = Dense(np.array([[1.0], [-1.0]], dtype=np.float32), documents, 5)
+    choice = choose(texts, [teacher], Mining(2), range(2))
+    assert choice.suspects[0, :3].tolist() == [2, 3, -1] and choice.negatives[0].tolist() == [4, -1]
+
+
+class WordsInCommon:
+    """A stand-in for `baselines.BM25`."""
+
+    def __init__(self, documents: list[str]):
+        self.documents = [set(text.split()) for text in documents]
+
+    def scores(self, query: str) -> np.ndarray:
+        return np.array([len(set(query.split()) & words) for words in self.documents], dtype=np.float32)
+
+
+def test_bm25_finds_words_in_common_alone():
+    entries = [
+        Entry("a b c d", ("a b c x",)),
+        Entry("e", ("a b y",)),
+        Entry("f", ("a b c d z",)),
+        Entry("g", ("h",)),
+    ]
+    texts = Texts([Planted(entries)])
+    index = WordsInCommon([texts.document(number) for number in range(4)])
+    teacher = Bm25(index, texts.num_candidates, lambda row: texts.row(row)[2].query)
+    assert choose(texts, [teacher], Mining(3, Rule()), range(1)).negatives.tolist() == [[2, 1, -1]]
+    assert choose(texts, [teacher], Mining(3), range(1)).negatives.tolist() == [[1, -1, -1]]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["percent"], "no rule 'percent': there are percentage, margin and absolute"),
+        (["none", "margin"], "no rule 'none'"),
+        (["margin", "margin=0.1"], "no rule 'margin=0.1'"),
+        (["percentage=95"], "percentage must be a number from 0 to 1, got '95'"),
+        (["margin=x"], "margin must be a number from 0 to 2, got 'x'"),
+        (["absolute=nan"], "absolute must be a number from -1 to 1"),
+    ],
+)
+def test_a_wrong_rule_is_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        Rule.parse(words)
+    assert Rule.parse(["none"]) == Rule() and Rule.parse(["margin", "absolute=0.5"]) == Rule(None, 0.05, 0.5)
+
+
+class FakeEncoder:
+    """Words in common, as [N, 16] vectors. Counts what it was asked for, and may die at a call."""
+
+    fingerprint, width = "fake", 16
+
+    def __init__(self, die_at: int | None = None, by=KeyboardInterrupt):
+        self.calls, self.die_at, self.by = 0, die_at, by
+
+    def encode(self, texts, prompts):
+        self.calls += 1
+        if self.calls == self.die_at:
+            if self.by is signal.SIGKILL:
+                os.kill(os.getpid(), signal.SIGKILL)
+            raise self.by
+        found = np.full((len(texts), 16), 0.01, dtype=np.float32)
+        for i, text in enumerate(texts):
+            for word in text.split():
+                found[i, text_id(word) % 16] += 1
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
+def write_rows(file: Path, count: int = 30) -> Path:
+    draw = np.random.default_rng(count)
+
+    def text() -> str:
+        return " ".join(f"w{i}" for i in draw.integers(0, 60, 6))
+
+    lines = ({"query": text(), "pos": [text()], "source": f"s{i}"} for i in range(count))
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+@pytest.fixture
+def rows(tmp_path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.fixture
+def encoder(monkeypatch) -> FakeEncoder:
+    """The teacher of every command, in chunks of eight texts."""
+    fake = FakeEncoder()
+    monkeypatch.setattr(mine, "_loader", lambda name, arguments: lambda: fake)
+    monkeypatch.setattr(mine, "_CHUNK", 8)
+    return fake
+
+
+def run(capsys, *arguments) -> tuple[int, str, str]:
+    status = cli.main(["mine", "--teacher", "fake", "--device", "cpu", *map(str, arguments)])
+    return status, *capsys.readouterr()
+
+
+def records(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_rows_keep_what_they_have_and_get_negatives_with_scores(encoder, rows, tmp_path, capsys):
+    status, printed, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", "--negatives", "3")
+    assert status == 0 and printed.startswith(f"{tmp_path / 'out.jsonl'}: 30 rows, "), error
+    before, after = records(rows), records(tmp_path / "out.jsonl")
+    vector = FakeEncoder().encode
+    for old, new in zip(before, after, strict=True):
+        assert {key: new[key] for key in old} == old
+        assert not {*new["neg"]} & {*new["pos"], new["query"]} and len(new["neg"]) <= 3
+        for texts, scores in (("pos", "pos_scores"), ("neg", "neg_scores")):
+            if new[texts]:
+                wanted = vector([new["query"]], None) @ vector(new[texts], None).T
+                assert np.allclose(new[scores], wanted[0], atol=1e-6)
+                assert new[scores] == [float(str(np.float32(score))) for score in new[scores]]
+        assert all(score <= 0.95 * new["pos_scores"][0] + 1e-6 for score in new["neg_scores"])
+    assert sum(len(row["neg"]) for row in after) > 60
+    assert open_rows(tmp_path / "out.jsonl").row(0).negative_scores
+    assert "candidates of" in error and "rows have fewer than 3 negatives, and" in error
+
+
+def test_another_rule_takes_the_same_vectors(encoder, rows, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    assert run(capsys, rows, "-o", out)[0] == 0
+    calls, first = encoder.calls, out.read_bytes()
+    assert run(capsys, rows, "-o", out, "--rule", "none")[0] == 0
+    assert encoder.calls == calls == 8 and out.read_bytes() != first
+    assert run(capsys, rows, "-o", out)[0] == 0
+    assert encoder.calls == calls and out.read_bytes() == first
+
+
+def test_an_interrupted_run_goes_on(encoder, rows, tmp_path, capsys, ctrl_c):
+    assert run(capsys, rows, "-o", tmp_path / "whole.jsonl")[0] == 0
+    out, calls = tmp_path / "out.jsonl", encoder.calls
+    encoder.calls, encoder.die_at = 0, 3
+    status, _, error = run(capsys, rows, "-o", out)
+    assert status == 130 and "16 of 30 rows are in" in error and not out.exists(), error
+    encoder.calls, encoder.die_at = 0, None
+    assert run(capsys, rows, "-o", out)[0] == 0
+    assert encoder.calls == calls - 2 and out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def kill_and_resume(rows: Path, out: Path, capsys, encoder: FakeEncoder, kills: list[int]) -> int:
+    """Runs that are killed at these calls of the encoder, then one to its end. Returns how many were."""
+    killed = 0
+    for die_at in kills:
+        child = os.fork()
+        if child == 0:
+            encoder.calls, encoder.die_at, encoder.by = 0, die_at, signal.SIGKILL
+            os._exit(run(capsys, rows, "-o", out)[0])
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert run(capsys, rows, "-o", out)[0] == 0
+    return killed
+
+
+def test_a_killed_run_goes_on_to_the_same_file(encoder, rows, tmp_path, capsys):
+    assert run(capsys, rows, "-o", tmp_path / "whole.jsonl")[0] == 0
+    assert kill_and_resume(rows, tmp_path / "out.jsonl", capsys, encoder, [3, 6]) == 2
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.long
+def test_many_kills_at_any_moment_lead_to_the_same_file(encoder, tmp_path, capsys):
+    rows = write_rows(tmp_path / "rows.jsonl", 4000)
+    mine._CHUNK = 64
+    assert run(capsys, rows, "-o", tmp_path / "whole.jsonl")[0] == 0
+    out, draw, killed = tmp_path / "out.jsonl", np.random.default_rng(0), 0
+    for _ in range(25):
+        child = os.fork()
+        if child == 0:
+            os._exit(run(capsys, rows, "-o", out)[0])
+        import time
+
+        time.sleep(draw.uniform(0.02, 1.0))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert run(capsys, rows, "-o", out)[0] == 0 and killed > 5
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_a_judge_makes_a_suspect_a_positive(encoder, tmp_path, capsys):
+    lines = [
+        {"query": "a b c d", "pos": ["a b x y"]},
+        {"query": "e f", "pos": ["a b c z"]},
+        {"query": "g", "pos": ["g h"]},
+    ]
+    rows, out, suspects = (tmp_path / f"{name}.jsonl" for name in ("rows", "out", "suspects"))
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(capsys, rows, "-o", out, "--suspects", suspects)[0] == 0
+    found = {(line["query"], line["candidate"]): line for line in records(suspects)}
+    line = found["a b c d", "a b c z"]
+    assert (
+        line["positive"] == "a b x y"
+        and line["score"] > line["positive_score"]
+        and line["is_positive"] is None
+    )
+    calls = encoder.calls
+    judged = tmp_path / "judged.jsonl"
+    judged.write_text(
+        "".join(json.dumps(one | {"is_positive": one is line}) + "\n" for one in found.values())
+    )
+    assert run(capsys, rows, "-o", out, "--judged", judged, "--rule", "none")[0] == 0
+    first = records(out)[0]
+    assert first["pos"] == ["a b x y", "a b c z"] and "a b c z" not in first["neg"]
+    assert len(first["pos_scores"]) == 2 and first["pos_scores"][1] == line["score"]
+    assert records(out)[1]["pos"] == ["a b c z"] and encoder.calls == calls
+
+
+def test_a_corpus_gives_the_candidates(encoder, rows, tmp_path, capsys):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(
+        '{"text": "w1 w2"}\n{"text": ""}\n"w3 w4"\n{"text": "w1 w2"}\n{"pos": ["w5", "w6 w7"]}\n{}\n'
+    )
+    status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", "--corpus", corpus, "--rule", "none")
+    assert status == 0
+    assert {text for row in records(tmp_path / "out.jsonl") for text in row["neg"]} == {
+        "w1 w2",
+        "w3 w4",
+        "w5",
+        "w6 w7",
+    }
+    assert f"1 skipped, first {corpus}, line 2: the text is empty" in error
+    assert f"1 skipped, first {corpus}, line 6: no 'text' and no 'pos' with texts" in error
+
+
+def test_rows_that_cannot_be_mined_are_counted(encoder, rows, tmp_path, capsys):
+    bad = [
+        {"query": "q", "pos": []},
+        {"query": "q"},
+        {"query": " ", "pos": ["d"]},
+        {"query": "q", "pos": ["q"]},
+    ]
+    bad += [{"text": "t", "label": "l"}, {"query": "q", "pos": []}]
+    with open(rows, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in bad))
+    status, printed, error = run(capsys, rows, "-o", tmp_path / "out.jsonl")
+    assert status == 0 and ": 30 rows," in printed
+    assert f"2 skipped, first {rows}, line 31: 'pos' is empty" in error
+    assert f"1 skipped, first {rows}, line 34: the only positive equals the query" in error
+    assert f"1 skipped, first {rows}, line 35: no 'query', the row has a label" in error
+
+
+def test_huge_and_duplicate_texts_are_mined_once(encoder, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"query": f"q{i}", "pos": ["w " * 2**20 if i == 0 else f"w{i % 3}"]} for i in range(9)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    seen = []
+    encode = encoder.encode
+    encoder.encode = lambda texts, prompts: seen.extend(texts) or encode(texts, prompts)
+    assert run(capsys, rows, "-o", tmp_path / "out.jsonl", "--rule", "none", "--max-length", "16")[0] == 0
+    assert max(map(len, seen)) == 16 * 64 and len(seen) == 9 + 4
+    assert all(len({*row["neg"]}) == len(row["neg"]) == 3 for row in records(tmp_path / "out.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--corpus", "absent.jsonl"], "absent.jsonl is no file"),
+        (["--rule", "best"], "no rule 'best'"),
+        (["--range", "5:6"], "a range from 5 to 6 has no room for 7 negatives"),
+        (["--random"], "a random choice needs the end of its range"),
+        (["--judged", "rows"], 'must have "query" and "candidate"'),
+        (["-o", "rows"], "--output would replace"),
+    ],
+)
+def test_bad_input_is_one_line(encoder, rows, tmp_path, capsys, change, message):
+    change = [str(rows) if word == "rows" else word for word in change]
+    before = rows.read_bytes()
+    status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", *change)
+    assert status == 1 and message in error and error.count("\n") == 1, error
+    assert rows.read_bytes() == before and not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--range", "10"], ["--range", "-1:4"], ["--negatives", "0"], ["--dtype", "x"]]
+)
+def test_wrong_arguments_have_the_status_2(rows, tmp_path, capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        run(capsys, rows, "-o", tmp_path / "out.jsonl", *arguments)
+    assert stop.value.code == 2
+
+
+def test_a_missing_teacher_is_told_before_any_work(rows, tmp_path, capsys):
+    status = cli.main(["mine", str(rows), "-o", str(tmp_path / "out.jsonl"), "--teacher", "./absent"])
+    error = capsys.readouterr().err
+    assert status == 1 and "no directory './absent', and no hub id either" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_memory_of_a_text_does_not_depend_on_its_length():
+    class Long(Planted):
+        def entry(self, index: int) -> Entry:
+            return Entry(f"q{index}", (f"{index} " * 1000,))
+
+    peaks = []
+    for count in (1000, 5000):
+        tracemalloc.start()
+        texts = Texts([Long([Entry("", ())] * count)])
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert len(texts.document_ids) == count
+    assert (peaks[1] - peaks[0]) / 4000 < 400, peaks
+
+
+_MEASURED = """
+import sys
+sys.path[:0] = ["tests"]
+from pathlib import Path
+import numpy as np
+import test_mining
+from nvembed_fast import cli
+from nvembed_fast.cli import mine
+
+peak = 0
+def resident():
+    global peak
+    with open("/proc/self/status") as status:
+        peak = max(peak, *(int(line.split()[1]) for line in status if line.startswith("RssAnon")))
+
+class Wide(test_mining.FakeEncoder):
+    width = 256
+    def encode(self, texts, prompts):
+        resident()
+        seeds = np.array([test_mining.text_id(text) % 2**31 for text in texts])
+        found = np.sin(seeds[:, None] * np.arange(1, 257)[None]).astype(np.float32)
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+count, folder = int(sys.argv[1]), Path(sys.argv[2])
+rows = folder / "rows.jsonl"
+with open(rows, "w") as file:
+    for i in range(count):
+        file.write('{"query": "query %d", "pos": ["document %d %s"]}\\n' % (i, i, "and more " * 40))
+mine._loader = lambda name, arguments: lambda: Wide()
+choose = mine._chosen
+from nvembed_fast.curation import mining
+inner = mining.choose
+def watched(*arguments):
+    found = inner(*arguments)
+    resident()
+    return found
+mining.choose = watched
+output = str(folder / "out.jsonl")
+assert cli.main(["mine", str(rows), "-o", output, "--teacher", "fake", "--device", "cpu"]) == 0
+resident()
+print(peak)
+"""
+
+
+@pytest.mark.long
+def test_memory_is_flat_from_10_k_to_100_k_documents(tmp_path):
+    peaks = []
+    for count in (10_000, 100_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        command = [sys.executable, "-c", _MEASURED, str(count), str(folder)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks.append(int(done.stdout.split()[-1]) / 1024)
+    # the vectors of 90,000 more queries and documents have 184 MB, and their texts 40
+    assert peaks[1] - peaks[0] < 60, f"MB: {peaks}"
