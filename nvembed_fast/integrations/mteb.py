@@ -8,15 +8,19 @@ A task's instruction is found in this order (`MTEBEncoder.get_instruction`):
 3. mteb's prompt for the kind of task, on all but documents.
 
 What made the results stands in their model_meta.json, under loader_kwargs.record.
+
+`planted_task` makes a task of data at hand, without a hub, and `score` runs one task.
 """
 
+import difflib
 import functools
 import hashlib
 import importlib.metadata
 import json
 import sys
+import tempfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,12 +29,23 @@ import numpy as np
 import torch
 
 try:
+    import mteb
     import mteb.cli.build_cli
 except ModuleNotFoundError as error:
     if error.name != "mteb":
         raise
     raise ImportError("this needs the package mteb: pip install 'nvembed-fast[mteb]'") from error
+from datasets import Dataset, DatasetDict
+from mteb.abstasks import (
+    AbsTask,
+    AbsTaskClassification,
+    AbsTaskClusteringLegacy,
+    AbsTaskPairClassification,
+    AbsTaskRetrieval,
+)
 from mteb.abstasks.abstask import get_abstask_prompt
+from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
+from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -39,7 +54,20 @@ from mteb.types import PromptType
 from nvembed_fast.config import query_instruction
 from nvembed_fast.encoder import NVEmbed
 
-__all__ = ["PUBLISHED", "MTEBEncoder", "Prompts", "published_prompts", "register", "run_command"]
+__all__ = [
+    "PUBLISHED",
+    "MTEBEncoder",
+    "MTEBSearch",
+    "MTEBVectors",
+    "Prompts",
+    "Scored",
+    "named_tasks",
+    "planted_task",
+    "published_prompts",
+    "register",
+    "run_command",
+    "score",
+]
 
 PUBLISHED = ("nvidia/NV-Embed-v1", "nvidia/NV-Embed-v2")
 # as they are before `register`
@@ -213,6 +241,185 @@ class MTEBEncoder(AbsEncoder):
             max_batch_tokens=self.max_batch_tokens,
             **{"convert_to_numpy": True, **kwargs},
         )
+
+
+class MTEBVectors(AbsEncoder):
+    """A function of texts to vectors as an encoder for mteb. No text gets an instruction."""
+
+    def __init__(self, model_name: str, revision: str, function: Callable[[list[str]], np.ndarray]):
+        self.mteb_model_meta = _nameless().model_copy(update={"name": model_name, "revision": revision})
+        self._function = function
+
+    def encode(self, inputs: Iterable[dict[str, list]], **kwargs: Any) -> np.ndarray:
+        """[N, D] fp32 of all texts at once."""
+        return self._function([text for batch in inputs for text in batch["text"]])
+
+
+class MTEBSearch:
+    """A search that makes no vectors, such as BM25, as a model for mteb's retrieval tasks."""
+
+    def __init__(self, model_name: str, revision: str, index: Callable[[list[str]], Any]):
+        """
+        Args:
+            model_name: OWNER/NAME.
+            revision: of the model.
+            index: documents -> an object whose `search(queries, k)` gives scores [Q, k] and places [Q, k].
+        """
+        self.mteb_model_meta = _nameless().model_copy(update={"name": model_name, "revision": revision})
+        self._index = index
+
+    def index(self, corpus: Dataset, **kwargs: Any) -> None:
+        self._ids = list(corpus["id"])
+        self._searched = self._index(list(corpus["text"]))
+
+    def search(self, queries: Dataset, *, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
+        scores, places = self._searched.search(list(queries["text"]), top_k)
+        return {
+            query: {self._ids[place]: score for score, place in zip(*row, strict=True)}
+            for query, *row in zip(queries["id"], scores.tolist(), places.tolist(), strict=True)
+        }
+
+
+class Scored(NamedTuple):
+    """What mteb found: its main score, all scores, and what the model predicted for each query or text."""
+
+    main_score: float
+    scores: dict[str, Any]
+    predictions: Any
+
+
+def score(task: AbsTask, model: Any) -> Scored:
+    """Run one task on a model that mteb knows how to use. The mean over the task's splits and subsets.
+
+    Raises:
+        TypeError: the model makes no vectors, and the task needs them.
+    """
+    show = sys.stderr.isatty()
+    with tempfile.TemporaryDirectory() as folder:
+        found = mteb.evaluate(
+            model,
+            task,
+            cache=None,
+            encode_kwargs={"batch_size": 256, "show_progress_bar": show},
+            prediction_folder=folder,
+            show_progress_bar=show,
+        )
+        files = list(Path(folder).rglob(task.prediction_file_name))
+        predictions = json.loads(files[0].read_text(encoding="utf-8")) if files else {}
+    (result,) = found.task_results
+    (split, subsets), *_ = result.scores.items()
+    return Scored(
+        float(result.get_score()), subsets[0], predictions.get(subsets[0]["hf_subset"], {}).get(split)
+    )
+
+
+def named_tasks(words: Iterable[str]) -> list[AbsTask]:
+    """The tasks of mteb under these names. A word may also be a benchmark, such as "MTEB(eng, v2)".
+
+    Raises:
+        ValueError: there is none. The message has the nearest name.
+    """
+    known = [task.metadata.name for task in mteb.get_tasks()]
+    benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
+    tasks: dict[str, AbsTask] = {}
+    for word in words:
+        if word not in benchmarks and word not in known:
+            close = difflib.get_close_matches(word, [*known, *benchmarks], 1)
+            hint = f": did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{word!r} is no task and no benchmark of mteb{hint}")
+        chosen = benchmarks[word].tasks if word in benchmarks else [mteb.get_task(word)]
+        tasks |= {task.metadata.name: task for task in chosen}
+    return list(tasks.values())
+
+
+def planted_task(data: Any) -> AbsTask:
+    """A task of mteb that holds its data. No hub is asked.
+
+    Args:
+        data: with the attributes of `nvembed_fast.evaluation.tasks.LocalTask`.
+
+    Classification fits one logistic regression (C=10) on all training texts. Clustering is the best of ten
+    k-means over all texts. Pairs are ranked by their cosine.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    base, type_, main_score = _KINDS[data.kind]
+    is_retrieval = data.kind == "retrieval"
+    metadata = TaskMetadata(
+        name=data.name,
+        dataset={"path": f"local/{data.name}", "revision": data.revision},
+        description="an evaluation set out of a package",
+        type=type_,
+        category="t2t" if is_retrieval else "t2c",
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score=main_score,
+        prompt={"query": data.instruction} if is_retrieval else data.instruction,
+    )
+    settings = {
+        "retrieval": {"k_values": (1, 3, 10, 100)},
+        "classification": {
+            "n_experiments": 1,
+            "samples_per_label": 2**31,
+            "evaluator_model": LogisticRegression(C=10, max_iter=500),
+        },
+        "clustering": {"evaluator": _KMeans},
+    }
+    attributes = {"metadata": metadata, "load_data": _load_planted, "planted": data}
+    return type(f"Planted{type_}", (base,), attributes | settings.get(data.kind, {}))()
+
+
+# kind of a LocalTask -> the class, the type in the metadata, the main score
+_KINDS = {
+    "retrieval": (AbsTaskRetrieval, "Retrieval", "ndcg_at_10"),
+    "classification": (AbsTaskClassification, "Classification", "accuracy"),
+    "clustering": (AbsTaskClusteringLegacy, "Clustering", "v_measure"),
+    "pairs": (AbsTaskPairClassification, "PairClassification", "cosine_ap"),
+}
+
+
+class _KMeans(AbsTaskClusteringLegacy.evaluator):
+    """The best of ten starts. mteb's own has one start, whose luck is two points of V-measure."""
+
+    def __call__(self, model: Any, **_: Any) -> list[int]:
+        from sklearn.cluster import KMeans
+
+        place = {"task_metadata": self.task_metadata, "hf_split": self.hf_split, "hf_subset": self.hf_subset}
+        vectors = model.encode([{"text": list(self.dataset["sentences"])}], **place)
+        labels = set(self.dataset["labels"])
+        return KMeans(len(labels), n_init=10, random_state=0).fit_predict(vectors).tolist()
+
+
+def _load_planted(self: Any, *_: Any, **__: Any) -> None:
+    data = self.planted
+    test: dict[str, Sequence]
+    if data.kind == "retrieval":
+        self.dataset = {
+            "default": {
+                "test": RetrievalSplitData(
+                    corpus=Dataset.from_dict(
+                        {"id": list(data.documents), "text": list(data.documents.values())}
+                    ),
+                    queries=Dataset.from_dict(
+                        {"id": list(data.queries), "text": list(data.queries.values())}
+                    ),
+                    relevant_docs={query: dict.fromkeys(ids, 1) for query, ids in data.relevant.items()},
+                    top_ranked=None,
+                )
+            }
+        }
+    elif data.kind == "classification":
+        train = Dataset.from_dict({"text": data.train_texts, "label": data.train_labels})
+        test = {"text": data.texts, "label": data.labels}
+        self.dataset = DatasetDict({"train": train, "test": Dataset.from_dict(test)})
+    else:
+        if data.kind == "clustering":
+            test = {"sentences": [data.texts], "labels": [data.labels]}
+        else:
+            test = {"sentence1": data.texts, "sentence2": data.others, "labels": data.labels}
+        self.dataset = DatasetDict({"test": Dataset.from_dict(test)})
+    self.data_loaded = True
 
 
 def register(names: Iterable[str] = PUBLISHED, *, path: str | PathLike | None = None, **loading: Any) -> None:

@@ -1,0 +1,142 @@
+"""Rows as one table of tasks and models, with bootstrap intervals, and as a picture of bars."""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvembed_fast import files
+from nvembed_fast.evaluation import scores, tasks
+
+__all__ = ["END", "START", "draw", "put_into", "table"]
+
+START, END = "<!-- scores:start -->", "<!-- scores:end -->"
+_MEANS = {"retrieval": "mean of retrieval", "other": "mean of the others"}
+_MEASURES = {
+    "retrieval": "nDCG@10",
+    "classification": "accuracy",
+    "clustering": "V-measure",
+    "pairs": "average precision",
+}
+Row = Mapping[str, Any]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A Markdown table of our own tasks: a line for each, a column for each model, and two means.
+
+    A cell has the score and its 95 % bootstrap interval. A mean stands only where a model has all the tasks
+    that any model has. Rows of quick samples have lines of their own and count in no mean.
+
+    Raises:
+        ValueError: rows of one task were made on different data, which does not compare.
+    """
+    by_line = _by_line(rows)
+    models = _models(rows)
+    lines = [
+        "| task | measure | " + " | ".join(models) + " |",
+        "|---|---|" + "--:|" * len(models),
+    ]
+    for group in ("retrieval", "other"):
+        names = [name for name in by_line if _group(by_line[name]) == group]
+        for name in names:
+            found = by_line[name]
+            measure = _MEASURES[next(iter(found.values()))["kind"]]
+            cells = [_cell([found[model]]) if model in found else "" for model in models]
+            lines.append(f"| {name} | {measure} | " + " | ".join(cells) + " |")
+        whole = [name for name in names if name in tasks.names()]
+        cells = []
+        for model in models:
+            has = [by_line[name][model] for name in whole if model in by_line[name]]
+            cells.append(f"**{_cell(has)}**" if has and len(has) == len(whole) else "")
+        if len(whole) > 1:
+            lines.append(f"| **{_MEANS[group]}** | | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def put_into(page: Path, content: str) -> None:
+    """Put a table between the markers of a page, whole or not at all.
+
+    Raises:
+        ValueError: the page does not have both markers once.
+    """
+    text = page.read_text(encoding="utf-8")
+    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
+        raise ValueError(f"{page} must have a line {START} and a line {END} behind it, for the table between")
+    before, rest = text.split(START)
+    after = rest.split(END)[1]
+    with files.replacing(page) as part:
+        part.write_text(f"{before}{START}\n\n{content}\n\n{END}{after}", encoding="utf-8")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """The scores as bars, a group for each task, with their intervals. The suffix of `path` says the format.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError("a picture needs matplotlib: pip install 'nvembed-fast[eval]'") from error
+
+    by_line, models = _by_line(rows), _models(rows)
+    figure = Figure(figsize=(1.2 + 1.1 * len(by_line), 4), layout="constrained")
+    axes = figure.subplots()
+    width = 0.8 / len(models)
+    for number, model in enumerate(models):
+        places, heights, below, above = [], [], [], []
+        for place, found in enumerate(by_line.values()):
+            if model in found:
+                low, high = scores.interval([found[model]])
+                score = found[model]["score"]
+                places.append(place + (number - (len(models) - 1) / 2) * width)
+                heights.append(score)
+                below.append(max(0.0, score - low))
+                above.append(max(0.0, high - score))
+        axes.bar(places, heights, width, yerr=[below, above], label=model, error_kw={"elinewidth": 0.8})
+    axes.set_xticks(range(len(by_line)), list(by_line), rotation=30, ha="right")
+    axes.set_ylabel("score, 95 % interval")
+    axes.set_ylim(0, 1)
+    axes.legend(ncols=len(models), fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def _cell(rows: Sequence[Row]) -> str:
+    """Score or mean, with its interval: .783 (.764-.801)."""
+    low, high = scores.interval(rows)
+    mean = sum(row["score"] for row in rows) / len(rows)
+    return f"{_short(mean)} ({_short(low)}-{_short(high)})"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}".removeprefix("0")
+
+
+def _models(rows: Iterable[Row]) -> list[str]:
+    """Baselines first, as `baselines.NAMES` has them, then others by name."""
+    from nvembed_fast import baselines
+
+    found = {row["model"] for row in rows}
+    return [name for name in baselines.NAMES if name in found] + sorted(found - set(baselines.NAMES))
+
+
+def _group(found: Mapping[str, Row]) -> str:
+    return "retrieval" if next(iter(found.values()))["kind"] == "retrieval" else "other"
+
+
+def _by_line(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
+    """{line of the table: {model: row}}, our tasks alone, in their order."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["task"] in tasks.names():
+            is_quick = bool(re.match(r"\d+ of \d+ queries, ", row["made_by"]["sample"]))
+            found.setdefault(f"{row['task']} (quick)" if is_quick else row["task"], {})[row["model"]] = row
+    for line, by_model in found.items():
+        revisions = {row["made_by"]["revision"] for row in by_model.values()}
+        if len(revisions) > 1:
+            raise ValueError(
+                f"the rows of {line} were made on different data ({', '.join(sorted(revisions))}) and do not "
+                "compare: run nvembed-fast eval again for all models"
+            )
+    order = tasks.names()
+    return dict(sorted(found.items(), key=lambda item: (order.index(item[0].split()[0]), item[0])))
