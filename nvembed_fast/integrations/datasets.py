@@ -33,7 +33,7 @@ def open_table(
     from huggingface_hub import HfApi
 
     try:
-        revision = HfApi().dataset_info(hub_id).sha
+        revision = str(HfApi().dataset_info(hub_id).sha)
         records = load_dataset(hub_id, config, split=split, revision=revision, streaming=True)
     except (OSError, ValueError, RuntimeError) as error:  # as the hub's clients raise them
         reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
