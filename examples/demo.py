@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from examples import fetch_decoder
 from nvembed_fast import NVEmbed, packages
+from nvembed_fast.checkpoint import demo as shipped
 from nvembed_fast.encoder import UntrainedModel
 from nvembed_fast.new_model import init_model
 from nvembed_fast.stream import TextsCut
@@ -44,7 +44,7 @@ def main() -> None:
     arguments = _arguments()
     began = time.perf_counter()
     model_directory = arguments.cache / "smollm2-135m-nvembed"
-    gguf = fetch_decoder.fetch(arguments.cache)
+    gguf = shipped.decoder(arguments.cache)
     make_model(gguf, model_directory)
     model = NVEmbed.from_pretrained(model_directory, dtype=_dtype())
     # the lines behind the ranking say both

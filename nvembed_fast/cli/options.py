@@ -71,8 +71,8 @@ def add_model_options(parser: argparse.ArgumentParser, *, is_positional: bool = 
         "model" if is_positional else "--model",
         **more,
         default=os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL,
-        help=f"directory or hub id (default: ${MODEL_VARIABLE}, else {DEFAULT_MODEL}, which is gated and has "
-        "15.7 GB)",
+        help=f"directory, hub id, or demo, the small model that is shipped with this package (default: "
+        f"${MODEL_VARIABLE}, else {DEFAULT_MODEL}, which is gated and has 15.7 GB)",
     )
     parser.add_argument(
         "--adapter", type=path, metavar="DIRECTORY", help="of a LoRA adapter to merge into it"

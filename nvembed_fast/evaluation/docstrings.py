@@ -89,7 +89,7 @@ def load(number: int = 1200, asked: tuple[Question, ...] | None = None) -> Docst
         raise ValueError(
             f"number must be {len(answers)} or more, which is how many answers there are, got {number}"
         )
-    named = {text: name for name, text in reversed(library.items())}
+    named = {text: name for name, text in reversed([*library.items()])}
     others = sorted(named.keys() - answers, key=lambda text: hashlib.sha256(text.encode()).digest())
     kept = answers | set(others[: number - len(answers)])
     texts = [text for text in dict.fromkeys(library.values()) if text in kept]

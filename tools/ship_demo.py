@@ -1,0 +1,110 @@
+"""Write the model that is shipped with the package, nvembed_fast/demo/, from a trained model directory.
+
+    python -m tools.ship_demo runs/demo/stage2
+
+1. What was trained is kept: all but the table of token embeddings, which must be that of the decoder.
+2. It is stored in the first form that fits below 45 MB: all in float16, the layers in int8 and the head in
+   float16, or all matrices in int8. `nvembed_fast.checkpoint.demo` says how it is read.
+3. The shipped model is loaded as users load it, and its vectors are compared with those of the directory.
+
+The model card, README.md, is written by hand.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from nvembed_fast import NVEmbed, files
+from nvembed_fast.checkpoint import demo, published_tensors
+from nvembed_fast.checkpoint.decoders import open_decoder
+from nvembed_fast.checkpoint.names import CONFIG_FILE, SINGLE_FILE
+from nvembed_fast.evaluation import docstrings
+
+MAX_BYTES = 45_000_000
+COMPARED = 200
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.ship_demo", description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="the trained model")
+    try:
+        ship(parser.parse_args(argv).directory)
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"ship_demo: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def ship(directory: Path, *, max_bytes: int = MAX_BYTES) -> None:
+    """Write the shipped form of a trained model, and print its size and how near its vectors are.
+
+    Raises:
+        ValueError: the model is untrained, its token embeddings are not the decoder's, or no form fits.
+    """
+    trained = NVEmbed.from_pretrained(directory, device="cpu", dtype="float32")
+    if trained.config.is_untrained:
+        raise ValueError(f"{directory} is untrained")
+    parameters = dict(trained.model.named_parameters())
+    values = {
+        name: parameters[slot.parameter].detach()[slot.rows]
+        for name, slot in published_tensors(trained.config).items()
+    }
+    table = open_decoder(demo.decoder()).load(torch.float16)[demo.EMBEDDING]
+    if not torch.equal(values.pop(demo.EMBEDDING).half(), table):
+        raise ValueError(
+            f"the token embeddings of {directory} are not those of {demo.DECODER_FILE}: train with "
+            "freeze_embeddings = true"
+        )
+    form, stored = best_form(values, max_bytes)
+    demo.SHIPPED.mkdir(exist_ok=True)
+    with files.replacing(demo.SHIPPED / SINGLE_FILE) as part:
+        save_file(stored, part, metadata={"format": "pt"})
+    config = dataclasses.replace(trained.config, torch_dtype="float16")
+    with files.replacing(demo.SHIPPED / CONFIG_FILE) as part:
+        part.write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
+    size = os.path.getsize(demo.SHIPPED / SINGLE_FILE)
+    print(f"{demo.SHIPPED / SINGLE_FILE}: {size / 1e6:.1f} MB, {form}")
+
+    corpus = docstrings.load()
+    texts = [*corpus.texts[:COMPARED], *(question.text for question in corpus.questions)]
+    shipped = NVEmbed.from_pretrained(demo.NAME, device="cpu", dtype="float32")
+    cosines = (shipped.encode(texts, max_length=128) * trained.encode(texts, max_length=128)).sum(-1)
+    print(f"cosines with {directory}: mean {cosines.mean():.5f}, min {cosines.min():.5f}, {len(texts)} texts")
+
+
+def best_form(values: dict[str, torch.Tensor], max_bytes: int) -> tuple[str, dict[str, torch.Tensor]]:
+    """(the name of the best form that fits, its tensors)."""
+    forms = {
+        "float16": set[str](),
+        "layers in int8": {name for name in values if name.startswith("embedding_model.")},
+        "int8": set(values),
+    }
+    for form, in_int8 in forms.items():
+        stored: dict[str, torch.Tensor] = {}
+        for name, value in values.items():
+            if name in in_int8 and value.ndim == 2:
+                stored[name], stored[name + demo.SCALE] = rows_in_int8(value)
+            else:
+                stored[name] = value.half().contiguous()
+        size = sum(tensor.nbytes for tensor in stored.values())
+        if size <= max_bytes:
+            return form, stored
+    raise ValueError(
+        f"the smallest form has {size / 1e6:.1f} MB, above {max_bytes / 1e6:.0f} MB: train fewer layers"
+    )
+
+
+def rows_in_int8(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, C] as int8, and the scale of each row, [R] fp32. A row of zeros stays one."""
+    scale = value.abs().amax(1) / 127
+    return (value / scale.clamp_min(torch.finfo(value.dtype).tiny)[:, None]).round().to(torch.int8), scale
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
