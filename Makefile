@@ -7,11 +7,12 @@ PY := .venv/bin/python
 STAMP := .venv/installed
 
 .PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
-.PHONY: test-cpus test-long test-integrations mutate-integrations
+.PHONY: train-demo test-cpus test-long test-integrations mutate-integrations
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
-	@echo "make demo      embed real text with a small real decoder, and search it"
+	@echo "make demo      answer questions about Python with its own docs, by the small model of this package"
+	@echo "make train-demo  train such a model: from text to scores; RECIPE=demo: the shipped one's; ARGS=--four-rows"
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
 	@echo "make test-long what make test leaves to the end of a piece of work: full lengths, many repetitions"
 	@echo "make test-integrations  the tests with mteb, peft and the like, in .venv-integrations; ARGS=--long: the long ones"
@@ -39,6 +40,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(PY) examples/demo.py
 
+# goes on where it was stopped
+train-demo: .venv-integrations/installed
+	.venv-integrations/bin/python examples/train_demo.py $(RECIPE) $(ARGS)
+
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --file-seconds 120 --all-seconds 1800
 
@@ -57,7 +62,7 @@ check: $(STAMP)
 .venv-integrations/installed: setup.py pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install -c constraints.txt -c constraints-integrations.txt \
-		-e . datasets faiss-cpu mteb peft pytest qdrant-client sentence-transformers sentencepiece usearch \
+		-e '.[demo,train]' datasets faiss-cpu mteb peft pytest qdrant-client sentence-transformers sentencepiece usearch \
 		haystack-ai lancedb langchain-core llama-index-embeddings-huggingface sentence-transformers-haystack
 	# it asks for huggingface_hub below 2, and runs with 2
 	.venv-integrations/bin/python -m pip install --no-deps -c constraints-integrations.txt langchain-huggingface

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOORS = sorted(ROOT.glob("docs/integrations/*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *DOORS]
 # every model that a page names; the tests put a tiny one in its place
-MODELS = ("nvidia/NV-Embed-v2", "~/.cache/nvembed_fast/smollm2-135m-nvembed")
+MODELS = ("nvidia/NV-Embed-v2", "demo", "~/.cache/nvembed_fast/smollm2-135m-nvembed")
 NOT_OURS = {"git", "hf", "pre-commit", "torchrun"}
 FOLDERS = (
     "nvembed_fast",
@@ -133,9 +133,9 @@ def check_make(words: list[str]) -> None:
     for word in words:
         name, _, value = word.partition("=")
         if name == "ARGS":
-            module = re.search(r"-m ([\w.]+) .*\$\(ARGS\)|-m ([\w.]+) .*\$\(or \$\(ARGS\)", recipes()[target])
-            assert module, f"make {target} takes no ARGS"
-            check_options(("-m", module[1] or module[2]), shlex.split(value))
+            found = re.search(r"(-m [\w.]+|\S+\.py) .*\$\((or \$\()?ARGS\)", recipes()[target])
+            assert found, f"make {target} takes no ARGS"
+            check_options(tuple(found[1].split()), shlex.split(value))
         elif value:
             in_makefile = f"$({name})" in recipes()[target] or f"{name} ?=" in (ROOT / "Makefile").read_text()
             assert in_makefile, f"make {target} takes no {name}"

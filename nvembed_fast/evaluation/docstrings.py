@@ -66,19 +66,24 @@ def questions(part: str = "more") -> tuple[Question, ...]:
     return tuple(Question(text, tuple(answers)) for text, answers in table.items())
 
 
-def load(number: int = 1200, asked: tuple[Question, ...] | None = None) -> Docstrings:
+def load(
+    number: int = 1200,
+    asked: tuple[Question, ...] | None = None,
+    library: Mapping[str, str] | None = None,
+) -> Docstrings:
     """`number` docstrings and the questions over them.
 
     Args:
         number: of docstrings. All answers are among them, also those of the demo's questions.
         asked: questions of your own. None: the 40.
+        library: what `standard_library` has given before, which takes seconds. None: it is called.
 
     Raises:
         ValueError: a question has no answer in this Python's standard library, or the answers are more than
             `number`.
     """
     asked = questions() if asked is None else asked
-    library = standard_library()
+    library = standard_library() if library is None else library
     for question in asked:
         if library.keys().isdisjoint(question.answers):
             raise ValueError(f"no answer of {question.text!r} is in this Python's standard library")

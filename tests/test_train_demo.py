@@ -1,0 +1,132 @@
+"""From text to scores: the steps, how they go on, and the pictures."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import pictures, train_demo
+from nvembed_fast import NVEmbed, cli
+from nvembed_fast.training.recipe import Recipe
+
+RECIPES = train_demo.ROOT / "recipes"
+
+
+def _steps(name: str, folder: Path, four_rows: bool = False) -> dict[str, train_demo.Step]:
+    stages = [RECIPES / f"{name}-stage{number}.toml" for number in (1, 2)]
+    found = list(train_demo.steps(stages, folder, train_demo.SCORED[name], four_rows))
+    assert len({step.name for step in found}) == len(found)
+    return {step.name: step for step in found}
+
+
+def _recipe(step: train_demo.Step) -> Recipe:
+    """The recipe of a train step, with what it sets."""
+    words = step.command[step.command.index("train") + 1 :]
+    assert set(words[1::2]) == {"--set"}
+    return Recipe.from_file(words[0], words[2::2])
+
+
+@pytest.mark.parametrize("name", train_demo.SCORED)
+def test_the_first_model_mines_the_negatives_of_the_others(name, tmp_path):
+    steps = _steps(name, tmp_path)
+    order = [step for step in steps if not step.startswith("mine-")]
+    assert order == [
+        "curate", "train-plain-stage1", "train-stage1", "train-stage2", "eval-stage2", "pictures", "report"
+    ]  # fmt: skip
+    first, second, third = (_recipe(steps[f"train-{n}"]) for n in ("plain-stage1", "stage1", "stage2"))
+    mining = [step for step in steps.values() if step.name.startswith("mine-")]
+    assert len(mining) == len(first.data) == len(second.data) >= 2
+    for plain, mined in zip(first.data, second.data, strict=True):
+        assert Path(plain.file).parent == tmp_path / "data" and plain.hard_negatives == 0 and plain.in_batch
+        assert Path(mined.file).parent == tmp_path / "mined" and mined.hard_negatives > 0
+        (step,) = (s for s in mining if plain.file in s.command)
+        options = dict(zip(step.command[5::2], step.command[6::2], strict=False))
+        assert options["-o"] == mined.file and options["--teacher"] == first.output
+        assert options["--task"] == mined.instruction
+        assert int(options["--negatives"]) >= max(
+            part.hard_negatives for part in (*second.data, *third.data) if part.file == mined.file
+        )
+    assert third.model.start == second.output and third.output == str(tmp_path / "stage2")
+    assert first.train == second.train and first.train.freeze_embeddings and third.train.freeze_embeddings
+
+
+def test_four_rows_differ_in_their_negatives_and_stages_alone(tmp_path):
+    steps = _steps("demo-short", tmp_path, four_rows=True)
+    models = ["plain-stage1", "plain-stage2", "stage1", "stage2"]
+    assert [name for name in steps if name.startswith("eval-")] == [f"eval-{model}" for model in models]
+    plain, mined = (_recipe(steps[f"train-{name}"]) for name in ("plain-stage2", "stage2"))
+    assert plain.train == mined.train and plain.seed == mined.seed
+    assert plain.model.start == str(tmp_path / "plain-stage1")
+    assert all(part.in_batch and not part.hard_negatives for part in plain.data)
+    assert not any(part.in_batch for part in mined.data)
+
+
+def test_it_goes_on_behind_what_has_ended(tmp_path, monkeypatch, capsys):
+    ran, failing = [], {"mine"}
+
+    def run(command, cwd):
+        assert cwd == train_demo.ROOT
+        ran.append(command)
+        return subprocess.CompletedProcess(command, 5 if failing & {*command} else 0)
+
+    monkeypatch.setattr(train_demo.subprocess, "run", run)
+    arguments = ["demo-short", "-o", str(tmp_path)]
+    assert train_demo.main(arguments) == 5
+    assert "ended with status 5: the same command goes on from there" in capsys.readouterr().err
+    before = len(ran)
+    failing.clear()
+    assert train_demo.main(arguments) == 0
+    assert [c for c in ran[before:] if "curate" in c] == [] and "mine" in ran[before]
+    assert len(ran) == len(_steps("demo-short", tmp_path)) + 1
+    assert train_demo.main(arguments) == 0
+    assert len(ran) == len(_steps("demo-short", tmp_path)) + 1, "a step has run again"
+
+
+def test_a_changed_recipe_runs_its_step_again(tmp_path):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("a")
+    step = train_demo.Step("train", ("x",), reads=recipe)
+    before = step.made_of
+    assert step.made_of == before != train_demo.Step("train", ("x", "y"), reads=recipe).made_of
+    recipe.write_text("b")
+    assert step.made_of != before
+
+
+def test_pictures_are_drawn_and_always_the_same(tmp_path):
+    vectors = torch.nn.functional.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)))
+    names = tuple(f"package{i % 15}.part:name{i}" for i in range(60))
+    for number in "12":
+        pictures.draw_map(vectors, names, tmp_path / f"map{number}.png", tsne=False)
+        pictures.draw_cosines(vectors @ vectors.T, tmp_path / f"cosines{number}.png")
+    for name in ("map", "cosines"):
+        first, second = ((tmp_path / f"{name}{number}.png").read_bytes() for number in "12")
+        assert first == second and 5_000 < len(first) < 100_000
+
+
+def test_each_query_has_the_task_of_its_row(tiny_directory, tmp_path):
+    rows = [
+        {"query": "a date", "pos": ["the first of May"], "prompt": "Find a date"},
+        {"query": "a sum", "pos": ["two and two"]},
+        {"query": "bread", "pos": ["how to bake"], "prompt": "Find a date"},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = NVEmbed.from_pretrained(tiny_directory)
+    found = pictures.cosines(model, pictures.read_pairs(file))
+    documents = model.encode_document([row["pos"][0] for row in rows])
+    for number, row in enumerate(rows):
+        task = row.get("prompt")
+        query = model.encode_query(row["query"], task) if task else model.encode(row["query"])
+        assert torch.allclose(found[number], documents @ query, atol=1e-5)
+
+
+def test_the_commands_take_these_options(tmp_path):
+    """Of each step, by the command's own parser, which ends the process for a wrong one."""
+    steps = _steps("demo-short", tmp_path, four_rows=True).values()
+    ours = [step.command[3:] for step in steps if step.command[:3] == train_demo.PROGRAM]
+    known = [command for command in ours if command[0] in cli._commands()]
+    assert {"train", "mine", "eval"} <= {command[0] for command in known}
+    for command in known:
+        cli._arguments([*command])
