@@ -334,8 +334,8 @@ def flash_attention(
     q, k, v = _in_lower_dtype(q, k, v)
     if not return_lse and _is_slow_on_a_cpu(q, k, v):
         with torch.autocast("cpu", enabled=False):
-            wide = (t.float() for t in (q, k, v))
-            return reference.flash_attention(*wide, layout, scale, causal).to(q.dtype)
+            out = reference.flash_attention(q.float(), k.float(), v.float(), layout, scale, causal)
+            return cast(torch.Tensor, out).to(q.dtype)
     return _run(reference.flash_attention, q, k, v, layout, scale, causal, return_lse)
 
 

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from test_loss import PRIVATE, problem
 from two_ranks import leave, say
 
-from nvembed_fast.training.gather import gathered_loss
+from nvembed_fast.training.auxiliary_losses import candidate_distillation
+from nvembed_fast.training.gather import gathered_distillation, gathered_loss
 from nvembed_fast.training.loss import Candidates, contrastive_loss
 
 
@@ -16,6 +17,8 @@ def check(rank: int, ranks: int, scopes: str, both_directions: bool) -> None:
     q, d, c = problem(7, 2, 24, scopes)
     options = {"temperature": 0.2, "limit": 0.95, "both_directions": both_directions}
     q, d = (t.float().requires_grad_() for t in (q, d))
+    teacher = torch.randn(len(q) + len(d), 9, generator=torch.Generator().manual_seed(1))
+    c = replace(c, teacher_queries=teacher[: len(q)], teacher_documents=teacher[len(q) :])
     wanted = contrastive_loss(q, d, c, **options)
     wanted.loss.backward()
 
@@ -35,6 +38,19 @@ def check(rank: int, ranks: int, scopes: str, both_directions: bool) -> None:
     for name, ours, whole in (("q", q_here, q.grad[rows]), ("d", d_here, d.grad[columns])):
         distance = (ours.grad / ranks - whole).norm() / whole.norm()
         assert distance < 1e-6, f"{name} {scopes} {both_directions}: {distance}"
+
+    q.grad = d.grad = q_here.grad = d_here.grad = None
+    temperatures = {"temperature": 0.2, "teacher_temperature": 0.3}
+    whole = candidate_distillation(q, d, c, **temperatures)
+    whole.backward()
+    part = gathered_distillation(q_here, d_here, own, **temperatures) * len(rows) / len(q)
+    part.backward()
+    mean = part.detach().clone()
+    dist.all_reduce(mean)
+    torch.testing.assert_close(mean, whole.detach(), rtol=1e-6, atol=1e-7)
+    for name, ours, theirs in (("q", q_here, q.grad[rows]), ("d", d_here, d.grad[columns])):
+        distance = (ours.grad - theirs).norm() / theirs.norm()
+        assert distance < 2e-6, f"distillation: {name} {scopes}: {distance}"
     for name in ("loss", "accuracy", "hard_negative_wins", "rows_without_negatives"):
         torch.testing.assert_close(got.metrics[name], wanted.metrics[name], rtol=1e-5, atol=1e-6, msg=name)
 

@@ -1,8 +1,16 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
+from test_loss import problem
 
-from nvembed_fast.training.auxiliary_losses import score_distillation, spread_out, vector_distillation
+from nvembed_fast.training.auxiliary_losses import (
+    candidate_distillation,
+    score_distillation,
+    spread_out,
+    vector_distillation,
+)
 
 PAIRS = torch.tensor([(0, 0), (0, 3), (0, 2), (2, 1), (2, 0), (3, 4)])
 
@@ -25,6 +33,25 @@ def test_scores_are_compared_inside_each_row():
     torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
     for ours, theirs in zip(*(torch.autograd.grad(t, (q, d)) for t in (got, wanted)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("scopes", ["everybody", "mixed", "own"])
+def test_a_teachers_vectors_give_scores_inside_each_scope(scopes):
+    q, d, candidates = problem(5, 2, 12, scopes)
+    q, d = q.double().requires_grad_(), d.double().requires_grad_()
+    of_rows, of_columns = vectors(5, 7, seed=2), vectors(len(d), 7, seed=3)
+    candidates = replace(candidates, teacher_queries=of_rows.float(), teacher_documents=of_columns.float())
+    got = candidate_distillation(q, d, candidates, temperature=0.05, teacher_temperature=0.1)
+    student = F.normalize(q, dim=1) @ F.normalize(d, dim=1).mT / 0.05
+    teacher = F.normalize(of_rows, dim=1) @ F.normalize(of_columns, dim=1).mT / 0.1
+    wanted = 0.0
+    for row, scope in enumerate(candidates.row_scopes.tolist()):
+        own = [j for j, both in enumerate(candidates.column_scopes.tolist()) if scope in both]
+        pair = F.log_softmax(student[row, own], 0), F.softmax(teacher[row, own], 0)
+        wanted = wanted + F.kl_div(*pair, reduction="sum") / 5
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-9)
+    for ours, theirs in zip(*(torch.autograd.grad(t, (q, d)) for t in (got, wanted)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-8)
 
 
 def test_a_student_that_is_its_teacher_has_no_loss():

@@ -9,9 +9,9 @@ from math import inf
 
 import torch
 
-from nvembed_fast.training.loss import unit_vectors
+from nvembed_fast.training.loss import Candidates, unit_vectors
 
-__all__ = ["score_distillation", "spread_out", "vector_distillation"]
+__all__ = ["candidate_distillation", "score_distillation", "spread_out", "vector_distillation"]
 
 
 def score_distillation(
@@ -41,9 +41,7 @@ def score_distillation(
     Raises:
         ValueError: a temperature that is not positive and finite, pairs of another shape, or none.
     """
-    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
-        if not 0 < value < inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
+    _check_temperatures(temperature, teacher_temperature)
     if pairs.ndim != 2 or pairs.shape[1] != 2 or teacher_scores.shape != pairs.shape[:1] or not len(pairs):
         shapes = f"{list(pairs.shape)} and {list(teacher_scores.shape)}"
         raise ValueError(f"pairs and teacher_scores must be [S, 2] and [S] with S > 0, got {shapes}")
@@ -55,6 +53,50 @@ def score_distillation(
         student = _log_softmax(scores, groups, lengths)
         teacher = _log_softmax(teacher_scores.to(q) / teacher_temperature, groups, lengths)
         return (teacher.exp() * (teacher - student)).sum() / len(lengths)
+
+
+def candidate_distillation(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    candidates: Candidates,
+    *,
+    temperature: float,
+    teacher_temperature: float = 1.0,
+) -> torch.Tensor:
+    """KL divergence of the student's distribution over a row's candidates from that of a teacher's vectors.
+
+    The candidates are the columns in the row's scope. Columns with one text count each. The teacher's vectors
+    may have another width.
+
+    Args:
+        queries: [B, D] in any floating dtype. They are normalized here.
+        documents: [M, D], likewise.
+        candidates: with teacher_queries and teacher_documents, which are normalized here, too.
+        temperature: the student's cosines are divided by it.
+        teacher_temperature: the teacher's cosines are divided by it.
+
+    Returns:
+        [] the mean over the rows. A row with one candidate adds 0.
+
+    Raises:
+        ValueError: a temperature that is not positive and finite, or candidates without a teacher's vectors.
+    """
+    _check_temperatures(temperature, teacher_temperature)
+    if candidates.teacher_queries is None or candidates.teacher_documents is None:
+        raise ValueError("candidates have no teacher_queries and teacher_documents")
+    with torch.autocast(queries.device.type, enabled=False):
+        q, d = unit_vectors(queries), unit_vectors(documents)
+        of_rows, of_columns = (
+            unit_vectors(t.to(q)) for t in (candidates.teacher_queries, candidates.teacher_documents)
+        )
+        scopes = (candidates.row_scopes[:, None, None] == candidates.column_scopes).any(2).to(q.device)
+        # finite: the difference of two infinite ones is NaN
+        outside = torch.finfo(q.dtype).min
+        student, teacher = (
+            (scores / t).masked_fill(~scopes, outside).log_softmax(1)
+            for scores, t in ((q @ d.mT, temperature), (of_rows @ of_columns.mT, teacher_temperature))
+        )
+        return (teacher.exp() * (teacher - student)).masked_fill(~scopes, 0).sum() / len(q)
 
 
 def vector_distillation(vectors: torch.Tensor, teacher_vectors: torch.Tensor) -> torch.Tensor:
@@ -98,6 +140,12 @@ def spread_out(vectors: torch.Tensor) -> torch.Tensor:
         products = v @ v.mT if count <= v.shape[1] else v.mT @ v
         own = v.square().sum(1).square().sum()
         return (products.square().sum() - own) / (count * (count - 1))
+
+
+def _check_temperatures(temperature: float, teacher_temperature: float) -> None:
+    for name, value in (("temperature", temperature), ("teacher_temperature", teacher_temperature)):
+        if not 0 < value < inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def _log_softmax(scores: torch.Tensor, groups: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ A thread makes the next batch while a step runs.
 
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from nvembed_fast.training.loss import Candidates
 from nvembed_fast.training.mix import Draws, Mix
 from nvembed_fast.training.recipe import DataPart
 from nvembed_fast.training.rows import Labelled, Row, Rows, open_rows, to_labelled, to_row
+from nvembed_fast.training.teacher_vectors import Side, TeacherVectors
 
 __all__ = ["BatchBuilder", "Batches", "DataSet", "TrainingBatch", "open_sets"]
 
@@ -98,7 +99,7 @@ class DataSet:
         task = self.settings.instruction if prompt is None else prompt
         return task if not task.strip() or task.startswith("Instruct: ") else query_instruction(task)
 
-    def check(self, *, needs_scores: bool = False) -> None:
+    def check(self, *, needs_scores: bool = False, teacher: TeacherVectors | None = None) -> None:
         """Read every row. Raises ValueError naming the file and the line of one that cannot be used."""
         has_negatives = self.settings.in_batch or self.settings.labels != "none"
         for index, record in enumerate(self.rows.records()):
@@ -107,6 +108,12 @@ class DataSet:
             has_negatives = has_negatives or isinstance(row, Labelled) or bool(row.negatives)
             if needs_scores:
                 check_scores(row, self.rows.place(index))
+            if teacher is not None:
+                # a text with a label may be another one's positive
+                query = row.text if isinstance(row, Labelled) else row.query
+                documents = [query] if isinstance(row, Labelled) else [*row.positives, *row.negatives]
+                _vectors(teacher, "queries", [query])
+                _vectors(teacher, "documents", documents)
         if not has_negatives:
             raise ValueError(
                 f"{self.name}: no row has negatives, so with in_batch = false there is nothing to learn: add "
@@ -125,6 +132,10 @@ def open_sets(parts: Sequence[DataPart]) -> list[DataSet]:
         name = PurePath(part.file).name
         names.append(name if name not in names else f"{name} ({len(names) + 1})")
     return [DataSet(name, open_rows(part.file), part) for name, part in zip(names, parts, strict=True)]
+
+
+def _vectors(teacher: TeacherVectors, side: Side, texts: Sequence[str]) -> torch.Tensor:
+    return teacher(side, [text_id(text) for text in texts], texts)
 
 
 def check_scores(row: Row | Labelled, place: str) -> None:
@@ -251,6 +262,7 @@ class BatchBuilder:
         max_length: tokens a text, instruction and marks included.
         seed: of the whole run.
         needs_scores: a teacher's scores go into the candidates, and a row without them is an error.
+        teacher: whose vectors go into the candidates.
 
     Raises:
         ValueError: two data sets have one name, or labels that cannot be used or have no scores.
@@ -264,6 +276,7 @@ class BatchBuilder:
         max_length: int,
         seed: int,
         needs_scores: bool = False,
+        teacher: TeacherVectors | None = None,
     ):
         names = [data.name for data in sets]
         if len(set(names)) < len(names):
@@ -276,6 +289,7 @@ class BatchBuilder:
             d.name: _Pairs(d, needs_scores) if d.settings.labels == "none" else _Classes(d) for d in sets
         }
         self._tokenizer, self._max_length, self._seed = tokenizer, max_length, seed
+        self._teacher = teacher
 
     def build(
         self, step: int, rows: Sequence[tuple[str, int]], rank: int = 0, num_ranks: int = 1
@@ -296,10 +310,18 @@ class BatchBuilder:
             picked.append(self._sources[name].pick(index, Draws(self._seed, "row", step, slot)))
         sets = [self._sets[rows[slot][0]] for slot in slots]
         places = [self._sets[rows[slot][0]].rows.place(rows[slot][1]) for slot in slots]
+        candidates = self._candidates(picked, sets, slots)
+        if self._teacher is not None:
+            documents = [text for row in picked for text in row.positives + row.negatives]
+            candidates = replace(
+                candidates,
+                teacher_queries=_vectors(self._teacher, "queries", [row.query for row in picked]),
+                teacher_documents=_vectors(self._teacher, "documents", documents),
+            )
         return TrainingBatch(
             self._tokenized(picked, sets, places),
             len(picked),
-            self._candidates(picked, sets, slots),
+            candidates,
             [rows[slot] for slot in slots],
             not any(self._sets[name].settings.in_batch for name, _ in rows),
         )
@@ -372,7 +394,7 @@ class Batches:
         is_one_set: all rows of a step come from one data set.
         rank: whose part of a batch is made.
         num_ranks: how many there are.
-        needs_scores: see `BatchBuilder`.
+        needs_scores, teacher: see `BatchBuilder`.
 
     Attributes:
         sets: the data sets.
@@ -394,13 +416,19 @@ class Batches:
         rank: int = 0,
         num_ranks: int = 1,
         needs_scores: bool = False,
+        teacher: TeacherVectors | None = None,
     ):
         self.sets = list(sets)
         sizes = {data.name: len(data.rows) for data in self.sets}
         weights = {data.name: data.settings.weight for data in self.sets}
         self._mix = Mix(sizes, weights, batch=batch, seed=seed, is_one_set=is_one_set)
         self._builder = BatchBuilder(
-            self.sets, tokenizer, max_length=max_length, seed=seed, needs_scores=needs_scores
+            self.sets,
+            tokenizer,
+            max_length=max_length,
+            seed=seed,
+            needs_scores=needs_scores,
+            teacher=teacher,
         )
         self._rank, self._num_ranks = rank, num_ranks
         self.fingerprints = {data.name: data.rows.fingerprint for data in self.sets}

@@ -37,7 +37,7 @@ __all__ = ["HARMLESS", "State", "identity_of", "load", "load_weights", "newest",
 # `train.max_tokens` draws other dropout masks
 HARMLESS = re.compile(
     r"output|log\..*|train\.(steps|checkpoint_every|keep_checkpoints|max_tokens|checkpoint_layers|sharding)"
-    r"|model\.start|data\.\d+\.file"  # weights and contents decide, not their names
+    r"|model\.start|train\.teacher|data\.\d+\.file"  # weights and contents decide, not their names
 )
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _STATE, _WEIGHTS, _MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"

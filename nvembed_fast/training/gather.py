@@ -9,12 +9,14 @@
    ranks, which DDP and FSDP2 take of gradients, is then the mean over all rows.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from nvembed_fast.training.auxiliary_losses import candidate_distillation
 from nvembed_fast.training.loss import (
     Candidates,
     Columns,
@@ -26,7 +28,7 @@ from nvembed_fast.training.loss import (
     unit_vectors,
 )
 
-__all__ = ["gathered_loss", "rank_share"]
+__all__ = ["gathered_distillation", "gathered_loss", "rank_share"]
 
 _PAD_SCOPE = -2
 
@@ -91,6 +93,35 @@ def gathered_loss(
 def rank_share(num_rows: int, all_rows: int, num_ranks: int) -> float:
     """What the mean loss of a rank's rows is multiplied by (4.): its rows over the mean number of rows."""
     return num_rows * num_ranks / all_rows
+
+
+def gathered_distillation(
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    candidates: Candidates,
+    *,
+    group: dist.ProcessGroup | None = None,
+    **temperatures: float,
+) -> torch.Tensor:
+    """`candidate_distillation` of this rank's rows over the documents of all ranks, not scaled.
+
+    Args:
+        queries, documents, candidates, group: as in `gathered_loss`.
+        temperatures: of `candidate_distillation`.
+    """
+    teacher = candidates.teacher_documents
+    if not dist.is_initialized() or dist.get_world_size(group) == 1 or teacher is None:
+        return candidate_distillation(queries, documents, candidates, **temperatures)
+    here = candidates.to(queries.device)
+    with torch.autocast(queries.device.type, enabled=False):
+        d = unit_vectors(documents)
+        # side by side, so that they travel together
+        both = document_columns(torch.cat([d, teacher.to(d)], 1), here)
+        count = _all_gather(torch.tensor([len(d)], device=d.device), group)
+        vectors, scopes, _ = _gather(both, int(count.max()), 1, group)
+    all_documents, all_teachers = vectors.split([d.shape[1], teacher.shape[1]], 1)
+    whole = replace(here, column_scopes=scopes, teacher_documents=all_teachers.detach())
+    return candidate_distillation(queries, all_documents, whole, **temperatures)
 
 
 def _gather(columns: Columns, length: int, num_keys: int, group: dist.ProcessGroup | None) -> Columns:

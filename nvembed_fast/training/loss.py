@@ -51,6 +51,9 @@ class Candidates:
         scored: [S, 2] int64 (row, column), sorted by row: a row's own texts that have a teacher's score. The
             contrastive loss does not read them (`auxiliary_losses.score_distillation`).
         teacher_scores: [S] fp32.
+        teacher_queries: [B, E] fp32, a teacher's vectors of the rows, for
+            `auxiliary_losses.candidate_distillation`.
+        teacher_documents: [M, E] fp32, of the columns.
     """
 
     positives: torch.Tensor
@@ -61,6 +64,8 @@ class Candidates:
     weights: torch.Tensor | None = None
     scored: torch.Tensor | None = None
     teacher_scores: torch.Tensor | None = None
+    teacher_queries: torch.Tensor | None = None
+    teacher_documents: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Candidates":
         """The same on a device."""
@@ -92,6 +97,8 @@ class Candidates:
             None if self.weights is None else self.weights[of_rows],
             scored,
             None if self.teacher_scores is None else self.teacher_scores[places],
+            None if self.teacher_queries is None else self.teacher_queries[of_rows],
+            None if self.teacher_documents is None else self.teacher_documents[of_columns],
         )
 
     def check(self, num_rows: int, num_columns: int) -> None:

@@ -123,7 +123,11 @@ class TrainPart:
         None, "drop negatives above this share of the lowest positive, such as 0.95 (default: none)", 0, 1
     )
     both_directions: bool = _key(False, "also find the query of each document")
-    distillation: float = _key(0.0, "weight of a teacher's pos_scores and neg_scores beside the loss", 0, 1e6)
+    distillation: float = _key(0.0, "weight of a teacher's scores of the candidates beside the loss", 0, 1e6)
+    teacher: str | None = _key(
+        None,
+        "a folder of nvembed-fast teach: its cosines are the teacher's scores (default: those of the rows)",
+    )
     teacher_temperature: float = _key(1.0, "the teacher's scores are divided by it", above=0, high=1e6)
 
 
@@ -152,7 +156,12 @@ class LogPart:
     trackio: bool = _key(False, "a run of trackio")
 
 
-_PATHS: tuple[tuple[list[str], str], ...] = (([], "output"), (["model"], "start"), (["data"], "file"))
+_PATHS: tuple[tuple[list[str], str], ...] = (
+    ([], "output"),
+    (["model"], "start"),
+    (["train"], "teacher"),
+    (["data"], "file"),
+)
 _TABLES: Mapping[str, Any] = MappingProxyType({"model": ModelPart, "train": TrainPart, "log": LogPart})
 
 

@@ -35,10 +35,10 @@ from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.tokenization import TextTokenizer
 from nvembed_fast.training import checkpoints
-from nvembed_fast.training.auxiliary_losses import score_distillation
+from nvembed_fast.training.auxiliary_losses import candidate_distillation, score_distillation
 from nvembed_fast.training.batch import Batches, DataSet, TrainingBatch, open_sets
 from nvembed_fast.training.checkpoints import State
-from nvembed_fast.training.gather import gathered_loss, rank_share
+from nvembed_fast.training.gather import gathered_distillation, gathered_loss, rank_share
 from nvembed_fast.training.grad_cache import cached_step, direct_step
 from nvembed_fast.training.loss import Candidates, LossResult, contrastive_loss
 from nvembed_fast.training.mix import seed_of
@@ -46,6 +46,7 @@ from nvembed_fast.training.ranks import Ranks, joined, spread
 from nvembed_fast.training.recipe import Recipe, RecipeError, TrainPart
 from nvembed_fast.training.run_log import RunLog, memory_gb
 from nvembed_fast.training.start import export, load_network, start_directory, trained, weights_name
+from nvembed_fast.training.teacher_vectors import TeacherVectors
 
 __all__ = ["Diverged", "Evaluate", "Stopped", "train"]
 
@@ -97,10 +98,11 @@ def train(
         if part.batch < ranks.size:
             raise RecipeError(f"train.batch is {part.batch}, fewer rows than the {ranks.size} ranks")
         sets = open_sets(recipe.data)
+        teacher = _teacher(part)
         if ranks.is_first and checkpoints.newest(output) is None:
             _check_new(output)
             for data in sets:
-                data.check(needs_scores=part.distillation > 0)
+                data.check(needs_scores=_needs_scores(part), teacher=teacher)
         with _alone(output, ranks):
             if not ranks.is_first:
                 ranks.wait()
@@ -109,7 +111,7 @@ def train(
                 ranks.wait()
             path = checkpoints.newest(output)
             sets = sets if path is None else _named(sets, checkpoints.identity_of(path))
-            run = _Run(recipe, ranks, sets, start, say)
+            run = _Run(recipe, ranks, sets, teacher, start, say)
             if part.warmup > part.steps:
                 say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
             state = State(0, run.batches.start())
@@ -142,6 +144,7 @@ class _Run:
         recipe: Recipe,
         ranks: Ranks,
         sets: Sequence[DataSet],
+        teacher: TeacherVectors | None,
         directory: Path,
         say: Callable[[str], None],
     ):
@@ -157,13 +160,16 @@ class _Run:
             is_one_set=recipe.train.batches == "one_set",
             rank=ranks.rank,
             num_ranks=ranks.size,
-            needs_scores=recipe.train.distillation > 0,
+            needs_scores=_needs_scores(recipe.train),
+            teacher=teacher,
         )
         self.network = load_network(directory, recipe, ranks.device)
         self.model = spread(self.network, ranks, recipe.train.sharding)
         self.parameters = trained(self.network)  # behind `spread`, which may replace them
         self.optimizer = _adamw(self.parameters, recipe.train)
         contents = {_CONTENT + name: digest for name, digest in self.batches.fingerprints.items()}
+        if teacher is not None:
+            contents["the teacher's vectors"] = teacher.fingerprint
         self.identity = recipe.flat() | {"model.weights": weights_name(directory)} | contents
 
     def loop(
@@ -255,13 +261,17 @@ class _Run:
         def loss_of(vectors: torch.Tensor) -> LossResult:
             queries, documents = vectors.tensor_split([batch.num_queries])
             result = gathered_loss(queries, documents, batch.candidates, **options)
-            return _distilled(result, queries, documents, batch.candidates, part, share)
+            return _distilled(
+                result, queries, documents, batch.candidates, part, share, gathered_distillation
+            )
 
         def own_loss_of(vectors: torch.Tensor, some: TrainingBatch) -> LossResult:
             queries, documents = vectors.tensor_split([some.num_queries])
             result = contrastive_loss(queries, documents, some.candidates, **options)
             result = dataclasses.replace(result, loss=result.loss * share)
-            return _distilled(result, queries, documents, some.candidates, part, share)
+            return _distilled(
+                result, queries, documents, some.candidates, part, share, candidate_distillation
+            )
 
         chunks: dict[str, Any] = {"max_tokens": part.max_tokens, "seed": seed}
         with _autocast(ranks.device, part):
@@ -290,6 +300,18 @@ def _named(sets: list[DataSet], identity: Mapping[str, Any]) -> list[DataSet]:
     return [dataclasses.replace(data, name=name) for data, name in zip(sets, was, strict=True)]
 
 
+def _teacher(part: TrainPart) -> TeacherVectors | None:
+    if part.teacher is None:
+        return None
+    if not part.distillation:
+        raise RecipeError("train.teacher is set, but train.distillation is 0: give it a weight, such as 1.0")
+    return TeacherVectors(Path(part.teacher))
+
+
+def _needs_scores(part: TrainPart) -> bool:
+    return part.distillation > 0 and part.teacher is None
+
+
 def _distilled(
     result: LossResult,
     queries: torch.Tensor,
@@ -297,18 +319,20 @@ def _distilled(
     candidates: Candidates,
     part: TrainPart,
     share: float,
+    of_candidates: Callable[..., torch.Tensor],
 ) -> LossResult:
-    """The loss with the teacher's term, where the recipe asks for it. Every row has scores then."""
-    if candidates.scored is None or candidates.teacher_scores is None:
+    """The loss with the teacher's term, where the recipe asks for it."""
+    temperatures: dict[str, Any] = {
+        "temperature": part.temperature,
+        "teacher_temperature": part.teacher_temperature,
+    }
+    if candidates.teacher_queries is not None:
+        term = of_candidates(queries, documents, candidates, **temperatures)
+    elif candidates.scored is not None and candidates.teacher_scores is not None:
+        scored = candidates.scored, candidates.teacher_scores
+        term = score_distillation(queries, documents, *scored, **temperatures)
+    else:
         return result
-    term = score_distillation(
-        queries,
-        documents,
-        candidates.scored,
-        candidates.teacher_scores,
-        temperature=part.temperature,
-        teacher_temperature=part.teacher_temperature,
-    )
     found = term.detach()
     metrics = result.metrics | {
         "loss": result.metrics["loss"] + part.distillation * found,

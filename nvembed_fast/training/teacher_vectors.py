@@ -1,0 +1,86 @@
+"""Vectors of a teacher, found by the text that they are of.
+
+A folder holds, for queries and for documents, `<side>.keys.npy` and `<side>.vectors.npy`. Row i of the
+vectors is of the text whose id (`batch.text_id`) is key i, and the keys ascend. So one folder serves every
+data set, and a lookup reads single rows of a memory map. `curation.teaching` writes such folders.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+__all__ = ["SIDES", "Side", "TeacherVectors", "names"]
+
+Side = Literal["queries", "documents"]
+SIDES: tuple[Side, ...] = ("queries", "documents")
+
+
+def names(side: Side) -> tuple[str, str]:
+    """The files of a side: its keys and its vectors."""
+    return f"{side}.keys.npy", f"{side}.vectors.npy"
+
+
+class TeacherVectors:
+    """The vectors of a folder.
+
+    Args:
+        directory: see above.
+
+    Attributes:
+        width: of a vector.
+        fingerprint: 32 hexadecimal digits of all files.
+
+    Raises:
+        ValueError: a file is missing, or the files do not belong together.
+    """
+
+    def __init__(self, directory: Path):
+        self._directory = directory
+        digest = hashlib.blake2b(digest_size=16)
+        self._keys: dict[Side, np.ndarray] = {}
+        self._vectors: dict[Side, np.ndarray] = {}
+        for side in SIDES:
+            arrays = []
+            for name in names(side):
+                try:
+                    with open(directory / name, "rb") as file:
+                        digest.update(hashlib.file_digest(file, "blake2b").digest())
+                    arrays.append(np.load(directory / name, mmap_mode="r"))
+                except FileNotFoundError:
+                    raise ValueError(
+                        f"{directory} has no {name}: make the folder with nvembed-fast teach"
+                    ) from None
+            keys, vectors = self._keys[side], self._vectors[side] = arrays[0], arrays[1]
+            if keys.dtype != np.int64 or keys.ndim != 1 or vectors.ndim != 2 or len(keys) != len(vectors):
+                got = f"{list(keys.shape)} {keys.dtype} and {list(vectors.shape)}"
+                raise ValueError(f"{directory}: {side} need keys [N] int64 and vectors [N, D], got {got}")
+        self.width = self._vectors["queries"].shape[1]
+        if self._vectors["documents"].shape[1] != self.width:
+            raise ValueError(f"{directory}: vectors of queries and of documents have different widths")
+        self.fingerprint = digest.hexdigest()
+
+    def __call__(self, side: Side, ids: Sequence[int], texts: Sequence[str]) -> torch.Tensor:
+        """[N, width] fp32.
+
+        Args:
+            side: as what the teacher has read the texts.
+            ids: of N texts, by `batch.text_id`.
+            texts: for the message.
+
+        Raises:
+            ValueError: the folder lacks one. The message shows it.
+        """
+        wanted, keys = np.asarray(ids, dtype=np.int64), self._keys[side]
+        places = np.searchsorted(keys, wanted)
+        found = keys[np.minimum(places, len(keys) - 1)] == wanted if len(keys) else np.zeros(len(ids), bool)
+        if not found.all():
+            text = texts[int(found.argmin())]
+            raise ValueError(
+                f"{self._directory} lacks the vector of {text!r:.80} among its {side}: run nvembed-fast "
+                "teach on all files of the recipe"
+            )
+        return torch.from_numpy(self._vectors[side][places].astype(np.float32))
