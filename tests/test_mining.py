@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nvembed_fast import cli
 from nvembed_fast.cli import mine
@@ -19,6 +20,7 @@ from nvembed_fast.curation.mining import Entry, Mining, Rule, Texts, choose
 from nvembed_fast.curation.teachers import Bm25, Dense
 from nvembed_fast.texts import text_id
 from nvembed_fast.training.rows import open_rows
+from nvembed_fast.training.teacher_vectors import TeacherVectors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -289,6 +291,24 @@ def test_rows_keep_what_they_have_and_get_negatives_with_scores(encoder, rows, t
     assert sum(len(row["neg"]) for row in after) > 60
     assert open_rows(tmp_path / "out.jsonl").row(0).negative_scores
     assert "candidates of" in error and "rows have fewer than 3 negatives, and" in error
+
+
+def test_the_vectors_stay_for_a_recipe(encoder, rows, tmp_path, capsys):
+    run(capsys, rows, "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / "t")
+    teacher = TeacherVectors(tmp_path / "t")
+    found = records(tmp_path / "out.jsonl")
+    for record in found[:5]:
+        texts = [*record["pos"], *record["neg"]]
+        query = teacher("queries", [text_id(record["query"])], [record["query"]])
+        scores = teacher("documents", [text_id(text) for text in texts], texts) @ query[0]
+        wanted = torch.tensor([*record["pos_scores"], *record["neg_scores"]])
+        torch.testing.assert_close(scores, wanted, rtol=0, atol=2e-3)  # kept in fp16
+
+
+def test_bm25_alone_has_no_vectors_to_keep(rows, tmp_path, capsys):
+    words = ["-o", str(tmp_path / "out.jsonl"), "--teacher", "bm25", "--vectors", str(tmp_path / "t")]
+    assert cli.main(["mine", str(rows), *words]) == 1
+    assert "bm25 has none" in capsys.readouterr().err and not (tmp_path / "t").exists()
 
 
 def test_another_rule_takes_the_same_vectors(encoder, rows, tmp_path, capsys):

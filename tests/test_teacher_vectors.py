@@ -5,7 +5,7 @@ import pytest
 import torch
 from training_runs import losses, recipe_of, write_pairs, write_start
 
-from nvembed_fast.training.batch import text_id
+from nvembed_fast.texts import text_id
 from nvembed_fast.training.recipe import RecipeError
 from nvembed_fast.training.rows import open_rows
 from nvembed_fast.training.run_log import read_metrics
@@ -52,7 +52,7 @@ def test_a_vector_is_found_by_its_text_and_side(tmp_path, dtype):
 def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
     folder = tmp_path / "t"
     write_folder(folder, {"queries": ["a"], "documents": ["b"]})
-    with pytest.raises(ValueError, match=r"lacks the vector of 'zz' among its documents: .*teach"):
+    with pytest.raises(ValueError, match=r"lacks the vector of 'zz' among its documents: .*mine --vectors"):
         TeacherVectors(folder)("documents", [text_id("b"), text_id("zz")], ["b", "zz"])
     write_folder(folder, {"queries": ["a"], "documents": []})
     with pytest.raises(ValueError, match="lacks the vector of 'b'"):
@@ -64,7 +64,7 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match="different widths"):
         TeacherVectors(folder)
     (folder / "documents.keys.npy").unlink()
-    with pytest.raises(ValueError, match=r"has no documents\.keys\.npy: .*nvembed-fast teach"):
+    with pytest.raises(ValueError, match=r"has no documents\.keys\.npy: .*nvembed-fast mine --vectors"):
         TeacherVectors(folder)
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from nvembed_fast.curation.mining import Choice, Entry, Mining, Texts
-    from nvembed_fast.curation.teachers import Encoder, Teacher
+    from nvembed_fast.curation.teachers import Dense, Encoder, Teacher
     from nvembed_fast.training.rows import Rows
 
 SUMMARY = "Find hard negatives for rows of training data, with their teacher's scores."
@@ -81,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--random", action="store_true", help="draw from the range, not its nearest ones")
     parser.add_argument("--seed", type=int, default=0, help="of --random (default: 0)")
+    parser.add_argument(
+        "--vectors",
+        type=options.path,
+        metavar="DIR",
+        help="keep the vectors of the first teacher but bm25 there, for train.teacher of a recipe",
+    )
     parser.add_argument(
         "--suspects",
         type=options.path,
@@ -155,6 +161,8 @@ def run(arguments: argparse.Namespace) -> None:
             names.append(made_by)
             teachers.append(teacher)
         choice = _chosen(texts, teachers, names, mining, folder)
+        if arguments.vectors is not None:
+            _write_vectors(arguments.vectors, texts, _dense(teachers))
         _write(arguments, texts, rows, teachers, choice)
 
 
@@ -207,6 +215,10 @@ def _check_output(arguments: argparse.Namespace) -> None:
         if path is not None and not path.resolve().parent.is_dir():
             raise FileNotFoundError(f"the directory of --{name} does not exist: {path.resolve().parent}")
         taken += [] if path is None else [path.resolve()]
+    if arguments.vectors is not None:
+        if set(arguments.teacher) == {"bm25"}:
+            raise ValueError("--vectors keeps those of a model, and bm25 has none: name another teacher, too")
+        arguments.vectors.mkdir(parents=True, exist_ok=True)
 
 
 def _judged(file: Path | None) -> dict[int, list[str]]:
@@ -388,6 +400,35 @@ def _name(*parts: str | bytes) -> str:
     return digest.hexdigest()
 
 
+def _dense(teachers: "list[Teacher]") -> "Dense | None":
+    from nvembed_fast.curation.teachers import Dense
+
+    return next((teacher for teacher in teachers if isinstance(teacher, Dense)), None)
+
+
+def _write_vectors(directory: Path, texts: "Texts", teacher: "Dense | None") -> None:
+    import numpy as np
+
+    from nvembed_fast.training.teacher_vectors import Side, names
+
+    assert teacher is not None  # by _check_output
+    sides: dict[Side, tuple[np.ndarray, np.ndarray]] = {
+        "queries": (texts.query_ids, teacher.queries),
+        "documents": (texts.document_ids, teacher.documents),
+    }
+    for side, (ids, vectors) in sides.items():
+        keys, first = np.unique(ids, return_index=True)
+        of_keys, of_vectors = (directory / name for name in names(side))
+        with files.replacing(of_keys) as part, open(part, "wb") as file:
+            np.save(file, keys)
+        with files.replacing(of_vectors) as part:
+            shape = (len(keys), vectors.shape[1])
+            written = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+            for start in range(0, len(keys), _CHUNK):
+                written[start : start + _CHUNK] = vectors[first[start : start + _CHUNK]]
+            written.flush()
+
+
 def _write(
     arguments: argparse.Namespace,
     texts: "Texts",
@@ -398,9 +439,7 @@ def _write(
     """Write the rows and the suspects, and tell what happened."""
     import numpy as np
 
-    from nvembed_fast.curation.teachers import Dense
-
-    dense = next((teacher for teacher in teachers if isinstance(teacher, Dense)), None)
+    dense = _dense(teachers)
     num_negatives = num_fewer = num_without = num_replaced = num_suspects = 0
     with (
         _aside(arguments.suspects) as suspects,

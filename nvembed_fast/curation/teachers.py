@@ -140,12 +140,12 @@ class Dense:
     """
 
     def __init__(self, queries: np.ndarray, documents: np.ndarray, num_candidates: int, device: str = "cpu"):
-        self._queries, self._documents, self._device = queries, documents, device
+        self.queries, self.documents, self._device = queries, documents, device
         self._candidates = torch.from_numpy(documents[:num_candidates])
 
     def best(self, rows: Rows, k: int, ceilings: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         numbers = np.asarray(rows)
-        queries = torch.from_numpy(self._queries[numbers]).to(self._device)
+        queries = torch.from_numpy(self.queries[numbers]).to(self._device)
         limits = None if ceilings is None else torch.from_numpy(ceilings)
         scores, found = topk(queries, self._candidates, min(k, len(self._candidates)), limits)
         return scores.cpu().numpy(), found.cpu().numpy()
@@ -154,7 +154,7 @@ class Dense:
         found = np.empty(len(rows), dtype=np.float32)
         for start in range(0, len(rows), 1024):
             part = slice(start, start + 1024)
-            products = self._queries[rows[part]] * self._documents[documents[part]]
+            products = self.queries[rows[part]] * self.documents[documents[part]]
             found[part] = products.sum(axis=1, dtype=np.float32)
         return found
 

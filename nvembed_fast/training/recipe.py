@@ -126,7 +126,7 @@ class TrainPart:
     distillation: float = _key(0.0, "weight of a teacher's scores of the candidates beside the loss", 0, 1e6)
     teacher: str | None = _key(
         None,
-        "a folder of nvembed-fast teach: its cosines are the teacher's scores (default: those of the rows)",
+        "a folder of nvembed-fast mine --vectors, for scores of all candidates (default: the rows')",
     )
     teacher_temperature: float = _key(1.0, "the teacher's scores are divided by it", above=0, high=1e6)
 

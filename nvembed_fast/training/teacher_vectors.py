@@ -1,8 +1,8 @@
 """Vectors of a teacher, found by the text that they are of.
 
 A folder holds, for queries and for documents, `<side>.keys.npy` and `<side>.vectors.npy`. Row i of the
-vectors is of the text whose id (`batch.text_id`) is key i, and the keys ascend. So one folder serves every
-data set, and a lookup reads single rows of a memory map. `curation.teaching` writes such folders.
+vectors is of the text whose id (`texts.text_id`) is key i, and the keys ascend. So one folder serves every
+data set, and a lookup reads single rows of a memory map. `nvembed-fast mine --vectors` writes such folders.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class TeacherVectors:
                     arrays.append(np.load(directory / name, mmap_mode="r"))
                 except FileNotFoundError:
                     raise ValueError(
-                        f"{directory} has no {name}: make the folder with nvembed-fast teach"
+                        f"{directory} has no {name}: make the folder with nvembed-fast mine --vectors"
                     ) from None
             keys, vectors = self._keys[side], self._vectors[side] = arrays[0], arrays[1]
             if keys.dtype != np.int64 or keys.ndim != 1 or vectors.ndim != 2 or len(keys) != len(vectors):
@@ -68,7 +68,7 @@ class TeacherVectors:
 
         Args:
             side: as what the teacher has read the texts.
-            ids: of N texts, by `batch.text_id`.
+            ids: of N texts, by `texts.text_id`.
             texts: for the message.
 
         Raises:
@@ -81,6 +81,6 @@ class TeacherVectors:
             text = texts[int(found.argmin())]
             raise ValueError(
                 f"{self._directory} lacks the vector of {text!r:.80} among its {side}: run nvembed-fast "
-                "teach on all files of the recipe"
+                "mine --vectors on all files of the recipe"
             )
         return torch.from_numpy(self._vectors[side][places].astype(np.float32))
