@@ -153,6 +153,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "training.ranks": {"torch"},
     "training.run_log": {"matplotlib", "numpy", "torch", "tqdm"},
     "training.start": {"torch"},
+    "training.teacher_vectors": {"numpy", "torch"},
     "training.trainer": {"torch"},
     "training.rows": {"pyarrow"},
 }
