@@ -1,6 +1,8 @@
 """The processes of a run: one alone, or those that torchrun has started. And the model spread over them."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ __all__ = ["Ranks", "joined", "spread"]
 
 # the others wait while the first rank reads all rows or writes a model. torchrun ends them if it dies
 _PATIENCE = timedelta(hours=3)
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
     place = check_device(device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
+    else:
+        _give_memory_back()
     # another one may have joined them, such as a test
     starts = size > 1 and not dist.is_initialized()
     if starts:
@@ -73,6 +78,16 @@ def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
     finally:
         if starts:
             dist.destroy_process_group()
+
+
+def _give_memory_back() -> None:
+    """Let glibc give the memory of every large tensor back to the system.
+
+    Of itself it keeps more and more of them, up to 32 MB each. Batches of ever new sizes then leave holes: a
+    run of 6 layers on a CPU had 16 GB after 150 steps, and has 4 GB now.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 2**20)
 
 
 def spread(network: NVEmbedModel, ranks: Ranks, sharding: str) -> nn.Module:
