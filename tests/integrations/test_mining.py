@@ -1,0 +1,86 @@
+"""nvembed-fast mine with the libraries of its teachers: sentence-transformers, our own model, and BM25."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tiny_decoders import write_mistral
+
+from nvembed_fast import NVEmbed, cli
+from nvembed_fast.integrations.sentence_transformers import load_foreign
+
+TEXTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A tiny model with mean pooling, as sentence-transformers saves it."""
+    folder = tmp_path_factory.mktemp("foreign")
+    write_mistral(folder / "bare")
+    (folder / "bare" / "tokenizer_config.json").write_text('{"eos_token": "</s>", "pad_token": "</s>"}')
+    words = Transformer(str(folder / "bare"))
+    model = SentenceTransformer(modules=[words, Pooling(words.get_embedding_dimension())], device="cpu")
+    model.save(str(folder / "saved"))
+    return folder / "saved"
+
+
+@pytest.fixture
+def rows(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"query": f"w{i}", "pos": [text]}) + "\n" for i, text in enumerate(TEXTS))
+    )
+    return file
+
+
+def mined(rows, tmp_path, *teachers) -> list[dict]:
+    out = tmp_path / "out.jsonl"
+    names = [word for teacher in teachers for word in ("--teacher", str(teacher))]
+    assert cli.main(["mine", str(rows), "-o", str(out), "--device", "cpu", "--rule", "none", *names]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_a_model_of_sentence_transformers(foreign, rows, tmp_path):
+    found = mined(rows, tmp_path, foreign)
+    model = load_foreign(foreign, device="cpu")
+    for row in found:
+        vectors = model.encode([row["query"], *row["pos"], *row["neg"]], normalize_embeddings=True)
+        assert np.allclose(vectors[1:] @ vectors[0], row["pos_scores"] + row["neg_scores"], atol=1e-5)
+        assert len(row["neg"]) == 7 and row["neg_scores"] == sorted(row["neg_scores"], reverse=True)
+
+
+def test_a_model_of_this_package_with_a_task(tiny_directory, rows, tmp_path):
+    out = tmp_path / "out.jsonl"
+    arguments = ["mine", str(rows), "-o", str(out), "--device", "cpu", "--task", "find"]
+    assert cli.main([*arguments, "--teacher", str(tiny_directory)]) == 0
+    row = json.loads(out.read_text().splitlines()[0])
+    model = NVEmbed.from_pretrained(tiny_directory, device="cpu")
+    query = model.encode([row["query"]], "Instruct: find\nQuery: ", output="numpy")
+    assert np.allclose(model.encode(row["pos"], output="numpy") @ query[0], row["pos_scores"], atol=1e-5)
+
+
+def test_bm25_alone_writes_no_scores(rows, tmp_path, capsys):
+    found = mined(rows, tmp_path, "bm25")
+    assert "no scores were written" in capsys.readouterr().err
+    assert all("neg_scores" not in row for row in found)
+    assert {*found[5]["neg"]} == {"w3 w4 w5", "w4 w5 w6"}  # all others with the query's word
+
+
+def test_bm25_and_vectors_share_the_negatives(foreign, rows, tmp_path):
+    alone = mined(rows, tmp_path, "bm25")
+    shutil.rmtree(tmp_path / "out.jsonl.mining")
+    found = mined(rows, tmp_path, "bm25", foreign)
+    for row, one in zip(found, alone, strict=True):
+        assert row["neg"][: len(one["neg"])] == one["neg"] and len(row["neg"]) == len(one["neg"]) + 3
+        assert len(row["neg_scores"]) == len(row["neg"])
+
+
+def test_what_is_no_model_is_named(rows, tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "unheard of"}')
+    arguments = ["mine", str(rows), "-o", str(tmp_path / "out.jsonl"), "--teacher", str(tmp_path / "model")]
+    assert cli.main(arguments) == 1
+    assert "is no model of sentence-transformers" in capsys.readouterr().err
