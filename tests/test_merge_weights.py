@@ -70,6 +70,45 @@ def test_every_tensor_is_the_average(models, weights, tmp_path):
     assert (one.encode(["a text"]) - average.encode(["a text"])).abs().max() > 1e-4
 
 
+def test_slerp_goes_along_the_arc(models, tmp_path):
+    stored = [tensors_of(directory) for directory in models[:2]]
+    bent = stored[0]["embedding_model.norm.weight"].flip(0)
+    flat = torch.zeros_like(stored[0][LATENTS])
+    edit_weights(models[1], **{"embedding_model.norm.weight": bent, LATENTS: flat})
+    stored[1] = tensors_of(models[1])
+    merge_weights(models[:2], tmp_path / "out", weights=[1, 3], method="slerp", dtype="float32")
+    for name, value in tensors_of(tmp_path / "out").items():
+        a, b = (tensors[name].double().flatten() for tensors in stored)
+        if name == LATENTS:  # no arc from zero
+            wanted = 0.25 * a
+        else:
+            angle = torch.arccos(a @ b / (a.norm() * b.norm()))
+            wanted = ((0.25 * angle).sin() * a + (0.75 * angle).sin() * b) / angle.sin()
+        torch.testing.assert_close(value.double().flatten(), wanted, rtol=1e-5, atol=1e-6, msg=name)
+    got = tensors_of(tmp_path / "out")["embedding_model.norm.weight"]
+    assert abs(got.norm() / bent.norm() - 1) < 1e-5, "its length is that of both"
+    command = [
+        "merge",
+        *map(str, models[:2]),
+        "-o",
+        str(tmp_path / "again"),
+        "--method",
+        "slerp",
+        "--weights",
+    ]
+    assert main([*command, "1", "3", "--dtype", "float32"]) == 0
+    assert torch.equal(tensors_of(tmp_path / "again")["embedding_model.norm.weight"], got)
+    same = {name: value for name, value in stored[0].items()}
+    edit_weights(models[1], **same)
+    merge_weights(models[:2], tmp_path / "same", method="slerp", dtype="float32")
+    assert all(torch.equal(value, same[name]) for name, value in tensors_of(tmp_path / "same").items())
+    for count, weights in ((3, None), (2, [3, -1])):
+        with pytest.raises(ValueError, match="slerp takes two models and shares from 0 on, got"):
+            merge_weights(models[:count], tmp_path / "no", method="slerp", weights=weights)
+    with pytest.raises(ValueError, match="method must be one of average, slerp, got 'ties'"):
+        merge_weights(models, tmp_path / "no", method="ties")
+
+
 def test_a_model_with_itself_is_itself_and_keeps_its_dtype(tiny_directory, tmp_path):
     merge_weights([tiny_directory, tiny_directory], tmp_path / "out")
     got, wanted = tensors_of(tmp_path / "out"), tensors_of(tiny_directory)
