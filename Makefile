@@ -6,13 +6,14 @@ JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
 
-.PHONY: help venv demo test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
+.PHONY: help venv demo data test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
 .PHONY: train-demo test-cpus test-long test-integrations mutate-integrations
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
 	@echo "make demo      answer questions about Python with its own docs, by the small model of this package"
 	@echo "make train-demo  train such a model: from text to scores; RECIPE=demo: the shipped one's; ARGS=--four-rows"
+	@echo "make data      training text out of packages into data/; goes on where it stopped; ARGS=--debian: more of it"
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
 	@echo "make test-long what make test leaves to the end of a piece of work: full lengths, many repetitions"
 	@echo "make test-integrations  the tests with mteb, peft and the like, in .venv-integrations; ARGS=--long: the long ones"
@@ -36,6 +37,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PY) -m pip install -c constraints.txt -e '.[bench,demo,test,dev]'
 	touch $@
+
+# finished sets stay, and the same call goes on after Ctrl-C
+data: $(STAMP)
+	$(PY) -m nvembed_fast curate -o data $(ARGS)
 
 demo: $(STAMP)
 	$(PY) examples/demo.py

@@ -105,6 +105,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "cli.__init__": set(),
     "cli.check": {"numpy", "torch"},
     "cli.convert": set(),
+    "cli.curate": set(),
     "cli.embedding": {"numpy", "torch"},
     "cli.encode": set(),
     "cli.evaluate": set(),
@@ -125,6 +126,19 @@ FOLDER_FILES: dict[str, set[str]] = {
     "evaluation.scores": {"numpy", "sklearn"},
     "evaluation.tasks": {"pyarrow"},
     "curation.__init__": set(),
+    "curation.cleaning": {"numpy"},
+    "curation.curate": set(),
+    "curation.decontamination": {"numpy"},
+    "curation.dictionaries": set(),
+    "curation.docstrings": set(),
+    "curation.labelled": set(),
+    "curation.passages": set(),
+    "curation.questions": set(),
+    "curation.scripture": set(),
+    "curation.sections": set(),
+    "curation.services": {"yaml"},
+    "curation.sources": set(),
+    "curation.text": set(),
     "curation.mining": {"numpy"},
     "curation.public": set(),
     "curation.teachers": {"numpy", "torch"},
@@ -158,7 +172,11 @@ FOLDER_FILES: dict[str, set[str]] = {
     "training.rows": {"pyarrow"},
 }
 # a file that may import more than its room
-BEYOND = {"curation.decontamination": {"evaluation.tasks"}, "evaluation.ablation": {"curation", "training"}}
+BEYOND = {
+    "curation.decontamination": {"evaluation.docstrings", "evaluation.tasks"},
+    "curation.scripture": {"evaluation.tasks"},
+    "evaluation.ablation": {"curation", "training"},
+}
 LATE_IMPORTS = {"gguf", "pyarrow", "transformers", "triton"}  # in nvembed_fast/, inside a function only
 
 

