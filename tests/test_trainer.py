@@ -18,6 +18,7 @@ from training_runs import COMMAND, losses, recipe_of, weights, write_pairs, writ
 from two_ranks import run_on_two_ranks
 
 from nvembed_fast import NVEmbed
+from nvembed_fast.checkpoint import demo
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.training import ranks, trainer
 from nvembed_fast.training.recipe import Recipe, RecipeError
@@ -262,10 +263,11 @@ def test_a_teachers_scores_pull_whatever_the_chunks(folder, start, in_batch):
         train(recipe_of(folder, start, "bad", **settings))
 
 
-def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, tmp_path):
+def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, monkeypatch):
     raw = recipe_of(folder, start, steps=1).to_dict()
     decoder = start.parent / "decoder"
-    raw["model"] = {"start": str(decoder), "layers": 2, "pooling_head": "mean"}
+    monkeypatch.setattr(demo, "decoder", lambda: decoder)
+    raw["model"] = {"start": "smollm2", "layers": 2, "pooling_head": "mean"}
     train(Recipe.from_dict(raw))
     config = NVEmbedConfig.from_file(folder / "out" / "config.json")
     assert config.pooling_head == "mean" and config.text_config.num_hidden_layers == 2

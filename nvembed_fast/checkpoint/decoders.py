@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 
 from nvembed_fast import files
+from nvembed_fast.checkpoint import demo
 from nvembed_fast.checkpoint.gguf import GGUFFile
 from nvembed_fast.checkpoint.hub import resolve
 from nvembed_fast.checkpoint.load import check_tensors, load_weights, stored_tensors
@@ -26,7 +27,9 @@ from nvembed_fast.files import brief
 from nvembed_fast.placement import check_dtype
 from nvembed_fast.tokenization import TextTokenizer
 
-__all__ = ["Decoder", "open_decoder"]
+__all__ = ["Decoder", "named", "open_decoder"]
+
+SMOLLM2 = "smollm2"
 
 _IGNORED = re.compile(HARMLESS.pattern + r"|lm_head\.weight")
 
@@ -53,8 +56,23 @@ class Decoder(Protocol):
         ...
 
 
+def named(source: str | os.PathLike) -> str | os.PathLike:
+    """The file of SmolLM2-135M for the name "smollm2", fetched once (98 MB). Another source as it is.
+
+    Raises:
+        OSError: it cannot be fetched. The message says how to get it.
+    """
+    if source != SMOLLM2 or Path(SMOLLM2).exists():
+        return source
+    try:
+        return demo.decoder()
+    except RuntimeError as error:
+        raise OSError(str(error)) from error
+
+
 def open_decoder(source: str | os.PathLike) -> Decoder:
-    """Open a Hugging Face directory, a hub id or a GGUF file, and check all but the weights' values."""
+    """Open a directory, a hub id, a GGUF file or a name, and check all but the weights' values."""
+    source = named(source)
     path = Path(os.path.expanduser(source))
     is_file = not path.is_dir() and files.is_file(path)
     if path.suffix == ".gguf" and not is_file:

@@ -11,7 +11,7 @@ SUMMARY = "Start a model from a Mistral or Llama decoder, with a fresh pooling h
 EXAMPLES = """\
 examples:
   nvembed-fast init ./Mistral-7B-v0.1 -o ./my-model
-  nvembed-fast init SmolLM2-135M-Instruct.Q4_1.gguf -o ./small-model --num-latents 256"""
+  nvembed-fast init smollm2 -o ./small-model --num-latents 256"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

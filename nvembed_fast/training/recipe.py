@@ -81,7 +81,7 @@ def _required(example: Any, meaning: str) -> Any:
 class ModelPart:
     """`[model]`: what the training starts from."""
 
-    start: str = _required("path/to/model", "a model directory, a hub id, or a decoder to put a head on")
+    start: str = _required("path/to/model", "a model directory, a hub id, or a decoder, such as smollm2")
     layers: int | None = _key(None, "its first layers alone (default: all)", 1, 1024)
     pooling_head: PoolingHeadName | None = _key(
         None, "latent, mean, eos or self_attention (default: a model's own, and latent on a decoder)"

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from nvembed_fast import checkpoint, files, fingerprint, ops
+from nvembed_fast.checkpoint import decoders
 from nvembed_fast.checkpoint.names import CONFIG_FILE
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
@@ -40,7 +41,7 @@ def start_directory(recipe: Recipe) -> Path:
     if (files.current(made) / CONFIG_FILE).is_file():
         _check_made(made, recipe)
         return made
-    start, part = recipe.model.start, recipe.model
+    start, part = str(decoders.named(recipe.model.start)), recipe.model
     source = None if Path(start).is_file() else checkpoint.resolve(start)
     if source is None or files.read_json(source / CONFIG_FILE).get("model_type") != "nvembed":
         _note_made(made, recipe)
