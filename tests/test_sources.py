@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -80,6 +81,19 @@ def test_a_sentence_becomes_a_question_in_other_words():
     asked = asked.removeprefix(start).removesuffix(end)
     assert any(asked.startswith(verb) for verb in VERBS["remove"])
     assert asked.endswith(("the directory at the given path", f"the {SAME['directory']} at the given path"))
+
+
+def test_a_particle_keeps_its_verb():
+    for sentence in ("Make sure that the file is there.", "Set up the logging of a program."):
+        first, second, *_ = sentence.lower().split()
+        assert f"{first} {second} th" in question(sentence)
+
+
+def test_an_article_fits_its_word():
+    """Whatever was drawn. Without a change it fits, too."""
+    for ending in "abcdefgh":
+        asked = question(f"Read an image into an argument of {ending}.")
+        assert not re.search(r"an (picture|parameter)|\ba (image|argument)", asked)
 
 
 def test_whether_is_asked_for():

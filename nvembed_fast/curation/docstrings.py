@@ -22,10 +22,13 @@ __all__ = ["questions", "sources", "summaries"]
 MAX_SOURCE_BYTES = 800_000
 MIN_REST_WORDS = 12
 _SKIPPED = re.compile(
-    r"(^|/)(tests?|testing|_?vendor(ed)?|_?extern(als?)?|thirdparty|benchmarks?|conftest\.py|.*_test\.py|test_[^/]*)(/|$)"
+    r"(^|/)(tests?|testing|_?vendor[^/]*|_?extern(als?)?|thirdparty|benchmarks?|conftest\.py|.*_test\.py|test_[^/]*)(/|$)"
 )
 _SECTION = re.compile(r"^[ \t]*(\w[\w ]*)\n[ \t]*[-=~^]{3,}[ \t]*$", re.M)
 _NO_PROSE = ("Examples", "Example", "References", "See Also", "Methods", "Attributes")
+
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def summaries(archive: Path) -> Iterator[Pair]:
@@ -52,7 +55,7 @@ def sources(archive: Path) -> Iterator[Pair]:
 
 def _documented(
     archive: Path,
-) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef, str, str]]:
+) -> Iterator[tuple[str, Definition, str, str]]:
     """(file, function or class, first sentence, rest) of all documented ones."""
     for name, content in packages.members(archive, "*.py"):
         inside = name.partition("/")[2]
@@ -63,13 +66,21 @@ def _documented(
                 tree = ast.parse(content)
         except (SyntaxError, ValueError, RecursionError):
             continue
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                docstring = ast.get_docstring(node)
-                if docstring and not node.name.startswith("_"):
-                    first, rest = _prose(docstring)
-                    summary, more = first_sentence(first)
-                    yield name, node, summary, f"{more} {rest}".strip()
+        for node in _definitions(tree):
+            docstring = ast.get_docstring(node)
+            if docstring and not node.name.startswith("_"):
+                first, rest = _prose(docstring)
+                summary, more = first_sentence(first)
+                yield name, node, summary, f"{more} {rest}".strip()
+
+
+def _definitions(node: ast.AST) -> Iterator[Definition]:
+    """Functions and classes below a node. Expressions have none, and are most of a file."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
+            if isinstance(child, Definition):
+                yield child
+            yield from _definitions(child)
 
 
 def _prose(docstring: str) -> tuple[str, str]:

@@ -150,7 +150,9 @@ VERBS: dict[str, tuple[str, ...]] = {
     "download": ("fetch", "download"),
     "install": ("set up", "install"),
 }
-# other nouns and adjectives -> words that mean the same
+# they make another verb of the one in front of them, so that one stays: make sure, set up
+PARTICLES = ("sure", "up", "out", "off", "on", "down", "in", "over", "away")
+# nouns and adjectives -> words that mean the same
 SAME: dict[str, str] = {
     "directory": "folder",
     "directories": "folders",
@@ -181,17 +183,10 @@ SAME: dict[str, str] = {
     "equal": "the same",
     "containing": "with",
     "entries": "rows",
-    "random": "arbitrary",
-    "new": "fresh",
-    "object": "thing",
-    "objects": "things",
-    "values": "numbers",
     "associated": "connected",
     "information": "details",
-    "instance": "object",
     "existing": "present",
     "corresponding": "matching",
-    "number": "count",
     "graph": "network",
     "vertices": "nodes",
     "image": "picture",
@@ -214,14 +209,22 @@ def question(sentence: str) -> str | None:
         return None
     verbs = VERBS[verb]
     chosen = verbs[drawn(sentence, "verb") % len(verbs)]
+    if rest_words[0].lower() in PARTICLES:
+        chosen = verb
     if verb in ("return", "check", "test", "determine") and re.match(r"(true|whether|if)\b", rest, re.I):
         chosen = "find out"
         rest_words[0] = "whether"
         if len(rest_words) > 1 and rest_words[1].lower() in ("if", "whether", "iff"):
             del rest_words[1]
-    words = [SAME[word] if word in SAME and drawn(sentence, word) % 2 else word for word in rest_words]
+    words = [chosen]
+    for word in rest_words:
+        if word in SAME and drawn(sentence, word) % 2:
+            word = SAME[word]
+            if words[-1] in ("a", "an"):
+                words[-1] = "an" if word[0] in "aeiou" else "a"
+        words.append(word)
     frame = FRAMES[drawn(sentence, "frame") % len(FRAMES)]
-    return frame.format(" ".join([chosen, *words]))
+    return frame.format(" ".join(words))
 
 
 def _base(word: str) -> str | None:

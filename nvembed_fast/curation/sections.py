@@ -15,7 +15,7 @@ _GENERIC = re.compile(
     r"footnotes|options|details|remarks|background|about|changes?|miscellaneous|misc|other|warnings?|"
     r"attributes|methods|arguments|syntax|contents?|bugs?( ?fixes)?|features|general|limitations|"
     r"backwards?[- ]incompatible.*|deprecat.*|new features.*|what's new.*|contributors?|authors?|todo|"
-    r"pull requests.*|[\d.]+.*|release .*|minor features|api( reference)?|indices.*)"
+    r"pull requests.*|v?\.?[\d.]+.*|release .*|minor features|api( reference)?|indices.*)"
 )
 
 

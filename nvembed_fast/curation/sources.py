@@ -206,7 +206,7 @@ _DOCUMENTED = (
     "scikit-image",
 )
 _NO_DOCUMENTATION = (
-    r"releas|whats_?new|what_s_new|changelog|changes|history|/news|_theme|templates|/tests?/|deprecat|"
+    r"releas|whats?[-_]?(s_)?new|changelog|changes|history|/news|_theme|templates|/tests?/|deprecat|"
     r"licen[cs]e|[.]egg-info|_?vendor"
 )
 
