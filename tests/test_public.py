@@ -9,7 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nvembed_fast.curation import public
+from nvembed_fast.cli import main
+from nvembed_fast.curation import decontamination, public
 from nvembed_fast.curation.public import SETS, build, find, rows_of
 from nvembed_fast.integrations.datasets import open_table
 from nvembed_fast.training.recipe import Recipe
@@ -165,6 +166,35 @@ def test_a_hub_that_is_out_of_reach_is_named_and_leaves_what_is_done(tmp_path, m
     with pytest.raises(OSError, match=r"paq cannot be read from the hub \(ConnectionError: offline\): check"):
         build(tmp_path, ["squad", "paq"], open_table=open_table)
     assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {"manifest.json", "squad.jsonl"}
+
+
+def test_the_command_builds_what_the_hub_has_and_names_what_is_missing(tmp_path, monkeypatch, capsys):
+    made = []
+
+    def built(directory, names, *, is_held_out, **_):
+        made.append((directory, names, is_held_out("out"), is_held_out("in")))
+        return {"sets": {name: {"rows": 2} for name in names}}
+
+    evaluation = SimpleNamespace(missing={"nave": "no package"}, found={"out": {"squad"}, "in": set()}.get)
+    monkeypatch.setattr(public, "build", built)
+    monkeypatch.setattr(decontamination.EvaluationTexts, "load", lambda: evaluation)
+    assert main(["curate", "-o", str(tmp_path), "--public"]) == 0
+    shown = capsys.readouterr()
+    fetched = [data.name for data in SETS if data.form is not None]
+    assert made == [(tmp_path, fetched, True, False)] and len(fetched) == 19
+    assert shown.out == f"{tmp_path}: 38 rows in 19 sets\n" and "not compared with nave" in shown.err
+    assert "hover is missing: The hub has claims with titles alone" in shown.err
+    assert main(["curate", "-o", str(tmp_path), "--public", "--sources", "nq"]) == 0 and made[1][1] == ["nq"]
+    assert main(["curate", "--public", "--list"]) == 0
+    assert "nq: 100,231 rows, retrieval, stage 1 and 2\n" in capsys.readouterr().out
+    for arguments, message in (
+        ([], "-o DIR is missing"),
+        (["-o", "x", "--debian"], "--debian and --public are different sets"),
+        (["-o", "x", "--sources", "squat"], "no public set 'squat': did you mean 'squad'"),
+        (["-o", "x", "--sources", "bioasq"], "bioasq cannot be fetched"),
+    ):
+        assert main(["curate", "--public", *arguments]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", [1, 2])

