@@ -74,7 +74,7 @@ def main() -> None:
         for rank, index in enumerate(row.topk(3).indices.tolist(), start=1):
             mark = "*" if index in right else " "
             print(f" {mark}{rank}. {row[index]:.4f}  {texts[index][:100]}")
-    print("\n* answers the question, as people have said")
+    print("\n* a docstring that answers the question")
     if model.config.is_untrained:
         print("The latent head is fresh, so this ranking is poor, as expected. Training makes it good.")
 

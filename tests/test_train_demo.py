@@ -9,6 +9,7 @@ import torch
 
 from examples import pictures, train_demo
 from nvembed_fast import NVEmbed, cli
+from nvembed_fast.curation.sources import TEXT_SETS
 from nvembed_fast.training.recipe import Recipe
 
 RECIPES = train_demo.ROOT / "recipes"
@@ -48,6 +49,7 @@ def test_the_first_model_mines_the_negatives_of_the_others(name, tmp_path):
         assert int(options["--negatives"]) >= max(
             part.hard_negatives for part in (*second.data, *third.data) if part.file == mined.file
         )
+    assert first.model.start == second.model.start == "smollm2"
     assert third.model.start == second.output and third.output == str(tmp_path / "stage2")
     assert first.train == second.train and first.train.freeze_embeddings and third.train.freeze_embeddings
 
@@ -122,11 +124,17 @@ def test_each_query_has_the_task_of_its_row(tiny_directory, tmp_path):
         assert torch.allclose(found[number], documents @ query, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", train_demo.SCORED)
+def test_the_sets_are_those_of_curate_with_their_instructions(name, tmp_path):
+    for number in (1, 2):
+        for part in Recipe.from_file(RECIPES / f"{name}-stage{number}.toml").data:
+            assert TEXT_SETS[Path(part.file).stem].instruction == part.instruction
+
+
 def test_the_commands_take_these_options(tmp_path):
     """Of each step, by the command's own parser, which ends the process for a wrong one."""
     steps = _steps("demo-short", tmp_path, four_rows=True).values()
     ours = [step.command[3:] for step in steps if step.command[:3] == train_demo.PROGRAM]
-    known = [command for command in ours if command[0] in cli._commands()]
-    assert {"train", "mine", "eval"} <= {command[0] for command in known}
-    for command in known:
+    assert {command[0] for command in ours} == {"curate", "train", "mine", "eval"}
+    for command in ours:
         cli._arguments([*command])
