@@ -447,9 +447,10 @@ def _debtags(cache: Path | None) -> dict:
     vocabulary = packages.debian("debtags", cache).directory / "usr/share/debtags/vocabulary"
     tags = {}
     for stanza in _stanzas(vocabulary):
-        # a name alone, such as French, says little
-        if "Tag" in stanza and "\n " in stanza.get("Description", ""):
-            tags[stanza["Tag"].strip()] = _described(stanza["Description"])
+        # a name alone, such as French, says little, and special tags speak of the tags themselves
+        tag = stanza.get("Tag", "special").strip()
+        if not tag.startswith("special") and "\n " in stanza.get("Description", ""):
+            tags[tag] = _described(stanza["Description"])
     lists = packages.debian_lists(cache)
     long = {
         stanza["Description-md5"]: _described(stanza["Description-en"])
@@ -473,7 +474,7 @@ def _debtags(cache: Path | None) -> dict:
     for *_, package, _, own in chosen.values():
         for tag in own:
             judged.setdefault(tag, set()).add(package)
-    relevant = {tag: found for tag, found in sorted(judged.items()) if 5 <= len(found) <= 200}
+    relevant = {tag: found for tag, found in sorted(judged.items()) if 3 <= len(found) <= 500}
     kept = set().union(*relevant.values())
     others = sorted(texts.keys() - kept)
     kept |= set(random.Random(0).sample(others, min(len(others), max(0, DEBTAGS_DOCUMENTS - len(kept)))))

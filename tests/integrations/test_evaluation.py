@@ -1,0 +1,223 @@
+"""nvembed-fast eval on planted tasks of all kinds, through mteb: scores, rows, going on, and what is told."""
+
+import functools
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from sklearn import metrics
+
+from nvembed_fast import NVEmbed, cli
+from nvembed_fast.evaluation import scores, tasks
+from nvembed_fast.integrations import mteb as door
+from nvembed_fast.integrations.mteb import MTEBEncoder, MTEBSearch, MTEBVectors, planted_task, score
+
+TOPICS = ["bread and butter", "trains on rails", "rain in spring"]
+TEXTS = [f"text number {n} is about {TOPICS[n % 3]}" for n in range(24)]
+DOCUMENTS = {f"d{n}": text for n, text in enumerate(TEXTS)}
+RETRIEVAL = tasks.LocalTask(
+    "squad",
+    "retrieval",
+    "Given a topic, retrieve texts",
+    48,
+    queries={f"q{n}": topic for n, topic in enumerate(TOPICS)},
+    documents=DOCUMENTS,
+    relevant={f"q{n}": {f"d{m}" for m in range(n, 24, 3)} for n in range(3)},
+)
+LABELS = [n % 3 for n in range(24)]
+CLASSIFICATION = tasks.LocalTask(
+    "r52",
+    "classification",
+    "Classify",
+    48,
+    texts=TEXTS,
+    labels=LABELS,
+    train_texts=TEXTS,
+    train_labels=LABELS,
+)
+CLUSTERING = tasks.LocalTask("newsgroups", "clustering", "Identify the topic", 48, texts=TEXTS, labels=LABELS)
+PAIRS = tasks.LocalTask(
+    "rte",
+    "pairs",
+    "Retrieve",
+    48,
+    texts=TEXTS[:-1],
+    others=TEXTS[1:],
+    labels=[int(n % 4 == 0) for n in range(23)],
+)
+PLANTED = {task.name: task for task in (RETRIEVAL, CLASSIFICATION, CLUSTERING, PAIRS)}
+
+
+def of_letters(texts: list[str]) -> np.ndarray:
+    """[N, 26] fp32 of unit norm: how often each letter stands in a text."""
+    counts = np.array([[text.count(chr(97 + n)) for n in range(26)] for text in texts], np.float32)
+    return counts / np.linalg.norm(counts, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """The four planted tasks in the place of our own, loaded as often as the list says."""
+    loaded = []
+
+    def load(name, cache=None):
+        loaded.append(name)
+        if name not in PLANTED:
+            raise tasks.SkippedTask(f"the data of {name} cannot be had here: planted")
+        return PLANTED[name]
+
+    monkeypatch.setattr(tasks, "load", load)
+    return loaded
+
+
+def evaluate(capsys, *words) -> tuple[int, str, str]:
+    status = cli.main(["eval", *map(str, words)])
+    printed = capsys.readouterr()
+    return status, printed.out, printed.err
+
+
+@pytest.mark.parametrize("task", PLANTED.values(), ids=lambda task: task.kind)
+def test_the_score_of_mteb_is_the_score_of_the_units(task):
+    model = MTEBVectors("tests/letters", "1", of_letters)
+    found = score(planted_task(task), model)
+    units = np.array(scores.units_of(task, found.predictions), np.float64)
+    assert len(units) == len(task.queries or task.texts)
+    assert scores.statistic(task.kind, units) == pytest.approx(found.main_score, abs=1e-5)
+    assert 0.05 < found.main_score <= 1
+
+
+def test_retrieval_ranks_by_cosine():
+    found = score(planted_task(RETRIEVAL), MTEBVectors("tests/letters", "1", of_letters))
+    cosines = of_letters(TOPICS) @ of_letters(TEXTS).T
+    for n, units in enumerate(scores.units_of(RETRIEVAL, found.predictions)):
+        best = dict(zip(DOCUMENTS, cosines[n].tolist(), strict=True))
+        assert units == pytest.approx(scores.ndcg(best, RETRIEVAL.relevant[f"q{n}"]), abs=1e-5)
+
+
+def test_clusters_and_pairs_are_scored_as_by_scikit_learn():
+    model = MTEBVectors("tests/letters", "1", of_letters)
+    clusters = score(planted_task(CLUSTERING), model)
+    (found,) = clusters.predictions
+    assert metrics.v_measure_score(LABELS, found) == pytest.approx(clusters.main_score)
+    cosines = (of_letters(PAIRS.texts) * of_letters(PAIRS.others)).sum(1)
+    wanted = metrics.average_precision_score(PAIRS.labels, cosines)
+    assert score(planted_task(PAIRS), model).main_score == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_model_gets_the_instruction_and_the_length_of_the_task(tiny_directory, monkeypatch):
+    calls = []
+    encode = NVEmbed.encode
+
+    @functools.wraps(encode)
+    def spy(self, texts, instruction="", max_length=..., **more):
+        calls.append((len(texts), instruction, max_length))
+        return encode(self, texts, instruction, max_length, **more)
+
+    monkeypatch.setattr(NVEmbed, "encode", spy)
+    model = MTEBEncoder("tests/tiny", model=NVEmbed.from_pretrained(tiny_directory), max_length=48)
+    score(planted_task(RETRIEVAL), model)
+    instruction = "Instruct: Given a topic, retrieve texts\nQuery: "
+    assert sorted(calls) == [(3, instruction, 48), (24, "", 48)]
+    calls.clear()
+    score(planted_task(CLUSTERING), model)
+    assert calls == [(24, "Instruct: Identify the topic\nQuery: ", 48)]
+
+
+def test_rows_are_written_and_a_finished_one_is_not_computed_again(
+    planted, tiny_directory, tmp_path, capsys, monkeypatch
+):
+    words = ("--tasks", *PLANTED, "--model", tiny_directory, "--name", "tiny", "-o", tmp_path)
+    status, out, _ = evaluate(capsys, *words)
+    assert status == 0 and [line.split("\t")[0] for line in out.splitlines()] == list(PLANTED)
+    rows = {row["task"]: row for row in scores.read_rows(tmp_path)}
+    assert set(rows) == set(PLANTED)
+    made_by = rows["squad"]["made_by"]
+    model = NVEmbed.from_pretrained(tiny_directory)
+    assert made_by["fingerprint"] == model.fingerprint and made_by["dtype"] == "float32"
+    assert (made_by["max_length"], made_by["prompt"]) == (48, RETRIEVAL.instruction)
+    assert made_by["revision"] == RETRIEVAL.revision and set(made_by["versions"]) == {"mteb"}
+    assert len(rows["squad"]["units"]) == 3 and rows["squad"]["hit_at_3"] <= 1
+
+    monkeypatch.setattr(door, "score", lambda *_: pytest.fail("a finished row is computed again"))
+    status, out, err = evaluate(capsys, *words)
+    assert status == 0 and not out and err.count("is finished") == 4
+
+    # other data: another revision
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        tasks,
+        "load",
+        lambda name, cache=None: replace(RETRIEVAL, queries={"q0": "bread"}, relevant={"q0": {"d0"}}),
+    )
+    assert "squad" in evaluate(capsys, *words[:2], *words[5:])[1]
+
+
+def test_an_interrupted_run_keeps_its_rows_and_goes_on(
+    planted, tiny_directory, tmp_path, capsys, monkeypatch
+):
+    real, computed = door.score, []
+
+    def interrupted(task, model):
+        if task.metadata.name == "newsgroups" and not computed.count("stop"):
+            computed.append("stop")
+            raise KeyboardInterrupt
+        computed.append(task.metadata.name)
+        return real(task, model)
+
+    monkeypatch.setattr(door, "score", interrupted)
+    words = ("--tasks", *PLANTED, "--model", tiny_directory, "-o", tmp_path)
+    status, _, err = evaluate(capsys, *words)
+    assert status == 130 and "the same command goes on from there" in err
+    assert evaluate(capsys, *words)[0] == 0
+    assert computed == ["squad", "r52", "stop", "newsgroups", "rte"]
+
+
+def test_a_task_without_data_is_a_counted_skip(planted, tiny_directory, tmp_path, capsys):
+    words = ("--model", tiny_directory, "-o", tmp_path)
+    status, _, err = evaluate(capsys, "--tasks", "libreoffice", "rte", *words)
+    assert status == 0 and "skipped libreoffice: the data of libreoffice cannot be had here: planted" in err
+    assert "1 of 2 tasks were skipped" in err and len(scores.read_rows(tmp_path)) == 1
+    assert evaluate(capsys, "--tasks", "libreoffice", *words)[0] == 1
+
+
+def test_bm25_ranks_and_is_skipped_where_vectors_are_needed(planted, tmp_path, capsys):
+    pytest.importorskip("bm25s", reason="needs bm25s")
+    status, out, err = evaluate(capsys, "--tasks", "squad", "rte", "--model", "bm25", "-o", tmp_path)
+    assert status == 0 and out == "squad\tndcg_at_10\t1.0000\n"
+    assert "skipped rte: BM25 makes no vectors, and this task needs them (pairs)" in err
+    (row,) = scores.read_rows(tmp_path)
+    assert row["units"] == [1, 1, 1] and "bm25s" in row["made_by"]["versions"]
+
+
+def test_a_search_gives_scores_by_id():
+    class Fixed:
+        def search(self, queries, k):
+            return np.array([[2.0, 1.0]] * len(queries)), np.array([[1, 0]] * len(queries))
+
+    model = MTEBSearch("tests/fixed", "1", lambda documents: Fixed())
+    found = score(planted_task(RETRIEVAL), model)
+    assert found.predictions["q0"] == {"d1": 2.0, "d0": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("squat", "no evaluation task 'squat': did you mean 'squad'?"), ("SciFactt", "did you mean 'SciFact'")],
+)
+def test_an_unknown_task_is_told_with_the_nearest(name, hint, tmp_path, capsys):
+    status, _, err = evaluate(capsys, "--tasks", name, "--model", "bm25", "-o", tmp_path)
+    assert status == 1 and hint in err
+
+
+def test_benchmarks_and_tasks_of_mteb_are_found_by_name():
+    names = [task.metadata.name for task in door.named_tasks(["SciFact", "MTEB(eng, v2)"])]
+    assert names[0] == "SciFact" and len(names) == len(set(names)) == 42
+
+
+def test_a_report_prints_the_table_and_rewrites_the_page(planted, tiny_directory, tmp_path, capsys):
+    evaluate(capsys, "--tasks", "squad", "--model", tiny_directory, "--name", "tiny", "-o", tmp_path / "rows")
+    page = tmp_path / "page.md"
+    page.write_text("<!-- scores:start -->\n<!-- scores:end -->\n")
+    status, out, _ = evaluate(capsys, "--report", tmp_path / "rows", "--page", page)
+    assert status == 0 and out.splitlines()[0] == "| task | measure | tiny |"
+    assert out.strip() in page.read_text()
+    assert json.loads((tmp_path / "rows" / "tiny" / "squad.json").read_text())["model"] == "tiny"
