@@ -109,7 +109,7 @@ def test_the_table_has_a_mean_only_for_models_with_all_tasks():
         "| squad | nDCG@10 | .750 (.750-.750) | .500 (.500-.500) |",
         "| nave | nDCG@10 |  | .250 (.250-.250) |",
         "| nave (quick) | nDCG@10 |  | .500 (.500-.500) |",
-        "| **mean of retrieval** | |  | **.375 (.375-.375)** |",
+        "| **retrieval, mean** | |  | **.375 (.375-.375)** |",
     ]
 
 
@@ -121,14 +121,39 @@ def test_rows_of_other_data_do_not_stand_beside_each_other():
         report.table(rows)
 
 
-def test_a_page_gets_the_table_between_its_markers(tmp_path):
-    page = tmp_path / "README.md"
-    page.write_text(f"before\n\n{report.START}\n\nold\n\n{report.END}\n\nafter\n")
-    report.put_into(page, "| new |")
-    assert page.read_text() == f"before\n\n{report.START}\n\n| new |\n\n{report.END}\n\nafter\n"
-    page.write_text("no marker")
-    with pytest.raises(ValueError, match="must have a line <!-- scores:start -->"):
-        report.put_into(page, "| new |")
+def test_the_summary_has_a_line_for_each_model():
+    rows = [
+        row("squad", "x", units=[0.5]),
+        row("nave", "x", units=[0.25]),
+        row("squad", "bm25", units=[0.75]),
+    ]
+    rows.append(row("r52", "x", units=[1, 1], kind="classification"))
+    assert report.summary(rows).splitlines() == [
+        "| model | **retrieval, mean** | **others, mean** | squad | nave | r52 |",
+        "|---|--:|--:|--:|--:|--:|",
+        "| bm25 |  |  | .750 |  |  |",
+        "| x | **.375 (.375-.375)** | **1.000 (1.000-1.000)** | .500 | .250 | 1.000 |",
+    ]
+
+
+def test_a_page_gets_its_tables_between_their_marks(tmp_path):
+    page, rows = tmp_path / "README.md", [row(units=[0.5])]
+    marks = "<!-- {0}:start -->\n\nold\n\n<!-- {0}:end -->\n".format
+    page.write_text(f"before\n\n{marks('scores')}between\n{marks('summary')}after\n")
+    report.put_into(page, rows)
+    wanted = [
+        "before\n",
+        f"<!-- scores:start -->\n\n{report.table(rows)}\n\n<!-- scores:end -->\nbetween",
+        f"<!-- summary:start -->\n\n{report.summary(rows)}\n\n<!-- summary:end -->\nafter\n",
+    ]
+    assert page.read_text() == "\n".join(wanted)
+    for text, message in (
+        ("no marks", "must have <!-- scores:start --> and <!-- scores:end -->"),
+        ("<!-- scores:end -->\n<!-- scores:start -->", "once, and <!-- scores:end --> once behind it"),
+    ):
+        page.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            report.put_into(page, rows)
 
 
 def test_the_picture_has_a_bar_for_each_score(tmp_path):

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens a text of mteb's tasks (default: 512). Our tasks state their own",
     )
     parser.add_argument("--max-batch-tokens", type=int, help="tokens a batch (default: by the device)")
-    parser.add_argument("--page", type=options.path, help="of a report: rewrite the table in this file")
+    parser.add_argument("--page", type=options.path, help="of a report: rewrite the tables in this file")
     parser.add_argument("--picture", type=options.path, help="of a report: draw the scores as bars into it")
     options.add_model_options(parser)
 
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
             process.say(f"{count} of {number}: {name}")
             try:
                 task = tasks.load(name)
-            except tasks.SkippedTask as reason:
-                skipped[name] = str(reason)
+            except tasks.SkippedTask as error:
+                skipped[name] = str(error)
                 continue
             model.run_local(tasks.sampled(task) if arguments.quick else task, skipped)
         for count, task in enumerate(theirs, start=len(local) + 1):
@@ -192,10 +192,9 @@ def _report(arguments: argparse.Namespace) -> int:
     from nvembed_fast.evaluation import report, scores
 
     rows = scores.read_rows(arguments.report)
-    table = report.table(rows)
+    print(report.table(rows))
     if arguments.page:
-        report.put_into(arguments.page, table)
-    print(table)
+        report.put_into(arguments.page, rows)
     if arguments.picture:
         report.draw(rows, arguments.picture)
     return 0

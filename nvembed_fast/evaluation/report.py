@@ -1,17 +1,16 @@
 """Rows as one table of tasks and models, with bootstrap intervals, and as a picture of bars."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from nvembed_fast import files
 from nvembed_fast.evaluation import scores, tasks
 
-__all__ = ["END", "START", "draw", "put_into", "table"]
+__all__ = ["draw", "put_into", "summary", "table"]
 
-START, END = "<!-- scores:start -->", "<!-- scores:end -->"
-_MEANS = {"retrieval": "mean of retrieval", "other": "mean of the others"}
+_MEANS = {"retrieval": "retrieval, mean", "other": "others, mean"}
 _MEASURES = {
     "retrieval": "nDCG@10",
     "classification": "accuracy",
@@ -44,28 +43,57 @@ def table(rows: Sequence[Row]) -> str:
             cells = [_cell([found[model]]) if model in found else "" for model in models]
             lines.append(f"| {name} | {measure} | " + " | ".join(cells) + " |")
         whole = [name for name in names if name in tasks.names()]
-        cells = []
-        for model in models:
-            has = [by_line[name][model] for name in whole if model in by_line[name]]
-            cells.append(f"**{_cell(has)}**" if has and len(has) == len(whole) else "")
         if len(whole) > 1:
+            cells = [_mean(by_line, whole, model) for model in models]
             lines.append(f"| **{_MEANS[group]}** | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def put_into(page: Path, content: str) -> None:
-    """Put a table between the markers of a page, whole or not at all.
+def summary(rows: Sequence[Row]) -> str:
+    """A Markdown table with a line for each model: the two means with their intervals, and each task's score.
+
+    Means, errors and quick samples are as in `table`. A quick sample has no column.
+    """
+    by_line = {name: found for name, found in _by_line(rows).items() if name in tasks.names()}
+    groups = {group: [n for n in by_line if _group(by_line[n]) == group] for group in _MEANS}
+    columns = [name for group in groups.values() for name in group]
+    means = [f"**{_MEANS[group]}**" for group in groups]
+    lines = [
+        "| model | " + " | ".join(means + columns) + " |",
+        "|---|" + "--:|" * (len(means) + len(columns)),
+    ]
+    for model in _models(rows):
+        cells = [_mean(by_line, names, model) for names in groups.values()]
+        for name in columns:
+            cells.append(_short(by_line[name][model]["score"]) if model in by_line[name] else "")
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def put_into(page: Path, rows: Sequence[Row]) -> None:
+    """Put `table` between the marks `scores:start` and `scores:end` of a page, and `summary` between those of
+    `summary`. The page is written whole or not at all.
 
     Raises:
-        ValueError: the page does not have both markers once.
+        ValueError: the page has neither pair of marks, or a mark without its other.
     """
     text = page.read_text(encoding="utf-8")
-    if text.count(START) != 1 or text.count(END) != 1 or text.index(START) > text.index(END):
-        raise ValueError(f"{page} must have a line {START} and a line {END} behind it, for the table between")
-    before, rest = text.split(START)
-    after = rest.split(END)[1]
+    makers: dict[str, Callable[[Sequence[Row]], str]] = {"scores": table, "summary": summary}
+    found = 0
+    for name, make in makers.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end):
+            before, rest = text.split(start)
+            text = f"{before}{start}\n\n{make(rows)}\n\n{end}{rest.split(end)[1]}"
+            found += 1
+        elif start in text or end in text:
+            raise ValueError(f"{page} must have {start} once, and {end} once behind it")
+    if not found:
+        raise ValueError(
+            f"{page} must have <!-- scores:start --> and <!-- scores:end -->, for a table between"
+        )
     with files.replacing(page) as part:
-        part.write_text(f"{before}{START}\n\n{content}\n\n{END}{after}", encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -99,6 +127,12 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylim(0, 1)
     axes.legend(ncols=len(models), fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def _mean(by_line: Mapping[str, Mapping[str, Row]], names: Sequence[str], model: str) -> str:
+    """The mean of a model over tasks, or nothing where it lacks one."""
+    found = [by_line[name][model] for name in names if model in by_line[name]]
+    return f"**{_cell(found)}**" if found and len(found) == len(names) else ""
 
 
 def _cell(rows: Sequence[Row]) -> str:

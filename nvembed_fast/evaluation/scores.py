@@ -94,7 +94,7 @@ def interval(rows: Sequence[Mapping[str, Any]], draws: int = _DRAWS) -> tuple[fl
         for draw in range(draws):
             drawn = units[random.integers(len(units), size=len(units))]
             found[draw] += statistic(row["kind"], drawn) / len(rows)
-    low, high = np.quantile(found, [0.025, 0.975]) + (score - found.mean())
+    low, high = (np.quantile(found, [0.025, 0.975]) + (score - found.mean())).clip(0, 1)
     return float(low), float(high)
 
 

@@ -390,7 +390,9 @@ def _tweets(cache: Path | None) -> dict:
     """Tweets whose sentiment people rated beyond 0.5, of -4 to 4. 1,000 of them are the test."""
     inner = _file(VADER, "*/hutto_ICWSM_2014.tar.gz", cache)
     with tarfile.open(inner) as archive:
-        rows = archive.extractfile("hutto_ICWSM_2014/tweets_GroundTruth.txt").read().decode().splitlines()
+        member = archive.extractfile("hutto_ICWSM_2014/tweets_GroundTruth.txt")
+        assert member is not None
+        rows = member.read().decode().splitlines()
     rated = [line.split("\t", 2) for line in rows]
     clear = [
         (_one_line(html.unescape(text)), float(score)) for _, score, text in rated if abs(float(score)) > 0.5
