@@ -143,8 +143,8 @@ def test_a_page_gets_its_tables_between_their_marks(tmp_path):
     report.put_into(page, rows)
     wanted = [
         "before\n",
-        f"<!-- scores:start -->\n\n{report.table(rows)}\n\n<!-- scores:end -->\nbetween",
-        f"<!-- summary:start -->\n\n{report.summary(rows)}\n\n<!-- summary:end -->\nafter\n",
+        f"<!-- scores:start -->\n{report.table(rows)}\n<!-- scores:end -->\nbetween",
+        f"<!-- summary:start -->\n{report.summary(rows)}\n<!-- summary:end -->\nafter\n",
     ]
     assert page.read_text() == "\n".join(wanted)
     for text, message in (

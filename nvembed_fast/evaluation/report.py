@@ -84,7 +84,7 @@ def put_into(page: Path, rows: Sequence[Row]) -> None:
         start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
         if text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end):
             before, rest = text.split(start)
-            text = f"{before}{start}\n\n{make(rows)}\n\n{end}{rest.split(end)[1]}"
+            text = f"{before}{start}\n{make(rows)}\n{end}{rest.split(end)[1]}"
             found += 1
         elif start in text or end in text:
             raise ValueError(f"{page} must have {start} once, and {end} once behind it")
