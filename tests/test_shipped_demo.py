@@ -210,6 +210,7 @@ def test_the_card_states_sources_settings_and_scores(tmp_path):
         "| one | 1,234 | x==1 | MIT |",
         "| stage2.toml | 7 | 128 | 512 | 2e-05 |",
         "| squad |",
+        "but for those of nave, squad.",
     ):
         assert part in text, text
     assert "unused" not in text and "as FORM." in text
