@@ -3,13 +3,14 @@
 import functools
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from sklearn import metrics
 
 from nvembed_fast import NVEmbed, cli
-from nvembed_fast.evaluation import scores, tasks
+from nvembed_fast.evaluation import report, scores, tasks
 from nvembed_fast.integrations import mteb as door
 from nvembed_fast.integrations.mteb import MTEBEncoder, MTEBSearch, MTEBVectors, planted_task, score
 
@@ -221,3 +222,13 @@ def test_a_report_prints_the_table_and_rewrites_the_page(planted, tiny_directory
     assert status == 0 and out.splitlines()[0] == "| task | measure | tiny |"
     assert out.strip() in page.read_text()
     assert json.loads((tmp_path / "rows" / "tiny" / "squad.json").read_text())["model"] == "tiny"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/evaluation.md"])
+def test_the_pages_hold_the_tables_of_the_committed_rows(name, tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    page = tmp_path / "page.md"
+    page.write_text((root / name).read_text())
+    report.put_into(page, scores.read_rows(root / "bench" / "scores"))
+    command = "nvembed-fast eval --report bench/scores --page"
+    assert page.read_text() == (root / name).read_text(), f"run {command} {name}"
