@@ -148,10 +148,10 @@ def test_loggers_get_every_step_and_evaluation(tmp_path, monkeypatch):
         own = [call[1:] for call in calls if call[0] == name]
         assert own == [("init", {"seed": 3}), (7, metrics(7)), (7, {"evaluation/ndcg": 0.5}), ("finish",)]
     assert json.loads((tmp_path / "evaluations.jsonl").read_text()) == {"step": 7, "ndcg": 0.5}
-    # the same run where the directory was moved, and another one in an empty directory
-    moved, other = tmp_path / "moved", tmp_path / "other"
+    # the same run where the directory was moved, and another one in a directory of the same name
+    moved, other = tmp_path / "moved", tmp_path / "other" / tmp_path.name
     for directory in (moved, other):
-        directory.mkdir()
+        directory.mkdir(parents=True)
     (tmp_path / "run_id").rename(moved / "run_id")
     for directory in (moved, other):
         log_of(directory, part=LogPart(picture=False, wandb=True, trackio=True)).close()
@@ -159,7 +159,7 @@ def test_loggers_get_every_step_and_evaluation(tmp_path, monkeypatch):
     assert ids[0] == ids[1] != ids[2] and [options["name"] for options in names[1::2]] == [
         f"{tmp_path.name}-{ids[0]}",
         f"moved-{ids[0]}",
-        f"other-{ids[2]}",
+        f"{tmp_path.name}-{ids[2]}",
     ]
 
 
