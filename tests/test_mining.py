@@ -72,7 +72,7 @@ def oracle(texts: Texts, teachers: list[Dense], mining: Mining, row: int) -> lis
     same = [texts.row(r)[2] for r in range(len(texts)) if texts.row(r)[2].query == query]
     never = {query, *itertools.chain(*(entry.documents for entry in same))}
     for number, teacher in enumerate(teachers):
-        scores = teacher._documents @ teacher._queries[row]
+        scores = teacher.documents @ teacher.queries[row]
         names = {texts.document(i): i for i in range(len(scores))}
         lowest = min(scores[names[text]] for text in texts.row(row)[2].documents)
         ceilings = [np.float32(np.inf)]
@@ -119,7 +119,7 @@ def test_the_oracle_meets_negative_cosines_and_ties(planted):
     texts, teacher = planted
     lowest = module._lowest(texts, teacher, range(len(texts)))
     assert (lowest < 0).any() and (lowest > 0).any()
-    scores = np.sort(teacher._queries @ teacher._documents.T, axis=1)
+    scores = np.sort(teacher.queries @ teacher.documents.T, axis=1)
     assert (np.diff(scores[:, -8:], axis=1) == 0).any()
 
 
