@@ -143,7 +143,7 @@ class NVEmbed(nn.Module):
 
         Args:
             path_or_id: a directory, or a model's id on the hub such as "nvidia/NV-Embed-v2". "demo" is the
-                small model that is shipped with the package (`checkpoint.demo`).
+                small model of the package, where it is shipped (`checkpoint.demo`).
             device: where the weights go, tensor by tensor. None: the GPU if there is one, else the CPU.
             dtype: of the weights and the computation, as torch.dtype or by name. None: the checkpoint's on a
                 GPU, float32 on a CPU. Pooling and the result are float32 always.

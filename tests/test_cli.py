@@ -261,7 +261,7 @@ def test_errors_are_one_line_and_leave_nothing(
         (["init", "decoder", "-o", ""], "argument -o/--output: invalid path value: ''"),
         (
             ["encode", "a.txt", "-o", "o.npy", *(f"{i}.txt" for i in range(4000))],
-            "arguments 0.txt 1.txt 2.txt and 3997 more: a command reads one file, and - is standard input\n",
+            "arguments 0.txt 1.txt 2.txt and 3997 more: --help names its files, and - is standard input\n",
         ),
         (["encode", "a.txt", "-o", "o.npy", "--ouput", "x"], "no option --ouput: did you mean --output?\n"),
         (["encode", "a.txt", "-o", "o.npy", "-x", "y"], "unrecognized arguments -x y\n"),

@@ -104,7 +104,7 @@ def _arguments(given: list[str]) -> "argparse.Namespace":
     arguments, unknown = parser.parse_known_args(given)
     if unknown:
         more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
-        hint = "" if unknown[0].startswith("-") else ": a command reads one file, and - is standard input"
+        hint = "" if unknown[0].startswith("-") else ": --help names its files, and - is standard input"
         parser.error(f"unrecognized arguments {' '.join(unknown[:3])}{more}{hint}")
     return arguments
 

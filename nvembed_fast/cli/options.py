@@ -71,7 +71,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, is_positional: bool = 
         "model" if is_positional else "--model",
         **more,
         default=os.environ.get(MODEL_VARIABLE) or DEFAULT_MODEL,
-        help=f"directory, hub id, or demo, the small model that is shipped with this package (default: "
+        help=f"directory, hub id, or demo, the small model of this package where it is shipped (default: "
         f"${MODEL_VARIABLE}, else {DEFAULT_MODEL}, which is gated and has 15.7 GB)",
     )
     parser.add_argument(

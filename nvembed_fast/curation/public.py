@@ -12,8 +12,8 @@ these forms:
 | labels | a text and its class | {text, label} |
 | scores | two texts and their likeness from 0 to 5 | {query, pos} in both directions, from MIN_SCORE on |
 
-Nothing of this was downloaded by us. Where an entry says `recalled`, its id, columns or licence come from
-memory. Otherwise they were read in the code of projects that use the set.
+Nothing of this was downloaded by us. Where an entry says `recalled`, its hub id comes from memory. Otherwise
+the id was read in the code of projects that use the set. Columns, splits and licences are partly from memory.
 
 `build` writes a file for each set and a manifest. A set that stands in the manifest is not fetched again, so
 a build that was stopped goes on.
