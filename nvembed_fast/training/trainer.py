@@ -182,7 +182,7 @@ class _Run:
         source = closing(self.batches.ahead(state.step, part.steps, state.counters))
         with _log(self, state) as log, _stop_signals(self.say) as stop, source as steps:
 
-            def judge(done: int) -> None:
+            def evaluate_at(done: int) -> None:
                 if evaluate is not None and (done == part.steps or done % evaluate_every == 0):
                     with _inference(self.network):
                         figures = evaluate(self.network, self.tokenizer, done)
@@ -192,7 +192,7 @@ class _Run:
             # a run may have ended between its last checkpoint and what was to follow
             is_missing = state.step > 0 and log is not None and not log.has_note(state.step)
             if ranks.total([float(is_missing)])[0]:
-                judge(state.step)
+                evaluate_at(state.step)
             for step, batch, counters in steps:
                 metrics = self.step(step, batch)
                 done = step + 1
@@ -205,7 +205,7 @@ class _Run:
                     if log is not None:
                         log.sync()
                     self.save(State(done, counters))
-                judge(done)
+                evaluate_at(done)
                 if is_stopped and not is_last:
                     raise Stopped(f"step {done} of {part.steps} is done and saved; the same command goes on")
 
