@@ -107,12 +107,67 @@ MININGS = {
 @pytest.mark.parametrize("name", MININGS)
 def test_a_rule_equals_the_oracle(planted, name, slack, monkeypatch):
     monkeypatch.setattr(module, "_SLACK", slack)
+    monkeypatch.setattr(module, "_MAX_TEXTS", slack)
+    monkeypatch.setattr(module, "_MAX_FOUND", slack or 60)
     texts, teacher = planted
     choice = choose(texts, [teacher], MININGS[name], range(len(texts)))
     for row in range(len(texts)):
         wanted = oracle(texts, [teacher], MININGS[name], row)
         assert [i for i in choice.negatives[row] if i >= 0] == wanted
     assert (choice.negatives >= 0).any()
+
+
+class Shrinking(Dense):
+    """A second search whose scores are an ulp lower, as another shape of the product may give."""
+
+    def best(self, rows, k, ceilings=None):
+        if ceilings is None:
+            return super().best(rows, k)
+        scores, found = super().best(rows, len(self.documents))
+        scores = np.nextafter(scores, np.float32(-np.inf))
+        allowed = scores[0] <= ceilings[0]
+        return scores[:, allowed][:, :k], found[:, allowed][:, :k]
+
+
+def test_a_second_search_does_not_let_pass_what_the_first_put_above(monkeypatch):
+    monkeypatch.setattr(module, "_SLACK", 0)
+    texts = Texts([Planted([Entry("q", ("positive",)), Entry("o", ("above", "below"))])])
+    documents = np.array([[1.0], [np.nextafter(np.float32(0.5), np.float32(1))], [0.4]], dtype=np.float32)
+    teacher = Shrinking(np.array([[1.0], [0.0]], dtype=np.float32), documents, 3)
+    choice = choose(texts, [teacher], Mining(1, Rule(absolute=0.5)), range(1))
+    assert choice.negatives.tolist() == [[2]] and choice.by_rule.tolist() == [1]
+
+
+class Counting(Dense):
+    """Notes how many scores each search gives back."""
+
+    def best(self, rows, k, ceilings=None):
+        self.sizes = [*getattr(self, "sizes", ()), len(rows) * k]
+        return super().best(rows, k, ceilings)
+
+
+def test_a_frequent_query_does_not_widen_the_search_of_the_others(monkeypatch):
+    """400 rows of one query with 2,000 positives in all, and 400 of others."""
+    monkeypatch.setattr(module, "_MAX_FOUND", 2500)
+    rows = [Entry("frequent", tuple(f"{i} {j}" for j in range(5))) for i in range(400)]
+    texts = Texts([Planted(rows + [Entry(f"query {i}", (f"document {i}",)) for i in range(400)])])
+    documents = eighths(len(texts.document_ids), 1)
+    documents[:2000] = 0.5
+    queries = np.full((800, 6), 0.125, dtype=np.float32)
+    teacher = Counting(queries, documents, texts.num_candidates)
+    num_read = 0
+    positives_of = Texts.positives_of
+
+    def counted(texts: Texts, row: int) -> np.ndarray:
+        nonlocal num_read
+        num_read += 1
+        return positives_of(texts, row)
+
+    monkeypatch.setattr(Texts, "positives_of", counted)
+    choice = choose(texts, [teacher], Mining(3, Rule()), range(390, 410))
+    assert (choice.negatives >= 0).all() and (choice.negatives[:10] >= 2000).all()
+    assert max(teacher.sizes) <= 20 * (3 + module._MAX_TEXTS + module._SLACK)
+    assert num_read == 400 + 10
 
 
 def test_the_oracle_meets_negative_cosines_and_ties(planted):
@@ -262,6 +317,7 @@ def encoder(monkeypatch) -> FakeEncoder:
     fake = FakeEncoder()
     monkeypatch.setattr(mine, "_loader", lambda name, arguments: lambda: fake)
     monkeypatch.setattr(mine, "_CHUNK", 8)
+    monkeypatch.setattr(mine, "_TEXTS", 8)
     return fake
 
 
@@ -305,6 +361,38 @@ def test_the_vectors_stay_for_a_recipe(encoder, rows, tmp_path, capsys):
         torch.testing.assert_close(scores, wanted, rtol=0, atol=2e-3)  # kept in fp16
 
 
+@pytest.mark.parametrize("step", ["_commit", "_install"])
+def test_vectors_of_a_killed_run_are_the_old_or_the_new_ones(encoder, tmp_path, capsys, monkeypatch, step):
+    """Killed in front of each step of the exchange, and in the midst of its links."""
+    from nvembed_fast import files
+
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "t"
+    whole = {}
+    for count in (9, 12):
+        run(capsys, write_rows(rows, count), "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / str(count))
+        whole[count] = TeacherVectors(tmp_path / str(count)).fingerprint
+    run(capsys, write_rows(rows, 9), "-o", tmp_path / "out.jsonl", "--vectors", folder)
+    write_rows(rows, 12)
+    link = files._link_or_copy
+    for num_links in range(4) if step == "_install" else [0]:
+        child = os.fork()
+        if child == 0:
+            left = iter(range(num_links))
+
+            def dying(*arguments, left=left) -> None:
+                if next(left, None) is None:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                link(*arguments)
+
+            monkeypatch.setattr(files, "_link_or_copy" if step == "_install" else "_commit", dying)
+            os._exit(run(capsys, rows, "-o", tmp_path / "out.jsonl", "--vectors", folder)[0])
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        assert TeacherVectors(folder).fingerprint == whole[9 if step == "_commit" else 12]
+    assert run(capsys, rows, "-o", tmp_path / "out.jsonl", "--vectors", folder)[0] == 0
+    assert TeacherVectors(folder).fingerprint == whole[12]
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "12").iterdir()}
+
+
 def test_bm25_alone_has_no_vectors_to_keep(rows, tmp_path, capsys):
     words = ["-o", str(tmp_path / "out.jsonl"), "--teacher", "bm25", "--vectors", str(tmp_path / "t")]
     assert cli.main(["mine", str(rows), *words]) == 1
@@ -319,6 +407,42 @@ def test_another_rule_takes_the_same_vectors(encoder, rows, tmp_path, capsys):
     assert encoder.calls == calls == 8 and out.read_bytes() != first
     assert run(capsys, rows, "-o", out)[0] == 0
     assert encoder.calls == calls and out.read_bytes() == first
+
+
+class PromptedEncoder(FakeEncoder):
+    """Reads the prompt in front of the query."""
+
+    fingerprint = "prompted"
+
+    def encode(self, texts, prompts):
+        return super().encode([f"{p or ''} {t}" for p, t in zip(prompts or texts, texts, strict=True)], None)
+
+
+def test_another_prompt_of_a_row_makes_vectors_anew(tmp_path, capsys, monkeypatch, encoder):
+    rows, out = write_rows(tmp_path / "rows.jsonl", 8), tmp_path / "out.jsonl"
+    lines = records(rows)
+
+    def mined(prompt: str | None, out: Path) -> bytes:
+        first = lines[0] | ({} if prompt is None else {"prompt": prompt})
+        rows.write_text("".join(json.dumps(line) + "\n" for line in [first, *lines[1:]]))
+        prompted = PromptedEncoder()
+        monkeypatch.setattr(mine, "_loader", lambda name, arguments: lambda: prompted)
+        assert run(capsys, rows, "-o", out, "--rule", "none", "--negatives", "2")[0] == 0
+        return out.read_bytes()
+
+    for number, prompt in enumerate(["w1 w2 w3", "w40 w41 w42", None]):
+        assert mined(prompt, out) == mined(prompt, tmp_path / f"{number}.jsonl")
+
+
+def test_vectors_of_a_query_with_two_prompts_are_refused_before_any_work(encoder, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    lines = [{"query": f"q{i % 2}", "pos": [f"d{i}"]} for i in range(4)]
+    rows.write_text("".join(json.dumps(line) + "\n" for line in [*lines, lines[1] | {"prompt": "find"}]))
+    words = [rows, "-o", tmp_path / "out.jsonl", "--rule", "none"]
+    status, _, error = run(capsys, *words, "--vectors", tmp_path / "t")
+    assert status == 1 and "the query 'q1' stands in rows with different prompts" in error, error
+    assert encoder.calls == 0 and error.count("\n") == 1
+    assert run(capsys, *words)[0] == 0
 
 
 def test_an_interrupted_run_goes_on(encoder, rows, tmp_path, capsys, ctrl_c):
@@ -354,7 +478,7 @@ def test_a_killed_run_goes_on_to_the_same_file(encoder, rows, tmp_path, capsys):
 @pytest.mark.long
 def test_many_kills_at_any_moment_lead_to_the_same_file(encoder, tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", 4000)
-    mine._CHUNK = 64
+    mine._CHUNK = mine._TEXTS = 64
     assert run(capsys, rows, "-o", tmp_path / "whole.jsonl")[0] == 0
     out, draw, killed = tmp_path / "out.jsonl", np.random.default_rng(0), 0
     for _ in range(25):
@@ -396,6 +520,32 @@ def test_a_judge_makes_a_suspect_a_positive(encoder, tmp_path, capsys):
     assert first["pos"] == ["a b x y", "a b c z"] and "a b c z" not in first["neg"]
     assert len(first["pos_scores"]) == 2 and first["pos_scores"][1] == line["score"]
     assert records(out)[1]["pos"] == ["a b c z"] and encoder.calls == calls
+
+
+def test_verdicts_are_not_replaced(encoder, rows, tmp_path, capsys):
+    suspects, words = tmp_path / "s.jsonl", [rows, "-o", tmp_path / "out.jsonl"]
+    assert run(capsys, *words, "--suspects", suspects)[0] == 0
+    assert run(capsys, *words, "--suspects", suspects)[0] == 0  # nobody has judged it
+    found = records(suspects)
+    status, _, error = run(capsys, *words, "--suspects", suspects, "--judged", suspects)
+    assert status == 1 and f"--suspects would replace {suspects}, which is read" in error
+    found[2]["is_positive"] = False
+    judged = "".join(json.dumps(line) + "\n" for line in found)
+    for content in (judged, judged[:-5]):
+        suspects.write_text(content)
+        status, _, error = run(capsys, *words, "--suspects", suspects)
+        assert status == 1 and f"--suspects would replace {suspects}" in error, error
+        assert "line 3 has a verdict" in error and suspects.read_text() == content
+    suspects.write_text("no line of suspects\n")
+    status, _, error = run(capsys, *words, "--suspects", suspects)
+    assert status == 1 and f"--suspects would replace {suspects}, whose line 1 is no suspect" in error
+    suspects.write_text(judged.replace("false", "null"))
+    # judged while the run was at work
+    encode = encoder.encode
+    encoder.encode = lambda texts, prompts: suspects.write_text(judged) and encode(texts, prompts)
+    words[2] = tmp_path / "other.jsonl"
+    status, _, error = run(capsys, *words, "--suspects", suspects)
+    assert status == 1 and "line 3 has a verdict" in error and suspects.read_text() == judged
 
 
 def test_a_corpus_gives_the_candidates(encoder, rows, tmp_path, capsys):

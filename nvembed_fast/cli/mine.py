@@ -8,6 +8,7 @@ output is written last, whole or not at all.
 import argparse
 import hashlib
 import json
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ examples:
   nvembed-fast mine pairs.jsonl -o mined.jsonl --teacher ./model --task "Given a question, retrieve passages"
   nvembed-fast mine pairs.jsonl -o mined.jsonl --teacher minilm --rule margin=0.1 --range 10:100 --random
   nvembed-fast mine pairs.jsonl -o mined.jsonl --teacher minilm --suspects suspects.jsonl"""
-_CHUNK = 1024  # texts that are encoded at once, and rows that are chosen at once
+_TEXTS = 256  # that are encoded at once
+_CHUNK = 1024  # rows that are chosen at once
 _BASELINES = ("minilm", "wordllama")
 _CHARACTERS = 64  # of a text for each of its tokens
 _REASONS = 5  # that are shown
@@ -149,6 +151,11 @@ def run(arguments: argparse.Namespace) -> None:
     process.raise_interrupts()
     with process.telling(lambda: "reading the rows"):
         texts = Texts(rows, corpus, judged)
+    if arguments.vectors is not None and (row := texts.row_of_two_prompts()) is not None:
+        raise ValueError(
+            f"the query {texts.row(row)[2].query!r:.80} stands in rows with different prompts, and "
+            "--vectors keeps one vector of each text: give these rows one prompt, or run without --vectors"
+        )
     folder = arguments.output.with_name(arguments.output.name + ".mining")
     folder.mkdir(exist_ok=True)
     with (
@@ -207,7 +214,8 @@ class _Documents(_Rows):
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
-    taken = [path.resolve() for path in (*arguments.file, *arguments.corpus)]
+    judged = [] if arguments.judged is None else [arguments.judged]
+    taken = [path.resolve() for path in (*arguments.file, *arguments.corpus, *judged)]
     for name in ("output", "suspects"):
         path = getattr(arguments, name)
         if path is not None and path.resolve() in taken:
@@ -215,10 +223,28 @@ def _check_output(arguments: argparse.Namespace) -> None:
         if path is not None and not path.resolve().parent.is_dir():
             raise FileNotFoundError(f"the directory of --{name} does not exist: {path.resolve().parent}")
         taken += [] if path is None else [path.resolve()]
+    _check_suspects(arguments.suspects)
     if arguments.vectors is not None:
         if set(arguments.teacher) == {"bm25"}:
             raise ValueError("--vectors keeps those of a model, and bm25 has none: name another teacher, too")
         arguments.vectors.mkdir(parents=True, exist_ok=True)
+
+
+def _check_suspects(file: Path | None) -> None:
+    """ValueError if a verdict would be lost, or a file that is not of suspects."""
+    if file is None or not file.is_file():
+        return
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                found = "" if json.loads(line)["is_positive"] is None else "has a verdict"
+            except (ValueError, LookupError, TypeError, RecursionError):
+                found = "is no suspect"
+            if found:
+                raise ValueError(
+                    f"--suspects would replace {file}, whose line {number} {found}: choose another name, or "
+                    "remove the file"
+                )
 
 
 def _judged(file: Path | None) -> dict[int, list[str]]:
@@ -313,8 +339,8 @@ def _teacher(
         entries = [texts.row(row)[2] for row in numbers]
         return encoder.encode([e.query[:longest] for e in entries], [e.prompt for e in entries])
 
-    documents = _vectors(f"documents by {name}", encoder, texts.document_ids, folder, of_documents)
-    queries = _vectors(f"queries by {name}", encoder, texts.query_ids, folder, of_queries)
+    documents = _vectors(f"documents by {name}", encoder, [texts.document_ids], folder, of_documents)
+    queries = _vectors(f"queries by {name}", encoder, [texts.query_ids, texts.prompt_ids], folder, of_queries)
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return encoder.fingerprint, Dense(queries, documents, texts.num_candidates, device)
 
@@ -322,13 +348,13 @@ def _teacher(
 def _vectors(
     what: str,
     encoder: "Encoder",
-    ids: "np.ndarray",
+    ids: "list[np.ndarray]",
     folder: Path,
     make: "Callable[[range], np.ndarray]",
 ) -> "np.ndarray":
     """The vectors of texts as a memory map, from the folder or made."""
-    made_of = _name(what.split()[0], encoder.fingerprint, ids.tobytes())
-    return _kept(what, folder / f"vectors-{made_of}.npy", (len(ids), encoder.width), "float32", make)
+    path = folder / f"vectors-{_name(what.split()[0], encoder.fingerprint, *(i.tobytes() for i in ids))}.npy"
+    return _kept(what, path, (len(ids[0]), encoder.width), "float32", _TEXTS, make)
 
 
 def _chosen(
@@ -340,8 +366,9 @@ def _chosen(
     from nvembed_fast.curation.mining import MAX_SUSPECTS, Choice, choose
 
     made_of = _name(
-        "choice", *names, repr(mining), texts.query_ids.tobytes(), texts.document_ids.tobytes(),
-        texts.starts.tobytes(), texts.positives.tobytes(), str(texts.num_candidates),
+        "choice", *names, repr(mining), texts.query_ids.tobytes(), texts.prompt_ids.tobytes(),
+        texts.document_ids.tobytes(), texts.starts.tobytes(), texts.positives.tobytes(),
+        str(texts.num_candidates),
     )  # fmt: skip
     cuts = [mining.num_negatives, mining.num_negatives + MAX_SUSPECTS]
 
@@ -352,14 +379,19 @@ def _chosen(
         )
 
     shape = (len(texts), cuts[1] + 2)
-    found = _kept("choices", folder / f"choices-{made_of}.npy", shape, "int64", make)
+    found = _kept("choices", folder / f"choices-{made_of}.npy", shape, "int64", _CHUNK, make)
     return Choice(found[:, : cuts[0]], found[:, cuts[0] : cuts[1]], found[:, -2], found[:, -1])
 
 
 def _kept(
-    what: str, path: Path, shape: tuple[int, int], dtype: str, make: "Callable[[range], np.ndarray]"
+    what: str,
+    path: Path,
+    shape: tuple[int, int],
+    dtype: str,
+    size: int,
+    make: "Callable[[range], np.ndarray]",
 ) -> "np.ndarray":
-    """An array of the folder as a memory map. What is missing of it is made, chunk by chunk.
+    """An array of the folder as a memory map. What is missing of it is made, `size` rows at a time.
 
     A chunk is made whole, also if some of its rows are there, so a resumed run computes the same.
     """
@@ -372,19 +404,19 @@ def _kept(
     if not path.exists():
         record = Record(what, path.stem, "", "", 0, dtype)
         with Partial(path, shape, dtype, record) as partial:
-            missing = sorted({row // _CHUNK for row in partial.missing()})
+            missing = sorted({row // size for row in partial.missing()})
             done, start = 0, time.monotonic()
 
             def state() -> str:
                 seconds = time.monotonic() - start
-                rate = f"{done * _CHUNK / seconds:.3g} a second" if done else "the first ones"
-                left = (len(missing) - done) * _CHUNK
+                rate = f"{done * size / seconds:.3g} a second" if done else "the first ones"
+                left = (len(missing) - done) * size
                 return f"{what}: {max(shape[0] - left, 0)} of {shape[0]}, {rate}"
 
             with process.telling(state), warnings.catch_warnings():
                 warnings.simplefilter("ignore", TextsCut)  # --max-length says where
                 for chunk in missing:
-                    numbers = range(chunk * _CHUNK, min((chunk + 1) * _CHUNK, shape[0]))
+                    numbers = range(chunk * size, min((chunk + 1) * size, shape[0]))
                     partial.rows[numbers.start : numbers.stop] = make(numbers)
                     partial.arrived([*numbers])
                     done += 1
@@ -409,21 +441,21 @@ def _dense(teachers: "list[Teacher]") -> "Dense | None":
 def _write_vectors(directory: Path, texts: "Texts", teacher: "Dense | None") -> None:
     import numpy as np
 
-    from nvembed_fast.training.teacher_vectors import Side, names
+    from nvembed_fast.training.teacher_vectors import KEY_FILE, Side, names
 
     assert teacher is not None  # by _check_output
     sides: dict[Side, tuple[np.ndarray, np.ndarray]] = {
         "queries": (texts.query_ids, teacher.queries),
         "documents": (texts.document_ids, teacher.documents),
     }
-    for side, (ids, vectors) in sides.items():
-        keys, first = np.unique(ids, return_index=True)
-        of_keys, of_vectors = (directory / name for name in names(side))
-        with files.replacing(of_keys) as part, open(part, "wb") as file:
-            np.save(file, keys)
-        with files.replacing(of_vectors) as part:
+    together = files.replacing_together(directory, key=KEY_FILE, outdated=re.compile(""))
+    with process.telling(lambda: f"writing {directory}"), together as aside:
+        for side, (ids, vectors) in sides.items():
+            keys, first = np.unique(ids, return_index=True)
+            of_keys, of_vectors = (aside / name for name in names(side))
+            np.save(of_keys, keys)
             shape = (len(keys), vectors.shape[1])
-            written = np.lib.format.open_memmap(part, mode="w+", dtype=np.float16, shape=shape)
+            written = np.lib.format.open_memmap(of_vectors, mode="w+", dtype=np.float16, shape=shape)
             for start in range(0, len(keys), _CHUNK):
                 written[start : start + _CHUNK] = vectors[first[start : start + _CHUNK]]
             written.flush()
@@ -439,6 +471,7 @@ def _write(
     """Write the rows and the suspects, and tell what happened."""
     import numpy as np
 
+    _check_suspects(arguments.suspects)  # a person may have judged it meanwhile
     dense = _dense(teachers)
     num_negatives = num_fewer = num_without = num_replaced = num_suspects = 0
     with (

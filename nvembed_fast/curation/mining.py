@@ -26,6 +26,8 @@ __all__ = ["MAX_SUSPECTS", "Choice", "Entry", "Mining", "Rule", "Source", "Texts
 
 MAX_SUSPECTS = 10  # of a row
 _SLACK = 32  # candidates behind the range, for those that a rule takes away
+_MAX_TEXTS = 256  # of a row's own that the search of its chunk makes room for
+_MAX_FOUND = 2**20  # scores of a second search, unless a single row has more
 _DEFAULTS = {"percentage": 0.95, "margin": 0.05, "absolute": 0.7}
 _BOUNDS = {"percentage": (0.0, 1.0), "margin": (0.0, 2.0), "absolute": (-1.0, 1.0)}
 
@@ -144,10 +146,10 @@ class Mining:
 
 
 class Texts:
-    """Queries and documents of files by number. About 60 bytes of memory a text, whatever its length.
+    """Queries and documents of files by number. Less than 400 bytes of memory a text, whatever its length.
 
     Attributes:
-        query_ids: [R] of each row, by `text_id`.
+        query_ids, prompt_ids: [R] of each row, by `text_id`. A row without a prompt has 0.
         document_ids: [N] of each document, in the order in which they came. The first `num_candidates` may be
             negatives. The others are positives that the corpus has not.
         starts, positives: the documents of row r are positives[starts[r] : starts[r + 1]], of which the first
@@ -171,14 +173,14 @@ class Texts:
         self._judged = judged
         self.skipped: dict[str, tuple[int, str]] = {}
         places, ids, owners = _Numbers(2), _Numbers(1), _Numbers(3)
-        queries, counts = _Numbers(1), _Numbers(1)
+        queries, counts = _Numbers(2), _Numbers(1)
         # the corpus first, because its documents are the candidates
         for number, source in enumerate(corpus, start=len(rows)):
             self._read(number, source, ids, owners, None)
         begin = len(ids)
         for number, source in enumerate(rows):
             self._read(number, source, ids, owners, (places, queries, counts))
-        self._rows, self.query_ids = places.array(), queries.array()[:, 0]
+        self._rows, (self.query_ids, self.prompt_ids) = places.array(), queries.array().T.copy()
         if not len(self._rows):
             raise ValueError("no row can be mined" + self._first_reason())
         extra = [text for query in judged for text in judged[query]]
@@ -238,6 +240,12 @@ class Texts:
         rows = self._by_query[low:high]
         return np.unique(np.concatenate([*map(self.positives_of, rows), self.find([int(query)])]))
 
+    def row_of_two_prompts(self) -> int | None:
+        """A row whose query has another prompt in another row."""
+        prompts = self.prompt_ids[self._by_query]
+        differs = (np.diff(self._sorted_queries) == 0) & (np.diff(prompts) != 0)
+        return int(self._by_query[differs.argmax()]) if differs.any() else None
+
     def find(self, ids: Iterable[int]) -> np.ndarray:
         """The numbers of the documents with these ids, without those that are not there."""
         wanted = np.fromiter(ids, dtype=np.int64)
@@ -266,7 +274,7 @@ class Texts:
             if rows is not None:
                 places, queries, counts = rows
                 places.add(number, index)
-                queries.add(text_id(entry.query))
+                queries.add(text_id(entry.query), 0 if entry.prompt is None else text_id(entry.prompt))
                 counts.add(len(entry.documents))
 
     def _first_reason(self) -> str:
@@ -312,13 +320,15 @@ def choose(texts: Texts, teachers: Sequence[Teacher], mining: Mining, rows: rang
     negatives = np.full((len(rows), mining.num_negatives), -1, dtype=np.int64)
     suspects = np.full((len(rows), MAX_SUSPECTS), -1, dtype=np.int64)
     by_rule, by_text = np.zeros(len(rows), dtype=np.int64), np.zeros(len(rows), dtype=np.int64)
-    passed_over = [texts.passed_over(row) for row in rows]
+    queries = texts.query_ids[rows.start : rows.stop].tolist()
+    of_query = {query: texts.passed_over(row) for query, row in dict(zip(queries, rows, strict=True)).items()}
+    passed_over = [of_query[query] for query in queries]
     num_taken = np.zeros(len(rows), dtype=np.int64)
     for number, teacher in enumerate(teachers):
         share = mining.num_negatives // len(teachers) + (number < mining.num_negatives % len(teachers))
         lowest = _lowest(texts, teacher, rows)
         ceilings = mining.rule.ceilings(lowest)
-        for i, (scores, found) in enumerate(_candidates(teacher, rows, mining.end, passed_over, ceilings)):
+        for i, scores, found in _candidates(teacher, rows, mining.end, passed_over, ceilings):
             is_text = np.isin(found, passed_over[i])
             is_above = (scores > ceilings[i]) & ~is_text
             by_text[i] += is_text.sum()
@@ -344,34 +354,42 @@ def _lowest(texts: Texts, teacher: Teacher, rows: range) -> np.ndarray:
 
 def _candidates(
     teacher: Teacher, rows: range, wanted: int, passed_over: Sequence[np.ndarray], ceilings: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """For each row the scores and numbers of the best documents, far enough for `wanted` that may be taken.
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """The place of each row, and the scores and numbers of its best documents, far enough for `wanted`.
 
     A search without ceilings sees what the rule takes away. Where it ends before there are enough, a second
-    one passes over what is above the ceiling, so the result is exact.
+    one passes over what is above the ceiling, so the result is exact. Both compute the same scores up to
+    rounding. What the first has found is not asked again.
     """
-    num_texts = max(map(len, passed_over))
-    scores, found = teacher.best(rows, wanted + num_texts + _SLACK)
+    num_texts = np.array([*map(len, passed_over)])
+    scores, found = teacher.best(rows, wanted + min(int(num_texts.max()), _MAX_TEXTS) + _SLACK)
     allowed = (scores <= ceilings[:, None]) & (found >= 0)
     short = [
         i
         for i, over in enumerate(passed_over)
         if found[i, -1] >= 0 and (allowed[i] & ~np.isin(found[i], over)).sum() < wanted
     ]
-    again = {}
-    if short:
-        numbers = np.array([rows[i] for i in short])
-        more = teacher.best(numbers, wanted + num_texts, ceilings[short])
-        again = dict(zip(short, zip(*more, strict=True), strict=True))
-    for i in range(len(rows)):
-        row_scores, row_found = scores[i], found[i]
-        if i in again:
-            # what is above the ceiling is known from the first search
-            above = row_scores > ceilings[i]
-            row_scores = np.concatenate([row_scores[above], again[i][0]])
-            row_found = np.concatenate([row_found[above], again[i][1]])
-        there = row_found >= 0
-        yield row_scores[there], row_found[there]
+    for i in {*range(len(rows))}.difference(short):
+        there = found[i] >= 0
+        yield i, scores[i, there], found[i, there]
+    for part in _parts(sorted(short, key=lambda i: num_texts[i]), wanted + num_texts + _SLACK):
+        k = wanted + int(num_texts[part[-1]]) + _SLACK
+        more = teacher.best(np.array([rows[i] for i in part]), k, ceilings[part])
+        for i, more_scores, more_found in zip(part, *more, strict=True):
+            is_new = (more_found >= 0) & ~np.isin(more_found, found[i])
+            yield i, np.append(scores[i], more_scores[is_new]), np.append(found[i], more_found[is_new])
+
+
+def _parts(order: Sequence[int], sizes: np.ndarray) -> Iterator[list[int]]:
+    """Rows, in the order of their sizes, in parts: the largest size of each times its rows is bounded."""
+    part: list[int] = []
+    for i in order:
+        if part and (len(part) + 1) * sizes[i] > _MAX_FOUND:
+            yield part
+            part = []
+        part.append(i)
+    if part:
+        yield part
 
 
 def _drawn(texts: Texts, row: int, window: np.ndarray, count: int, seed: int | None) -> np.ndarray:

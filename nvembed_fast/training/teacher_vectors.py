@@ -2,7 +2,8 @@
 
 A folder holds, for queries and for documents, `<side>.keys.npy` and `<side>.vectors.npy`. Row i of the
 vectors is of the text whose id (`texts.text_id`) is key i, and the keys ascend. So one folder serves every
-data set, and a lookup reads single rows of a memory map. `nvembed-fast mine --vectors` writes such folders.
+data set, and a lookup reads single rows of a memory map. `nvembed-fast mine --vectors` writes such folders by
+`files.replacing_together`, so a folder holds the files of one run.
 """
 
 import hashlib
@@ -13,7 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-__all__ = ["SIDES", "Side", "TeacherVectors", "names"]
+from nvembed_fast import files
+
+__all__ = ["KEY_FILE", "SIDES", "Side", "TeacherVectors", "names"]
 
 Side = Literal["queries", "documents"]
 SIDES: tuple[Side, ...] = ("queries", "documents")
@@ -22,6 +25,9 @@ SIDES: tuple[Side, ...] = ("queries", "documents")
 def names(side: Side) -> tuple[str, str]:
     """The files of a side: its keys and its vectors."""
     return f"{side}.keys.npy", f"{side}.vectors.npy"
+
+
+KEY_FILE = names("queries")[0]  # of `files.replacing_together`
 
 
 class TeacherVectors:
@@ -40,16 +46,24 @@ class TeacherVectors:
 
     def __init__(self, directory: Path):
         self._directory = directory
-        digest = hashlib.blake2b(digest_size=16)
         self._keys: dict[Side, np.ndarray] = {}
         self._vectors: dict[Side, np.ndarray] = {}
+        self.fingerprint = files.unmixed(directory, KEY_FILE, self._read)
+        self.width = self._vectors["queries"].shape[1]
+        if self._vectors["documents"].shape[1] != self.width:
+            raise ValueError(f"{directory}: vectors of queries and of documents have different widths")
+
+    def _read(self) -> str:
+        """Open all files. Returns their fingerprint."""
+        directory, digest = self._directory, hashlib.blake2b(digest_size=16)
         for side in SIDES:
             arrays = []
             for name in names(side):
+                path = files.current(directory) / name
                 try:
-                    with open(directory / name, "rb") as file:
+                    with open(path, "rb") as file:
                         digest.update(hashlib.file_digest(file, "blake2b").digest())
-                    arrays.append(np.load(directory / name, mmap_mode="r"))
+                    arrays.append(np.load(path, mmap_mode="r"))
                 except FileNotFoundError:
                     raise ValueError(
                         f"{directory} has no {name}: make the folder with nvembed-fast mine --vectors"
@@ -58,10 +72,7 @@ class TeacherVectors:
             if keys.dtype != np.int64 or keys.ndim != 1 or vectors.ndim != 2 or len(keys) != len(vectors):
                 got = f"{list(keys.shape)} {keys.dtype} and {list(vectors.shape)}"
                 raise ValueError(f"{directory}: {side} need keys [N] int64 and vectors [N, D], got {got}")
-        self.width = self._vectors["queries"].shape[1]
-        if self._vectors["documents"].shape[1] != self.width:
-            raise ValueError(f"{directory}: vectors of queries and of documents have different widths")
-        self.fingerprint = digest.hexdigest()
+        return digest.hexdigest()
 
     def __call__(self, side: Side, ids: Sequence[int], texts: Sequence[str]) -> torch.Tensor:
         """[N, width] fp32.
