@@ -18,6 +18,7 @@ as long as it lives, so a folder with a free lock is left over. New files get th
 import errno
 import fcntl
 import glob
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,7 @@ __all__ = [
     "read_json",
     "replacing",
     "replacing_together",
+    "sha256",
     "unfinished",
     "unmixed",
 ]
@@ -234,6 +236,12 @@ def read(path: Path, max_bytes: int) -> bytes:
             f"{path} is larger than {max_bytes / 2**20:.0f} MiB: it cannot be what its name says"
         )
     return content
+
+
+def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> dict[str, Any]:

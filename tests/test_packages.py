@@ -221,6 +221,17 @@ def test_apt_keeps_its_state_in_the_cache(apt, tmp_path):
     assert all(f"Dir::State::Lists={tmp_path}/cache/debian/.apt/lists" in call for call in calls)
 
 
+def test_stale_lists_are_fetched_again(apt, tmp_path, monkeypatch):
+    """The mirror has another version than the lists say, until they are fetched again."""
+    packages.debian_lists(tmp_path / "cache")
+    text = APT_GET.replace("{log}", str(apt)).replace("*update*) ;;", f"*update*) touch {tmp_path}/new ;;")
+    text = text.replace("*planted)", f"*planted) [ -e {tmp_path}/new ] || exit 100;")
+    (tmp_path / "bin/apt-get").write_text(text)
+    assert packages.debian("planted", tmp_path / "cache").version == "1:1.0-2"
+    calls = [call.split()[-2:] for call in apt.read_text().splitlines()[-3:]]
+    assert [call[-1] for call in calls] == ["planted", "update", "planted"]
+
+
 def test_an_unknown_debian_package(apt, tmp_path):
     with pytest.raises(RuntimeError, match=r"could not download absent:\nE: Unable to locate"):
         packages.debian("absent", tmp_path / "cache")
