@@ -38,8 +38,12 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	$(PY) -m pip install -c constraints.txt -e '.[bench,demo,test,dev]'
 	touch $@
 
+.venv/installed-data: $(STAMP)
+	$(PY) -m pip install -c constraints.txt -c constraints-integrations.txt -e '.[data]'
+	touch $@
+
 # finished sets stay, and the same call goes on after Ctrl-C
-data: $(STAMP)
+data: .venv/installed-data
 	$(PY) -m nvembed_fast curate -o data $(ARGS)
 
 demo: $(STAMP)

@@ -122,10 +122,12 @@ def test_a_run_of_ten_words_is_contamination():
 
 
 def test_a_short_evaluation_text_counts_as_a_whole():
-    known = EvaluationTexts({"first": ["Where is the nearest station?", "Thank you!"]})
+    known = EvaluationTexts({"first": ["Where is the nearest station?", "Thank you very!"]})
     assert known.found("where is the nearest station") == {"first"}
-    assert known.found("where is the nearest station now") == set()
-    assert known.found("Thank you!") == set()
+    assert known.found(f"{prose(3)} - where is the nearest station now? {prose(4)}") == {"first"}
+    assert known.found("where is the station") == set()
+    assert known.found("where is the nearest") == set()
+    assert known.found("Thank you very much!") == set()
 
 
 def test_evaluation_texts_have_a_fingerprint():
@@ -145,11 +147,31 @@ def test_every_evaluation_task_is_read(monkeypatch):
 
     monkeypatch.setattr(decontamination.tasks, "names", lambda: ["squad", "gone"])
     monkeypatch.setattr(decontamination.tasks, "texts", texts)
-    monkeypatch.setattr(decontamination.docstrings, "standard_library", lambda: {"m:f": prose(2)})
+    monkeypatch.setattr(decontamination.docstrings, "raw", lambda: {"m:f": ("f", prose(2))})
+    monkeypatch.setattr(decontamination.tasks, "DEBIAN", ("gone",))
     known = EvaluationTexts.load()
     assert known.missing == {"gone": "no apt-get here"}
     assert known.found(prose(1)) == {"squad"}
     assert known.found(prose(2)) == {decontamination.DOCSTRINGS}
+    monkeypatch.setattr(decontamination.tasks, "DEBIAN", ())
+    with pytest.raises(RuntimeError, match="(?s)no apt-get here.*or say --without gone"):
+        EvaluationTexts.load()
+    assert EvaluationTexts.load(without=["gone"]).missing == {"gone": "it was left out"}
+
+
+def test_a_docstring_counts_without_its_name_and_by_its_first_sentence(monkeypatch):
+    """The sentence ends with its paragraph, markup does not count, and three words are too few."""
+    raw = {
+        "m:f": ("f", f"Fold ``the`` blue paper twice\n\n{prose(1)}"),
+        "m:g": ("g", "Sort these heavy stones slowly."),
+        "m:h": ("h", f"Return the value. {prose(2)}"),
+    }
+    monkeypatch.setattr(decontamination.tasks, "names", lambda: [])
+    monkeypatch.setattr(decontamination.docstrings, "raw", lambda: raw)
+    known = EvaluationTexts.load()
+    for text in ("Fold the blue paper twice.", "sort these heavy stones slowly", prose(1), f"h: {prose(2)}"):
+        assert known.found(text) == {decontamination.DOCSTRINGS}, text
+    assert known.found("Return the value.", "Fold the blue paper", f"Return the value. {prose(3)}") == set()
 
 
 # a folder of sets
@@ -199,7 +221,7 @@ def test_sets_with_their_manifest(planted, tmp_path):
     assert (entry["instruction"], entry["task"], entry["in_batch"]) == ("find it", "retrieval", True)
     assert entry["dropped"] == {"in exam": 1}
     assert entry["rows"] + entry["dev_rows"] == 1200 and entry["dev_rows"] > 0
-    assert manifest["not_compared_with"] == {"gone": "no apt-get here"}
+    assert entry["not_compared_with"] == ["gone"]
     assert "warning: not compared with gone: no apt-get here" in lines
     assert len(open_rows(tmp_path / "data/planted.jsonl")) == entry["rows"]
     assert open_rows(tmp_path / "data/planted.jsonl").row(0).positives
@@ -272,6 +294,14 @@ def test_sets_that_were_not_asked_for_stay(planted, tmp_path):
     assert rows_of(tmp_path / "dev.jsonl")
 
 
+def test_each_set_says_what_it_was_not_compared_with(planted, tmp_path, monkeypatch):
+    """Also after another run, which had all evaluation sets but made other sets."""
+    make(tmp_path, ["planted"])
+    monkeypatch.setitem(globals(), "EVALUATION", EvaluationTexts({"exam": [prose(5000)]}))
+    sets = make(tmp_path, ["labels"])[0]["sets"]
+    assert {name: sets[name]["not_compared_with"] for name in sets} == {"planted": ["gone"], "labels": []}
+
+
 def test_a_known_overlap_is_not_dropped(planted, tmp_path, monkeypatch):
     monkeypatch.setitem(curate.TEXT_SETS, "planted", replace(PLANTED["planted"], shares=("exam",)))
     entry = make(tmp_path, ["planted"])[0]["sets"]["planted"]
@@ -305,15 +335,20 @@ def test_an_unknown_set_is_named(tmp_path):
 
 def test_the_command_makes_the_sets_of_pypi(monkeypatch, tmp_path, capsys):
     made = {}
+    left_out = []
 
-    def curated(directory, names, say):
+    def curated(directory, names, without, say):
         made[directory] = names
+        left_out.append(without)
         return {"sets": {name: {"rows": 5} for name in names}}
 
     monkeypatch.setattr(curate, "curate", curated)
     assert main(["curate", "-o", str(tmp_path)]) == 0
     assert main(["curate", "-o", str(tmp_path / "more"), "--debian"]) == 0
-    assert main(["curate", "-o", str(tmp_path / "one"), "--sources", "terms"]) == 0
+    assert (
+        main(["curate", "-o", str(tmp_path / "one"), "--sources", "terms", "--without", "rte", "mrpc"]) == 0
+    )
+    assert left_out == [[], [], ["rte", "mrpc"]]
     debian = {name for name, text_set in TEXT_SETS.items() if text_set.is_debian}
     assert "terms" in debian and "python-questions" not in debian
     assert made[tmp_path] == [name for name in TEXT_SETS if name not in debian]
@@ -329,7 +364,12 @@ def test_the_command_lists_packages_and_licences(capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments, message", [([], "-o DIR is missing"), (["-o", "x", "--sources", "plants"], "no set 'plants'")]
+    "arguments, message",
+    [
+        ([], "-o DIR is missing"),
+        (["-o", "x", "--sources", "plants"], "no set 'plants'"),
+        (["-o", "x", "--without", "r"], "no task 'r': there are squad"),
+    ],
 )
 def test_wrong_arguments_exit_with_status_2(arguments, message, capsys):
     assert main(["curate", *arguments]) == 2

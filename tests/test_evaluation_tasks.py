@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import struct
+import sys
 import tarfile
 import zlib
 from pathlib import Path
@@ -201,6 +202,12 @@ def test_a_missing_package_skips_the_task_with_its_reason(monkeypatch):
     monkeypatch.setattr(packages, "debian", debian)
     with pytest.raises(tasks.SkippedTask, match="the data of libreoffice cannot be had here.*no apt-get"):
         tasks.load("libreoffice")
+
+
+def test_pyarrow_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(tasks.SkippedTask, match=r"rte needs pyarrow: pip install 'nvembed_fast\[data\]'"):
+        tasks.load("rte")
 
 
 def test_an_unknown_task_is_told_with_the_nearest():

@@ -132,6 +132,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "curation.dictionaries": set(),
     "curation.docstrings": set(),
     "curation.labelled": set(),
+    "curation.manifest": set(),
     "curation.passages": set(),
     "curation.questions": set(),
     "curation.scripture": set(),

@@ -11,6 +11,7 @@ import pytest
 
 from nvembed_fast.cli import main
 from nvembed_fast.curation import decontamination, public
+from nvembed_fast.curation.decontamination import EvaluationTexts
 from nvembed_fast.curation.public import SETS, build, find, rows_of
 from nvembed_fast.integrations.datasets import open_table
 from nvembed_fast.training.recipe import Recipe
@@ -76,6 +77,10 @@ def test_a_table_with_other_columns_is_named():
         converted("paq", [{"query": "a", "text": "b"}])
 
 
+NOTHING = EvaluationTexts({})
+HELD_OUT = "this text is held out for evaluation"
+
+
 class Hub:
     """Planted tables by (hub id, config, split), and what was asked for."""
 
@@ -91,41 +96,64 @@ SQUAD = [{"question": f"q{n}", "context": f"c{n}"} for n in range(5)]
 
 
 def test_a_build_writes_rows_that_the_trainer_reads_and_a_manifest(tmp_path):
-    dirty = [("q0", "c0"), ("", "c"), ("q", " "), ("same", "same"), ("held", "out")]
+    dirty = [("q0", "c0"), ("", "c"), ("q", " "), ("same", "same"), ("held", HELD_OUT)]
     hub = Hub(
         squad=[*SQUAD, *({"question": q, "context": c} for q, c in dirty)],
         emotion=[{"text": "t", "label_text": "joy"}],
     )
     said = []
     manifest = build(
-        tmp_path, ["squad", "emotion"], open_table=hub, is_held_out="out".__eq__, say=said.append
+        tmp_path,
+        ["squad", "emotion"],
+        open_table=hub,
+        evaluation=EvaluationTexts({"exam": [HELD_OUT]}, {"gone": "no network"}),
+        say=said.append,
     )
     assert json.loads((tmp_path / "manifest.json").read_text()) == manifest
     entry = manifest["sets"]["squad"]
-    assert entry["dropped"] == {"empty": 1, "in an evaluation set": 1, "no positive": 2, "repeated": 1}
-    assert (entry["rows"], entry["version"], entry["task"], entry["in_batch"]) == (
-        5,
-        ["r1"],
-        "retrieval",
-        True,
-    )
-    assert entry["source"] == ["rajpurkar/squad"] and not manifest["sets"]["emotion"]["in_batch"]
+    assert entry["dropped"] == {"empty": 1, "in exam": 1, "no positive": 2, "repeated": 1}
+    assert (entry["rows"], entry["task"], entry["in_batch"]) == (5, "retrieval", True)
+    source = {"package": "rajpurkar/squad@r1", "sha256": None, "licence": "cc-by-sa-4.0"}
+    assert entry["sources"] == [source] and entry["not_compared_with"] == ["gone"]
+    assert not manifest["sets"]["emotion"]["in_batch"]
     rows = open_rows(tmp_path / "squad.jsonl")
     assert {rows.row(n).query for n in range(5)} == {f"q{n}" for n in range(5)} and len(rows) == 5
     assert open_rows(tmp_path / "emotion.jsonl").labelled(0).label == "joy"
-    assert "squad.jsonl: 5 rows, 1 dropped (empty), 1 dropped (in an evaluation set)" in said[1]
+    assert "squad.jsonl: 5 rows, 1 dropped (empty), 1 dropped (in exam)" in said[1]
+
+
+def test_a_negative_of_an_evaluation_set_is_found(tmp_path):
+    """A row counts for each set in which one of its texts stands."""
+    texts = [("a", "b", HELD_OUT), ("c", "d", "e")]
+    hub = Hub(quora_duplicates=[dict(zip(("anchor", "positive", "negative"), t, strict=True)) for t in texts])
+    known = EvaluationTexts({"exam": [HELD_OUT], "test": [HELD_OUT], "other": ["another text of theirs"]})
+    entry = build(tmp_path, ["quora"], open_table=hub, evaluation=known)["sets"]["quora"]
+    assert (entry["rows"], entry["dropped"]) == (1, {"in exam": 1, "in test": 1})
+
+
+@pytest.mark.parametrize("change", ["evaluation", "set", "code"])
+def test_a_set_that_was_made_of_something_else_is_made_again(tmp_path, monkeypatch, change):
+    hub = Hub(squad=SQUAD)
+    build(tmp_path, ["squad"], open_table=hub, evaluation=NOTHING)
+    if change == "set":
+        monkeypatch.setattr(public, "SETS", tuple(replace(data, instruction="find it") for data in SETS))
+    if change == "code":
+        monkeypatch.setattr(public, "_MODULES", (*public._MODULES, "json"))
+    known = EvaluationTexts({"exam": [HELD_OUT]}) if change == "evaluation" else NOTHING
+    build(tmp_path, ["squad"], open_table=hub, evaluation=known)
+    assert len(hub.asked) == 2
 
 
 def test_a_build_goes_on_behind_what_is_done(tmp_path):
     hub = Hub(squad=SQUAD)
     with pytest.raises(KeyError):
-        build(tmp_path, ["squad", "nq"], open_table=hub)
+        build(tmp_path, ["squad", "nq"], open_table=hub, evaluation=NOTHING)
     before = (tmp_path / "squad.jsonl").read_bytes()
     hub.tables["natural_questions"] = [{"query": "a", "answer": "b"}]
-    build(tmp_path, ["squad", "nq"], open_table=hub)
+    build(tmp_path, ["squad", "nq"], open_table=hub, evaluation=NOTHING)
     assert [ask[0] for ask in hub.asked].count("rajpurkar/squad") == 1
     (tmp_path / "squad.jsonl").write_text("cut")
-    assert set(build(tmp_path, ["squad"], open_table=hub)["sets"]) == {"squad", "nq"}
+    assert set(build(tmp_path, ["squad"], open_table=hub, evaluation=NOTHING)["sets"]) == {"squad", "nq"}
     assert (tmp_path / "squad.jsonl").read_bytes() == before, "the same rows give the same bytes"
 
 
@@ -133,11 +161,11 @@ def test_a_set_is_cut_at_the_published_rows(tmp_path, monkeypatch):
     hub = Hub(squad=SQUAD, paq=({"query": f"q{n}", "answer": "a"} for n in range(10**9)))
     sets = tuple(replace(s, num_published=3) if s.name in ("squad", "paq") else s for s in SETS)
     monkeypatch.setattr(public, "SETS", sets)
-    manifest = build(tmp_path, ["squad", "paq"], open_table=hub)
+    manifest = build(tmp_path, ["squad", "paq"], open_table=hub, evaluation=NOTHING)
     assert [manifest["sets"][name]["rows"] for name in ("squad", "paq")] == [3, 3]
     assert [ask[3] for ask in hub.asked] == [None, 0], "a stream that is cut is shuffled"
     backwards = tmp_path / "again"
-    build(backwards, ["squad"], open_table=Hub(squad=SQUAD[::-1]))
+    build(backwards, ["squad"], open_table=Hub(squad=SQUAD[::-1]), evaluation=NOTHING)
     assert (backwards / "squad.jsonl").read_bytes() == (tmp_path / "squad.jsonl").read_bytes()
 
 
@@ -148,7 +176,7 @@ def test_what_cannot_be_fetched_is_named(tmp_path):
         "hover": "hover cannot be fetched: the hub has claims with titles alone",
     }.items():
         with pytest.raises(ValueError, match=message.replace("?", r"\?")):
-            build(tmp_path / "none", ["squad", name], open_table=Hub())
+            build(tmp_path / "none", ["squad", name], open_table=Hub(), evaluation=NOTHING)
     assert not (tmp_path / "none").exists()
 
 
@@ -156,35 +184,38 @@ def test_a_hub_that_is_out_of_reach_is_named_and_leaves_what_is_done(tmp_path, m
     def offline(*_, **__):
         raise ConnectionError("offline\nat")
 
-    build(tmp_path, ["squad"], open_table=Hub(squad=SQUAD))
+    build(tmp_path, ["squad"], open_table=Hub(squad=SQUAD), evaluation=NOTHING)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ImportError, match=r"public sets need datasets: pip install 'nvembed-fast\[data\]'"):
-        build(tmp_path, ["nq"], open_table=open_table)
+        build(tmp_path, ["nq"], open_table=open_table, evaluation=NOTHING)
     info = SimpleNamespace(dataset_info=lambda _: SimpleNamespace(sha="r"))
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=offline))
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: info)
     with pytest.raises(OSError, match=r"paq cannot be read from the hub \(ConnectionError: offline\): check"):
-        build(tmp_path, ["squad", "paq"], open_table=open_table)
+        build(tmp_path, ["squad", "paq"], open_table=open_table, evaluation=NOTHING)
     assert {p.name for p in tmp_path.iterdir() if p.name[0] != "."} == {"manifest.json", "squad.jsonl"}
 
 
 def test_the_command_builds_what_the_hub_has_and_names_what_is_missing(tmp_path, monkeypatch, capsys):
-    made = []
+    made, left_out = [], []
 
-    def built(directory, names, *, is_held_out, **_):
-        made.append((directory, names, is_held_out("out"), is_held_out("in")))
+    def built(directory, names, *, evaluation, **_):
+        made.append((directory, names, evaluation))
         return {"sets": {name: {"rows": 2} for name in names}}
 
-    evaluation = SimpleNamespace(missing={"nave": "no package"}, found={"out": {"squad"}, "in": set()}.get)
+    evaluation = EvaluationTexts({}, {"nave": "no package"})
     monkeypatch.setattr(public, "build", built)
-    monkeypatch.setattr(decontamination.EvaluationTexts, "load", lambda: evaluation)
+    monkeypatch.setattr(
+        decontamination.EvaluationTexts, "load", lambda without: left_out.append(without) or evaluation
+    )
     assert main(["curate", "-o", str(tmp_path), "--public"]) == 0
     shown = capsys.readouterr()
     fetched = [data.name for data in SETS if data.form is not None]
-    assert made == [(tmp_path, fetched, True, False)] and len(fetched) == 19
+    assert made == [(tmp_path, fetched, evaluation)] and len(fetched) == 19
     assert shown.out == f"{tmp_path}: 38 rows in 19 sets\n" and "not compared with nave" in shown.err
     assert "hover is missing: The hub has claims with titles alone" in shown.err
-    assert main(["curate", "-o", str(tmp_path), "--public", "--sources", "nq"]) == 0 and made[1][1] == ["nq"]
+    chosen = ["curate", "-o", str(tmp_path), "--public", "--sources", "nq", "--without", "rte"]
+    assert main(chosen) == 0 and made[1][1] == ["nq"] and left_out == [[], ["rte"]]
     assert main(["curate", "--public", "--list"]) == 0
     assert "nq: 100,231 rows, retrieval, stage 1 and 2\n" in capsys.readouterr().out
     for arguments, message in (

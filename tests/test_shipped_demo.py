@@ -195,10 +195,15 @@ def test_the_card_states_sources_settings_and_scores(tmp_path):
         (tmp_path / f"stage{number}.toml").write_text(recipe)
     source = {"package": "x==1", "sha256": "0", "licence": "MIT"}
     sets = {
-        name: {"rows": 1234, "sources": [source, source], "shares_documents_with": ["nave"]}
-        for name in ("one", "unused")
+        name: {
+            "rows": 1234,
+            "sources": [source, source],
+            "shares_documents_with": ["nave"],
+            "not_compared_with": [missing],
+        }
+        for name, missing in (("one", "squad"), ("unused", "rte"))
     }
-    (tmp_path / "manifest.json").write_text(json.dumps({"sets": sets, "not_compared_with": {"squad": "why"}}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"sets": sets}))
     row = {"task": "squad", "model": "stage2", "kind": "retrieval", "score": 0.5, "units": [0.5, 0.5]}
     row |= {"metric": "ndcg_at_10", "made_by": {"sample": "", "kind": "retrieval", "revision": "1"}}
     (tmp_path / "scores" / "stage2").mkdir(parents=True)
@@ -213,7 +218,7 @@ def test_the_card_states_sources_settings_and_scores(tmp_path):
         "but for those of nave, squad.",
     ):
         assert part in text, text
-    assert "unused" not in text and "as FORM." in text
-    (tmp_path / "manifest.json").write_text(json.dumps({"sets": {}, "not_compared_with": {}}))
+    assert "unused" not in text and "rte" not in text and "as FORM." in text
+    (tmp_path / "manifest.json").write_text(json.dumps({"sets": {}}))
     with pytest.raises(ValueError, match="has no set 'one', which a recipe takes"):
         ship_demo.card(stages, tmp_path, tmp_path / "scores")

@@ -109,6 +109,23 @@ def test_other_sentences_become_none(sentence):
     assert question(sentence) is None
 
 
+@pytest.mark.parametrize(
+    "sentence",
+    [
+        "Set of things to do now.",
+        "Process id of the child process.",
+        "Tags are labels of a certificate.",
+        "Store for accessing the datasets.",
+    ],
+)
+def test_a_noun_in_front_is_no_verb(sentence):
+    assert question(sentence) is None
+
+
+def test_some_verbs_go_with_for():
+    assert question("Wait for a child process to finish.") and question("Test for excess zeros in it.")
+
+
 def test_synonyms_are_other_words():
     assert all(word != other for word, other in SAME.items())
     assert all(verbs for verbs in VERBS.values())

@@ -25,7 +25,7 @@ from nvembed_fast import NVEmbed, files
 from nvembed_fast.checkpoint import demo, published_tensors
 from nvembed_fast.checkpoint.decoders import open_decoder
 from nvembed_fast.checkpoint.names import CONFIG_FILE, SINGLE_FILE
-from nvembed_fast.curation.curate import MANIFEST
+from nvembed_fast.curation import manifest
 from nvembed_fast.evaluation import docstrings
 from nvembed_fast.evaluation.report import table
 from nvembed_fast.evaluation.scores import read_rows
@@ -137,12 +137,12 @@ def card(recipes: list[Path], data: Path, scores: Path) -> str:
         ValueError: a recipe takes rows that the manifest does not have.
     """
     read = [Recipe.from_file(recipe) for recipe in recipes]
-    manifest = files.read_json(data / MANIFEST)
-    sets = manifest["sets"]
+    sets = manifest.read(data)
     used = list(dict.fromkeys(Path(part.file).stem for recipe in read for part in recipe.data))
     if unknown := [name for name in used if name not in sets]:
-        raise ValueError(f"{data / MANIFEST} has no set {unknown[0]!r}, which a recipe takes")
-    kept = {*manifest["not_compared_with"]}.union(*(sets[name]["shares_documents_with"] for name in used))
+        raise ValueError(f"{data / manifest.MANIFEST} has no set {unknown[0]!r}, which a recipe takes")
+    overlaps = ("shares_documents_with", "not_compared_with")
+    kept = {task for name in used for key in overlaps for task in sets[name][key]}
     lines = ["| set | rows | packages | licences |", "|---|--:|---|---|"]
     for name in used:
         sources = sets[name]["sources"]

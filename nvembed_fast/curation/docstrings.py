@@ -17,7 +17,7 @@ from nvembed_fast import packages
 from nvembed_fast.curation.questions import question
 from nvembed_fast.curation.text import Pair, drawn, first_sentence, plain
 
-__all__ = ["questions", "sources", "summaries"]
+__all__ = ["questions", "sources", "summaries", "summary"]
 
 MAX_SOURCE_BYTES = 800_000
 MIN_REST_WORDS = 12
@@ -33,24 +33,29 @@ Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 def summaries(archive: Path) -> Iterator[Pair]:
     """The first sentence finds the rest."""
-    for place, _, summary, rest in _documented(archive):
-        yield Pair(summary, rest, place)
+    for place, _, sentence, rest in _documented(archive):
+        yield Pair(sentence, rest, place)
 
 
 def questions(archive: Path) -> Iterator[Pair]:
     """A question finds "name: docstring". Half of the long ones stand without the question's sentence."""
-    for place, node, summary, rest in _documented(archive):
-        if asked := question(summary):
-            is_short = drawn(summary, "document") % 2 and len(rest.split()) >= MIN_REST_WORDS
-            yield Pair(asked, f"{node.name}: {rest if is_short else f'{summary} {rest}'}", place)
+    for place, node, sentence, rest in _documented(archive):
+        if asked := question(sentence):
+            is_short = drawn(sentence, "document") % 2 and len(rest.split()) >= MIN_REST_WORDS
+            yield Pair(asked, f"{node.name}: {rest if is_short else f'{sentence} {rest}'}", place)
 
 
 def sources(archive: Path) -> Iterator[Pair]:
     """The first sentence finds the source of the function."""
-    for place, node, summary, _ in _documented(archive):
+    for place, node, sentence, _ in _documented(archive):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and len(node.body) > 1:
             node.body, node.decorator_list = node.body[1:], []
-            yield Pair(summary, ast.unparse(node)[:1500], place)
+            yield Pair(sentence, ast.unparse(node)[:1500], place)
+
+
+def summary(docstring: str) -> str:
+    """The first sentence of a docstring, as `summaries` gives it."""
+    return first_sentence(_prose(docstring)[0])[0]
 
 
 def _documented(
@@ -70,8 +75,8 @@ def _documented(
             docstring = ast.get_docstring(node)
             if docstring and not node.name.startswith("_"):
                 first, rest = _prose(docstring)
-                summary, more = first_sentence(first)
-                yield name, node, summary, f"{more} {rest}".strip()
+                sentence, more = first_sentence(first)
+                yield name, node, sentence, f"{more} {rest}".strip()
 
 
 def _definitions(node: ast.AST) -> Iterator[Definition]:

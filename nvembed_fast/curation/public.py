@@ -15,8 +15,9 @@ these forms:
 Nothing of this was downloaded by us. Where an entry says `recalled`, its hub id comes from memory. Otherwise
 the id was read in the code of projects that use the set. Columns, splits and licences are partly from memory.
 
-`build` writes a file for each set and a manifest. A set that stands in the manifest is not fetched again, so
-a build that was stopped goes on.
+`build` writes a file for each set and a manifest. A set that stands in the manifest, of the same code and
+evaluation texts, is not fetched again, so a build that was stopped goes on. The hub's later revisions change
+nothing of it.
 """
 
 import difflib
@@ -31,11 +32,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nvembed_fast import files
+from nvembed_fast.curation import manifest
+from nvembed_fast.curation.decontamination import EvaluationTexts
 
 __all__ = ["MIN_SCORE", "SETS", "PublicSet", "build", "find", "rows_of"]
 
 MIN_SCORE = 4.0
-MANIFEST_FILE = "manifest.json"
+_MODULES = (__name__, *(f"{__package__}.{stem}" for stem in ("cleaning", "decontamination", "manifest")))
 Form = Literal["pairs", "triplets", "judgements", "inference", "labels", "scores"]
 Row = dict[str, Any]
 # of (hub id, config, split, seed): the revision, and the records. A seed asks for a random order
@@ -215,22 +218,21 @@ def build(
     names: Sequence[str],
     *,
     open_table: Open,
-    is_held_out: Callable[[str], bool] | None = None,
+    evaluation: EvaluationTexts,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
     """Fetch sets and write their rows: DIRECTORY/NAME.jsonl for each, and DIRECTORY/manifest.json.
 
     Args:
-        directory: created. A set that stands in its manifest, with its file as it was written, is kept.
+        directory: created. A set in its manifest that was made of the same, with its file as it was written,
+            is kept.
         names: of the sets.
         open_table: `integrations.datasets.open_table`, or what takes its place.
-        is_held_out: of a text: it belongs to an evaluation set. A row with such a query or positive is
-            dropped and counted.
+        evaluation: a row with a text that stands in an evaluation set is dropped, and counted for that set.
         say: takes a line for each set.
 
     Returns:
-        The manifest: under "sets", for each its source, revisions, licence, instruction, task, stages, rows,
-        dropped rows by reason, and the sha256 of its file.
+        The manifest (`curation.manifest`), in which the entries here also have "stages" and "published_rows".
 
     Raises:
         ValueError: a set is unknown or cannot be fetched, or the hub's table has other columns.
@@ -238,27 +240,25 @@ def build(
     """
     sets = [find(name) for name in dict.fromkeys(names)]
     directory.mkdir(parents=True, exist_ok=True)
-    manifest_file = directory / MANIFEST_FILE
     with files.alone(directory, ".lock"):
-        manifest = files.read_json(manifest_file) if manifest_file.exists() else {"sets": {}}
-        done = manifest["sets"]
+        done = manifest.read(directory)
         for data in sets:
             target = directory / f"{data.name}.jsonl"
-            if target.exists() and done.get(data.name, {}).get("sha256") == _sha256(target):
+            made_of = manifest.made_of(data, _MODULES, evaluation)
+            if manifest.is_whole(directory, data.name, done.get(data.name), made_of):
                 say(f"{target.name} is there")
                 continue
             say(f"{data.name}: fetching {', '.join(hub_id for hub_id, _ in data.hub)}")
-            done[data.name] = _write(data, target, open_table, is_held_out)
-            with files.replacing(manifest_file) as aside:
-                aside.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+            done[data.name] = _write(data, target, open_table, evaluation, made_of)
+            manifest.write(directory, done)
             counts = done[data.name]
             dropped = ", ".join(f"{count} dropped ({why})" for why, count in counts["dropped"].items())
             say(f"{target.name}: {counts['rows']} rows" + (f", {dropped}" if dropped else ""))
-    return manifest
+    return manifest.write(directory, done)
 
 
 def _write(
-    data: PublicSet, target: Path, open_table: Open, is_held_out: Callable[[str], bool] | None
+    data: PublicSet, target: Path, open_table: Open, evaluation: EvaluationTexts, made_of: str
 ) -> dict[str, Any]:
     """Write the rows of a set. Returns its entry in the manifest."""
     dropped: Counter[str] = Counter()
@@ -278,7 +278,7 @@ def _write(
                 data, table(config, "train", seed), dropped, lambda name: table(name, name, None)
             )
 
-    rows = _clean(tables(), dropped, is_held_out)
+    rows = _clean(tables(), dropped, evaluation)
     if data.num_published is not None:
         cut = islice(rows, data.num_published) if data.cut == "first" else None
         rows = iter(heapq.nsmallest(data.num_published, rows, key=_hash)) if cut is None else cut
@@ -290,19 +290,22 @@ def _write(
                 num_rows += 1
         if not num_rows:
             raise ValueError(f"{data.name} gives no row: the hub's table has changed")
-    return {
-        "source": [hub_id for hub_id, _ in data.hub],
-        "version": [revisions[hub_id] for hub_id, _ in data.hub],
-        "licence": data.licence,
-        "instruction": data.instruction,
-        "task": data.task,
-        "in_batch": 1 in data.stages,
-        "stages": list(data.stages),
-        "rows": num_rows,
-        "published_rows": data.num_published,
-        "dropped": dict(sorted(dropped.items())),
-        "sha256": _sha256(target),
-    }
+    sources = [
+        {"package": f"{hub_id}@{revisions[hub_id]}", "sha256": None, "licence": data.licence}
+        for hub_id, _ in data.hub
+    ]
+    return manifest.entry(
+        target.parent,
+        data.name,
+        evaluation,
+        task=data.task,
+        instruction=data.instruction,
+        in_batch=1 in data.stages,
+        rows=num_rows,
+        sources=sources,
+        dropped=dropped,
+        made_of=made_of,
+    ) | {"stages": list(data.stages), "published_rows": data.num_published}
 
 
 def rows_of(
@@ -412,9 +415,7 @@ def _judged(
             dropped["no text"] += 1
 
 
-def _clean(
-    rows: Iterable[Row], dropped: Counter[str], is_held_out: Callable[[str], bool] | None
-) -> Iterator[Row]:
+def _clean(rows: Iterable[Row], dropped: Counter[str], evaluation: EvaluationTexts) -> Iterator[Row]:
     """Rows without empty texts, repeated rows and texts of evaluation sets."""
     seen: set[bytes] = set()
     for row in rows:
@@ -431,8 +432,8 @@ def _clean(
             dropped["no positive"] += 1
         elif (key := _hash(kept)) in seen:
             dropped["repeated"] += 1
-        elif is_held_out is not None and any(map(is_held_out, [query, *kept.get("pos", ())])):
-            dropped["in an evaluation set"] += 1
+        elif found := evaluation.found(query, *kept.get("pos", ()), *kept.get("neg", ())):
+            dropped.update(f"in {task}" for task in found)
         else:
             seen.add(key)
             yield kept
@@ -441,8 +442,3 @@ def _clean(
 def _hash(row: Row) -> bytes:
     content = json.dumps(row, sort_keys=True).encode()
     return hashlib.blake2b(content, digest_size=16).digest()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()

@@ -152,6 +152,9 @@ VERBS: dict[str, tuple[str, ...]] = {
 }
 # they make another verb of the one in front of them, so that one stays: make sure, set up
 PARTICLES = ("sure", "up", "out", "off", "on", "down", "in", "over", "away")
+# in front of them the first word is a noun: set of, process id. Some verbs go with "for"
+NO_OBJECTS = ("of", "id", "ids", "is", "are", "for")
+WITH_FOR = ("check", "find", "search", "select", "solve", "test", "wait")
 # nouns and adjectives -> words that mean the same
 SAME: dict[str, str] = {
     "directory": "folder",
@@ -201,15 +204,18 @@ SAME: dict[str, str] = {
 
 
 def question(sentence: str) -> str | None:
-    """A question that a sentence answers. None: it does not begin with a verb of `VERBS`."""
+    """A question that a sentence answers. None: it begins with no verb of `VERBS`, or with a noun."""
     first, _, rest = sentence.rstrip(" .:!").partition(" ")
     verb = _base(first.lower())
     rest_words = rest.split()
     if verb is None or not 2 <= len(rest_words) <= 24:
         return None
+    follows = rest_words[0].lower()
+    if follows in NO_OBJECTS and not (follows == "for" and verb in WITH_FOR):
+        return None
     verbs = VERBS[verb]
     chosen = verbs[drawn(sentence, "verb") % len(verbs)]
-    if rest_words[0].lower() in PARTICLES:
+    if follows in PARTICLES:
         chosen = verb
     if verb in ("return", "check", "test", "determine") and re.match(r"(true|whether|if)\b", rest, re.I):
         chosen = "find out"

@@ -107,14 +107,20 @@ def load(
     )
 
 
-@functools.cache
 def standard_library() -> Mapping[str, str]:
     """The docstring of each function and class as "name: docstring", by its module:qualified.name.
 
     The order is fixed. Whitespace is folded. Docstrings below five words are skipped. Names may share a text.
     """
+    folded = {place: f"{name}: {' '.join(text.split())}" for place, (name, text) in raw().items()}
+    return MappingProxyType(folded)
+
+
+@functools.cache
+def raw() -> Mapping[str, tuple[str, str]]:
+    """(name, docstring as `ast.get_docstring` gives it) of the same, by the same keys."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: dict[str, str] = {}
+    found: dict[str, tuple[str, str]] = {}
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if SKIPPED.isdisjoint(relative.parts):
@@ -123,17 +129,17 @@ def standard_library() -> Mapping[str, str]:
             except (SyntaxError, ValueError):
                 continue
             module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
-            for name, text in _documented(tree, ""):
-                found.setdefault(f"{module}:{name}", text)
+            for name, docstring in _documented(tree, ""):
+                found.setdefault(f"{module}:{name}", (name.rpartition(".")[2], docstring))
     return MappingProxyType(found)
 
 
 def _documented(node: ast.AST, prefix: str) -> Iterator[tuple[str, str]]:
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            words = (ast.get_docstring(child) or "").split()
-            if len(words) >= MIN_WORDS:
-                yield prefix + child.name, f"{child.name}: {' '.join(words)}"
+            docstring = ast.get_docstring(child) or ""
+            if len(docstring.split()) >= MIN_WORDS:
+                yield prefix + child.name, docstring
             yield from _documented(child, f"{prefix}{child.name}.")
         elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):
             yield from _documented(child, prefix)

@@ -29,6 +29,7 @@ from nvembed_fast import packages
 from nvembed_fast.evaluation import docstrings
 
 __all__ = [
+    "DEBIAN",
     "GROUPS",
     "LocalTask",
     "Naves",
@@ -410,8 +411,10 @@ def _tweets(cache: Path | None) -> dict:
 
 def _glue(name: str, cache: Path | None) -> dict:
     """The validation pairs of a task of GLUE. Label 1 of MRPC and 0 of RTE: the sides belong together."""
-    import pyarrow.ipc
-
+    try:
+        import pyarrow.ipc
+    except ImportError as error:
+        raise ImportError(f"{name} needs pyarrow: pip install 'nvembed_fast[data]'") from error
     path = _file(OLMO, f"*/glue/{name}/validation/*.arrow", cache)
     table = pyarrow.ipc.open_stream(path.read_bytes()).read_all().to_pydict()
     same = {"mrpc": 1, "rte": 0}[name]
@@ -538,6 +541,8 @@ _SETS = {
     "mrpc": _Set("pairs", _SIMILAR, 96, partial(_glue, "mrpc")),
     "rte": _Set("pairs", _SIMILAR, 128, partial(_glue, "rte")),
 }
+# those that need packages of Debian, which another system does not have
+DEBIAN = ("nave", "libreoffice", "debtags")
 GROUPS = {
     "local": list(_SETS),
     "retrieval": [name for name, entry in _SETS.items() if entry.kind == "retrieval"],
