@@ -165,11 +165,16 @@ def test_a_docstring_counts_without_its_name_and_by_its_first_sentence(monkeypat
         "m:f": ("f", f"Fold ``the`` blue paper twice\n\n{prose(1)}"),
         "m:g": ("g", "Sort these heavy stones slowly."),
         "m:h": ("h", f"Return the value. {prose(2)}"),
+        "m:i": ("i", "Polish old silver. Then dry it well."),
     }
     monkeypatch.setattr(decontamination.tasks, "names", lambda: [])
     monkeypatch.setattr(decontamination.docstrings, "raw", lambda: raw)
     known = EvaluationTexts.load()
-    for text in ("Fold the blue paper twice.", "sort these heavy stones slowly", prose(1), f"h: {prose(2)}"):
+    for text in (
+        "Fold the blue paper twice.",
+        "sort these heavy stones slowly",
+        "polish old silver then dry it well",
+    ):
         assert known.found(text) == {decontamination.DOCSTRINGS}, text
     assert known.found("Return the value.", "Fold the blue paper", f"Return the value. {prose(3)}") == set()
 
