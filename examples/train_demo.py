@@ -17,7 +17,8 @@
 those of the recipes, but for the negatives.
 
 Each step is a command that goes on where it was stopped, and one that has ended is skipped. So the same
-command goes on after Ctrl-C, a kill or a loss of power.
+command goes on after Ctrl-C, a kill or a loss of power. After a change of a recipe, its step and all behind
+it run again. `train` refuses the folder of another run, so remove that first. The table is always printed.
 """
 
 import argparse
@@ -43,15 +44,16 @@ SCORED = {"demo-short": ("docstrings", "squad", "--quick"), "demo": ("local",)}
 
 @dataclass(frozen=True)
 class Step:
-    """A command. It has ended if the mark of what it was made of is there."""
+    """A command. It has ended if the mark of what it was made of is there, unless it `runs_always`."""
 
     name: str
     command: tuple[str, ...]
     reads: Path | None = None
+    runs_always: bool = False
 
-    @property
-    def made_of(self) -> str:
-        digest = hashlib.sha256("\0".join(self.command).encode())
+    def made_of(self, before: str) -> str:
+        """A digest of the command, of what it reads, and of `before`, that of the previous step."""
+        digest = hashlib.sha256("\0".join((before, *self.command)).encode())
         if self.reads is not None:
             digest.update(self.reads.read_bytes())
         return digest.hexdigest()
@@ -63,9 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     stages = [ROOT / "recipes" / f"{arguments.recipe}-stage{number}.toml" for number in (1, 2)]
     for name in ("ended", "mined", "pictures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    made_of = ""
     for step in steps(stages, folder, SCORED[arguments.recipe], arguments.four_rows):
-        mark = folder / "ended" / step.name
-        if mark.is_file() and mark.read_text() == step.made_of:
+        mark, made_of = folder / "ended" / step.name, step.made_of(made_of)
+        if not step.runs_always and mark.is_file() and mark.read_text() == made_of:
             print(f"{step.name}: has ended before", flush=True)
             continue
         print(f"{step.name}: {' '.join(step.command)}", flush=True)
@@ -78,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             return status
         with files.replacing(mark) as part:
-            part.write_text(step.made_of)
+            part.write_text(made_of)
         print(f"{step.name}: {(time.monotonic() - began) / 60:.1f} minutes", flush=True)
     for picture in sorted(folder.glob("*stage?/run.png")):
         shutil.copyfile(picture, folder / "pictures" / f"{picture.parent.name}.png")
@@ -138,7 +141,8 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
     pictures = folder / "pictures"
     draw = (sys.executable, "examples/pictures.py", str(folder / "stage2"), "-o", str(pictures))
     yield Step("pictures", (*draw, "--pairs", str(folder / "data" / "dev.jsonl")))
-    yield Step("report", (*PROGRAM, "eval", "--report", scores, "--picture", str(pictures / "scores.png")))
+    report = (*PROGRAM, "eval", "--report", scores, "--picture", str(pictures / "scores.png"))
+    yield Step("report", report, runs_always=True)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
