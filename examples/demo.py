@@ -53,8 +53,9 @@ def main() -> None:
     ready = time.perf_counter() - began
     print(f"{millions:.0f} M parameters, {model.dtype} on {model.device}, ready after {ready:.1f} s")
 
-    corpus = docstrings.load(asked=docstrings.questions("demo"), library=library(arguments.cache))
-    texts = list(corpus.texts[: arguments.texts])
+    asked = docstrings.questions("demo")
+    corpus = docstrings.load(arguments.texts, asked=asked, library=library(arguments.cache))
+    texts = list(corpus.texts)
     clock = ModuleClock(model)
     began = time.perf_counter()
     kept = vectors_file(arguments.cache, model, texts, arguments.max_length)
@@ -208,16 +209,18 @@ def _arguments() -> argparse.Namespace:
         description=__doc__.splitlines()[0], epilog="example: python examples/demo.py --texts 500"
     )
     parser.add_argument(
-        "--texts", type=_min_ten, default=1200, help="docstrings to embed (default: all %(default)s)"
+        "--texts", type=_number, default=1200, help="docstrings to embed (default: %(default)s)"
     )
     parser.add_argument("--max-length", type=int, default=128, help="tokens a text (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=packages.default_cache(), help="default: %(default)s")
     return parser.parse_args()
 
 
-def _min_ten(text: str) -> int:
-    if int(text) < 10:
-        raise argparse.ArgumentTypeError(f"must be at least 10, got {text}")
+def _number(text: str) -> int:
+    from nvembed_fast.evaluation import docstrings
+
+    if int(text) < docstrings.min_number():
+        raise argparse.ArgumentTypeError(f"must be at least {docstrings.min_number()}, got {text}")
     return int(text)
 
 

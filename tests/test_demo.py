@@ -55,11 +55,12 @@ def test_the_offset_rule_pools_the_text_and_nothing_before(model):
 
 @pytest.mark.slow
 def test_the_demo_runs(tmp_path):
+    number = docstrings.min_number()
     command = [
         sys.executable,
         "examples/demo.py",
         "--texts",
-        "12",
+        str(number),
         "--max-length",
         "32",
         "--cache",
@@ -74,11 +75,37 @@ def test_the_demo_runs(tmp_path):
     asked = [question.text for question in docstrings.questions("demo")]
     for part in (*asked, "tokens/s", "peak memory", "matrix products of the backbone"):
         assert part in run.stdout
-    assert "12/12" in run.stderr  # the progress bar
+    assert f"{number}/{number}" in run.stderr  # the progress bar
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr[-2000:]
-    assert "whose vectors were kept" in again.stdout and "12/12" not in again.stderr
+    assert "whose vectors were kept" in again.stdout and f"{number}/{number}" not in again.stderr
     assert _ranking(again.stdout) == _ranking(run.stdout) != []
+
+
+def test_fewer_texts_keep_all_answers(tiny_directory, tmp_path, monkeypatch, capsys):
+    answers = {f"{a}: {n}" for n, q in enumerate(docstrings.questions("demo")) for a in q.answers}
+    library = {f"m:f{n}": f"filler number {n}" for n in range(300)}
+    library |= {text.rsplit(": ", 1)[0]: text for text in answers}
+    encoded = []
+    encode = NVEmbed.encode_document
+
+    def spy(self, texts, **more):
+        encoded.extend(texts)
+        return encode(self, texts, **more)
+
+    monkeypatch.setattr(NVEmbed, "encode_document", spy)
+    monkeypatch.setattr(demo, "load_model", lambda cache: ("tiny", NVEmbed.from_pretrained(tiny_directory)))
+    monkeypatch.setattr(demo, "library", lambda cache: library)
+    minimum = docstrings.min_number()
+    words = ["demo.py", "--cache", str(tmp_path), "--texts"]
+    monkeypatch.setattr(sys, "argv", [*words, str(minimum)])
+    (tmp_path / "demo").mkdir()
+    demo.main()
+    assert len(encoded) == minimum < len(library) and answers <= set(encoded)
+    monkeypatch.setattr(sys, "argv", [*words, str(minimum - 1)])
+    with pytest.raises(SystemExit) as stop:
+        demo.main()
+    assert stop.value.code == 2 and f"must be at least {minimum}, got {minimum - 1}" in capsys.readouterr().err
 
 
 def test_a_model_of_an_older_version_is_saved_again(tiny_directory, tmp_path, monkeypatch):

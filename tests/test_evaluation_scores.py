@@ -10,7 +10,7 @@ from nvembed_fast.evaluation.tasks import LocalTask
 
 
 def row(task="squad", model="a", units=(0.0, 1.0), kind="retrieval", **changes) -> dict:
-    made_by = {"revision": "r", "sample": ""} | changes
+    made_by = {"revision": "r"} | changes
     mean = float(np.mean(units))
     return {
         "task": task,
@@ -93,14 +93,32 @@ def test_rows_are_read_by_model_and_task_and_others_are_told(tmp_path):
     (tmp_path / "a" / "squad.json").write_text(json.dumps({"task": "squad"}))
     with pytest.raises(ValueError, match="squad.json is no row of scores: it has no 'kind'"):
         scores.read_rows(tmp_path)
+    found = row(model="a")
+    del found["made_by"]
+    for more, missing in (({}, "made_by"), ({"made_by": {}}, "made_by.revision")):
+        (tmp_path / "a" / "squad.json").write_text(json.dumps(found | more))
+        with pytest.raises(ValueError, match=f"squad.json is no row of scores: it has no '{missing}'"):
+            scores.read_rows(tmp_path)
+
+
+def test_another_model_of_the_same_name_is_refused(tmp_path):
+    scores.check_name(tmp_path, "stage2", "f")
+    for task in ("squad", "nave"):
+        scores.write(scores.row_path(tmp_path, "stage2", task, False), {"made_by": {"fingerprint": "f"}})
+    scores.check_name(tmp_path, "stage2", "f")
+    scores.check_name(tmp_path, "other", "g")
+    with pytest.raises(
+        ValueError, match=r"stage2 holds rows of another model \(f\) than this one \(g\): .*--name"
+    ):
+        scores.check_name(tmp_path, "stage2", "g")
 
 
 def test_the_table_has_a_mean_only_for_models_with_all_tasks():
-    quick = row("nave", "x", units=[0.5], sample="300 of 500 queries, 4000 of 31102 documents")
+    quick = row("nave", "x", units=[0.5], quick=True)
     rows = [
         row("squad", "x", units=[0.5]),
         row("nave", "x", units=[0.25]),
-        row("squad", "bm25", units=[0.75]),
+        row("squad", "bm25", units=[0.75], sample="30 of 50 queries, 40 of 50 documents"),
         quick,
     ]
     assert report.table(rows).splitlines() == [

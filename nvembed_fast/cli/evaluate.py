@@ -34,7 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-o", "--output", type=options.path, default=Path("scores"), metavar="FOLDER", help="of rows"
     )
-    parser.add_argument("--name", help="of the model in rows and tables (default: the end of MODEL)")
+    parser.add_argument(
+        "--name", help="of the model in rows and tables (default: the end of MODEL). Each model needs its own"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="samples of the large tasks, in rows of their own"
     )
@@ -62,13 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     if find_spec("mteb") is None:
         raise ImportError("evaluation needs the package mteb: pip install 'nvembed-fast[eval]'")
     local, others = tasks.chosen(arguments.tasks)
-    if others and (unknown := [word for word in others if word.islower() and word.isalnum()]):
-        tasks.load(unknown[0])  # its error has the nearest of our names
     process.raise_interrupts()
     with process.telling(lambda: "importing mteb"):
         from nvembed_fast.integrations import mteb
 
-        theirs = mteb.named_tasks(others)
+        theirs = mteb.named_tasks(others, ours=tasks.names())
     model = _Model(arguments)
     skipped: dict[str, str] = {}
     number = len(local) + len(theirs)
@@ -100,6 +100,7 @@ class _Model:
 
     def __init__(self, arguments: argparse.Namespace):
         from nvembed_fast import baselines
+        from nvembed_fast.evaluation import scores
 
         self.arguments = arguments
         name = arguments.name or Path(arguments.model).name
@@ -125,6 +126,7 @@ class _Model:
             record = self.mteb.record()
             facts = {key: record[key] for key in ("fingerprint", "prompt_hash", "dtype", "device", "impl")}
         self.facts = facts
+        scores.check_name(arguments.output, name, facts["fingerprint"])
 
     def run_local(self, task: Any, skipped: dict[str, str]) -> None:
         from nvembed_fast.integrations.mteb import planted_task
@@ -150,29 +152,27 @@ class _Model:
         import importlib.metadata
 
         from nvembed_fast.evaluation import scores
-        from nvembed_fast.integrations.mteb import score
+        from nvembed_fast.integrations.mteb import needs_vectors, score
 
         name = task.metadata.name
+        if self.arguments.model == "bm25" and needs_vectors(task):
+            skipped[name] = f"BM25 makes no vectors, and this task needs them ({data['kind']})"
+            return
         versions = {"mteb": importlib.metadata.version("mteb")}
         if self.arguments.model == "bm25":
             versions["bm25s"] = importlib.metadata.version("bm25s")
         made_by = {**self.facts, "prompt": prompt, "max_length": max_length, "versions": versions, **data}
-        path = scores.row_path(
-            self.arguments.output, self.name, name, local is not None and self.arguments.quick
-        )
+        is_quick = local is not None and self.arguments.quick
+        if is_quick:
+            made_by["quick"] = True
+        path = scores.row_path(self.arguments.output, self.name, name, is_quick)
         if scores.finished(path, made_by):
             process.say(f"{name}: {path} is finished")
             return
         self.mteb.max_length = self.max_length = max_length
         start = time.monotonic()
         with process.telling(lambda: f"{name}: {time.monotonic() - start:.0f} s"), options.note_cut():
-            try:
-                found = score(task, self.mteb)
-            except TypeError:
-                if self.arguments.model != "bm25":
-                    raise
-                skipped[name] = f"BM25 makes no vectors, and this task needs them ({data['kind']})"
-                return
+            found = score(task, self.mteb)
         row = {
             "task": name,
             "model": self.name,

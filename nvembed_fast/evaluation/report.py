@@ -1,6 +1,5 @@
 """Rows as one table of tasks and models, with bootstrap intervals, and as a picture of bars."""
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -163,8 +162,8 @@ def _by_line(rows: Iterable[Row]) -> dict[str, dict[str, Row]]:
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row["task"] in tasks.names():
-            is_quick = bool(re.match(r"\d+ of \d+ queries, ", row["made_by"]["sample"]))
-            found.setdefault(f"{row['task']} (quick)" if is_quick else row["task"], {})[row["model"]] = row
+            line = f"{row['task']} (quick)" if row["made_by"].get("quick") else row["task"]
+            found.setdefault(line, {})[row["model"]] = row
     for line, by_model in found.items():
         revisions = {row["made_by"]["revision"] for row in by_model.values()}
         if len(revisions) > 1:

@@ -2,7 +2,8 @@
 
 1. A row lies in FOLDER/MODEL/TASK.json. It appears whole or not at all.
 2. A row whose `made_by` is that of the run is finished, so it is not computed again. `made_by` has the
-   fingerprint of the model, the revision of the data, the prompt, the length and the versions.
+   fingerprint of the model, the revision of the data, the prompt, the length and the versions, and in a row
+   of a quick sample "quick": true.
 3. `units` has a value for each query or text. The bootstrap draws from them.
 
 | kind | a unit | the score |
@@ -26,6 +27,7 @@ from nvembed_fast import files
 
 __all__ = [
     "NDCG_AT",
+    "check_name",
     "finished",
     "interval",
     "ndcg",
@@ -107,6 +109,21 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
+def check_name(folder: Path, model: str, fingerprint: str) -> None:
+    """
+    Raises:
+        ValueError: a row of another model lies under this name.
+    """
+    rows = folder / _file_name(model)
+    for path in sorted(rows.glob("*.json")):
+        other = files.read_json(path).get("made_by", {}).get("fingerprint")
+        if other != fingerprint:
+            raise ValueError(
+                f"{rows} holds rows of another model ({other}) than this one ({fingerprint}): give this one "
+                "a name of its own (--name), or remove that folder"
+            )
+
+
 def finished(path: Path, made_by: Mapping[str, Any]) -> bool:
     """Whether the row there was made by the same model on the same data.
 
@@ -133,7 +150,10 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for path in sorted(folder.glob("*/*.json")):
         row = files.read_json(path)
-        if missing := {"task", "model", "kind", "score", "units"} - set(row):
+        missing = {"task", "model", "kind", "score", "units", "made_by"} - set(row)
+        if not missing and "revision" not in row["made_by"]:
+            missing = {"made_by.revision"}
+        if missing:
             raise ValueError(f"{path} is no row of scores: it has no {min(missing)!r}")
         rows.append(row)
     if not rows:

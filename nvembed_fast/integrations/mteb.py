@@ -289,11 +289,7 @@ class Scored(NamedTuple):
 
 
 def score(task: AbsTask, model: Any) -> Scored:
-    """Run one task on a model that mteb knows how to use. The mean over the task's splits and subsets.
-
-    Raises:
-        TypeError: the model makes no vectors, and the task needs them.
-    """
+    """Run one task on a model that mteb knows how to use. The mean over the task's splits and subsets."""
     show = sys.stderr.isatty()
     with tempfile.TemporaryDirectory() as folder:
         found = mteb.evaluate(
@@ -313,8 +309,17 @@ def score(task: AbsTask, model: Any) -> Scored:
     )
 
 
-def named_tasks(words: Iterable[str]) -> list[AbsTask]:
+def needs_vectors(task: AbsTask) -> bool:
+    """Whether a `MTEBSearch` cannot run this task."""
+    return not isinstance(task, AbsTaskRetrieval)
+
+
+def named_tasks(words: Iterable[str], ours: Sequence[str] = ()) -> list[AbsTask]:
     """The tasks of mteb under these names. A word may also be a benchmark, such as "MTEB(eng, v2)".
+
+    Args:
+        words: names.
+        ours: names of other tasks, which may be the nearest in an error.
 
     Raises:
         ValueError: there is none. The message has the nearest name.
@@ -324,9 +329,11 @@ def named_tasks(words: Iterable[str]) -> list[AbsTask]:
     tasks: dict[str, AbsTask] = {}
     for word in words:
         if word not in benchmarks and word not in known:
-            close = difflib.get_close_matches(word, [*known, *benchmarks], 1)
-            hint = f": did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"{word!r} is no task and no benchmark of mteb{hint}")
+            close = difflib.get_close_matches(word, [*ours, *known, *benchmarks], 1)
+            hint = (
+                f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(ours)}, others are mteb's"
+            )
+            raise ValueError(f"no evaluation task {word!r}: {hint}")
         chosen = benchmarks[word].tasks if word in benchmarks else [mteb.get_task(word)]
         tasks |= {task.metadata.name: task for task in chosen}
     return list(tasks.values())

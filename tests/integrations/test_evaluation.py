@@ -190,6 +190,22 @@ def test_bm25_ranks_and_is_skipped_where_vectors_are_needed(planted, tmp_path, c
     assert row["units"] == [1, 1, 1] and "bm25s" in row["made_by"]["versions"]
 
 
+def test_a_fault_in_a_run_of_bm25_is_no_skip(planted, tmp_path, capsys, monkeypatch):
+    def broken(task, model):
+        raise TypeError("a fault")
+
+    monkeypatch.setattr(door, "score", broken)
+    with pytest.raises(TypeError, match="a fault"):
+        evaluate(capsys, "--tasks", "squad", "--model", "bm25", "-o", tmp_path)
+
+
+def test_quick_rows_of_all_kinds_say_so(planted, tiny_directory, tmp_path, capsys):
+    words = ("--tasks", "squad", "r52", "--model", tiny_directory, "--name", "tiny", "-o", tmp_path)
+    evaluate(capsys, *words, "--quick")
+    lines = evaluate(capsys, "--report", tmp_path)[1].splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| squad (quick)", "| r52 (quick)"]
+
+
 def test_a_search_gives_scores_by_id():
     class Fixed:
         def search(self, queries, k):
@@ -207,6 +223,15 @@ def test_a_search_gives_scores_by_id():
 def test_an_unknown_task_is_told_with_the_nearest(name, hint, tmp_path, capsys):
     status, _, err = evaluate(capsys, "--tasks", name, "--model", "bm25", "-o", tmp_path)
     assert status == 1 and hint in err
+
+
+def test_a_lower_case_task_of_mteb_is_one(planted, tmp_path, capsys, monkeypatch):
+    """indonli is mteb's. It looks like one of ours."""
+    asked = []
+    monkeypatch.setattr(cli.evaluate._Model, "run_mteb", lambda self, task, skipped: asked.append(task))
+    status, _, err = evaluate(capsys, "--tasks", "indonli", "--model", "bm25", "-o", tmp_path)
+    assert status == 0, err
+    assert [task.metadata.name for task in asked] == ["indonli"] and planted == []
 
 
 def test_benchmarks_and_tasks_of_mteb_are_found_by_name():
