@@ -291,6 +291,11 @@ def test_an_adapter_is_taken_on_the_weights_that_it_was_trained_on(tiny_director
         NVEmbed.from_pretrained(tmp_path / "other", device="cpu", adapter=tmp_path / "adapter")
 
 
+def test_the_weights_are_not_read_for_an_adapter_that_names_none(tiny_directory, tiny_adapter, monkeypatch):
+    monkeypatch.setattr(fingerprint, "of_decoder", lambda _: pytest.fail("the weights are read"))
+    NVEmbed.from_pretrained(tiny_directory, device="cpu", adapter=tiny_adapter)
+
+
 def test_a_fingerprint_sees_the_adapter_whatever_the_dtype(tiny_directory, tiny_adapter, tmp_path):
     def name(adapter, dtype="float32"):
         return NVEmbed.from_pretrained(tiny_directory, device="cpu", adapter=adapter, dtype=dtype).fingerprint

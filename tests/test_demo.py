@@ -105,7 +105,9 @@ def test_fewer_texts_keep_all_answers(tiny_directory, tmp_path, monkeypatch, cap
     monkeypatch.setattr(sys, "argv", [*words, str(minimum - 1)])
     with pytest.raises(SystemExit) as stop:
         demo.main()
-    assert stop.value.code == 2 and f"must be at least {minimum}, got {minimum - 1}" in capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and f"must be at least {minimum}, got {minimum - 1}" in capsys.readouterr().err
+    )
 
 
 def test_a_model_of_an_older_version_is_saved_again(tiny_directory, tmp_path, monkeypatch):
