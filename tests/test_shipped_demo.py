@@ -15,7 +15,7 @@ from nvembed_fast.checkpoint import demo, resolve
 from nvembed_fast.new_model import init_model
 from tools import ship_demo
 
-CARD = "stored as FORM\n"
+CARD = "stored as {form}\n".format
 TEXTS = ["abc", "the quick brown fox", "remove a directory"]
 
 
@@ -190,9 +190,10 @@ def test_the_card_states_sources_settings_and_scores(tmp_path):
     recipe = """output = "x"
         model = {start = "smollm2", layers = 2}
         train = {steps = 7}
-        data = [{file = "one.jsonl"}]"""
-    for number in "12":
-        (tmp_path / f"stage{number}.toml").write_text(recipe)
+        data = [{file = "FORM.jsonl"}]"""
+    (tmp_path / "stage1.toml").write_text(recipe)
+    recipe = recipe.replace("steps = 7", "steps = 7, lora_rank = 0, freeze_embeddings = true")
+    (tmp_path / "stage2.toml").write_text(recipe)
     source = {"package": "x==1", "sha256": "0", "licence": "MIT"}
     sets = {
         name: {
@@ -201,7 +202,7 @@ def test_the_card_states_sources_settings_and_scores(tmp_path):
             "shares_documents_with": ["nave"],
             "not_compared_with": [missing],
         }
-        for name, missing in (("one", "squad"), ("unused", "rte"))
+        for name, missing in (("FORM", "squad"), ("unused", "rte"))
     }
     (tmp_path / "manifest.json").write_text(json.dumps({"sets": sets}))
     row = {"task": "squad", "model": "stage2", "kind": "retrieval", "score": 0.5, "units": [0.5, 0.5]}
@@ -209,16 +210,27 @@ def test_the_card_states_sources_settings_and_scores(tmp_path):
     (tmp_path / "scores" / "stage2").mkdir(parents=True)
     (tmp_path / "scores" / "stage2" / "squad.json").write_text(json.dumps(row))
     stages = [tmp_path / f"stage{number}.toml" for number in "12"]
-    text = ship_demo.card(stages, tmp_path, tmp_path / "scores")
+    text = ship_demo.card(stages, tmp_path, tmp_path / "scores")(form="int8")
     for part in (
         "first 2 layers",
-        "| one | 1,234 | x==1 | MIT |",
-        "| stage2.toml | 7 | 128 | 512 | 2e-05 |",
+        "| FORM | 1,234 | x==1 | MIT |",
+        "| stage1.toml | adapters of rank 16, head: full | 7 | 128 | 512 | 2e-05 |",
+        "| stage2.toml | all but the token embeddings | 7 | 128 | 512 | 2e-05 |",
         "| squad |",
         "but for those of nave, squad.",
     ):
         assert part in text, text
-    assert "unused" not in text and "rte" not in text and "as FORM." in text
+    assert "unused" not in text and "rte" not in text and "as int8." in text
     (tmp_path / "manifest.json").write_text(json.dumps({"sets": {}}))
-    with pytest.raises(ValueError, match="has no set 'one', which a recipe takes"):
+    with pytest.raises(ValueError, match="has no set 'FORM', which a recipe takes"):
         ship_demo.card(stages, tmp_path, tmp_path / "scores")
+
+
+def test_shipped_files_are_replaced_together_or_stay(shipped, trained):
+    def failing(form):
+        raise OSError("no space")
+
+    before = {path.name: path.read_bytes() for path in shipped.iterdir()}
+    with pytest.raises(OSError, match="no space"):
+        ship_demo.ship(trained, failing, max_bytes=120_000)
+    assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before and len(before) == 3

