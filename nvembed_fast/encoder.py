@@ -196,9 +196,8 @@ class NVEmbed(nn.Module):
         if adapter is not None:
             checkpoint.load_adapter(model, adapter)
             base, weights = checkpoint.trained_on(adapter)
-            if weights is not None and weights != fingerprint.of_decoder(
-                checkpoint.stored_samples(directory, config)
-            ):
+            samples = checkpoint.stored_samples(directory, config)
+            if weights is not None and weights != fingerprint.of_decoder(samples):
                 raise ValueError(
                     f"{adapter} was trained on other weights than those of {path_or_id}. Load it on "
                     f"{base or 'the model that it was trained on'}. If {path_or_id} is the model with the "
