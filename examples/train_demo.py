@@ -1,7 +1,7 @@
 """From text to scores in one command: fetch training text, mine hard negatives, train in two stages, score.
 
     python examples/train_demo.py                       # recipes/demo-short-*.toml, for two CPU cores
-    python examples/train_demo.py demo                  # recipes/demo-*.toml, of the shipped model
+    python examples/train_demo.py demo                  # recipes/demo-*.toml, of the demo model
     python examples/train_demo.py demo-short --four-rows
 
 | step | leaves in runs/demo-short/ |

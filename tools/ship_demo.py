@@ -1,4 +1,4 @@
-"""Write the model that is shipped with the package, nvembed_fast/demo/, from a trained model directory.
+"""Write the demo model of the package, nvembed_fast/demo/, from a trained model directory.
 
     python -m tools.ship_demo runs/demo/stage2 --recipes recipes/demo-stage1.toml recipes/demo-stage2.toml \\
         --data runs/demo/data --scores runs/demo/scores
