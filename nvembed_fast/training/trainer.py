@@ -110,14 +110,15 @@ def train(
             if ranks.is_first:
                 ranks.wait()
             path = checkpoints.newest(output)
-            sets = sets if path is None else _named(sets, checkpoints.identity_of(path))
+            known = {} if path is None else checkpoints.identity_of(path)
+            sets = _named(sets, known)
             run = _Run(recipe, ranks, sets, teacher, start, say)
             if part.warmup > part.steps:
                 say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
             state = State(0, run.batches.start())
             if path is not None:
                 state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
-                _tell_new_rate(state.step, part, checkpoints.identity_of(path)["train.steps"], say)
+                _tell_new_rate(state.step, part, known["train.steps"], say)
                 is_done = state.step >= part.steps
                 said = f"{path.name}: {state.step} of {part.steps} steps are done"
                 say(said if is_done else f"going on from {path.name}")
@@ -296,7 +297,7 @@ def _named(sets: list[DataSet], identity: Mapping[str, Any]) -> list[DataSet]:
     """The data sets under the names that the run knows, where only their files' names are others."""
     was = {key.removeprefix(_CONTENT): value for key, value in identity.items() if key.startswith(_CONTENT)}
     if [*was.values()] != [data.rows.fingerprint for data in sets]:
-        return sets  # which `checkpoints.load` refuses
+        return sets  # the run is new, or `checkpoints.load` refuses them
     return [dataclasses.replace(data, name=name) for data, name in zip(sets, was, strict=True)]
 
 
