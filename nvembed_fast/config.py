@@ -66,6 +66,14 @@ def query_instruction(task: str) -> str:
     return f"Instruct: {task}\nQuery: "
 
 
+def instruction_of(task: str) -> str:
+    """What stands in front of a query: the template around a task, or nothing where there is none.
+
+    A whole instruction, which begins with "Instruct: ", is taken as it is.
+    """
+    return task if not task.strip() or task.startswith("Instruct: ") else query_instruction(task)
+
+
 def check_integer(name: str, value: Any, low: int = 1, high: int = MAX_SIZE) -> int:
     """`value` itself, or a ValueError unless it is an integer from `low` to `high`. A bool is none."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:

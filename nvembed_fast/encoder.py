@@ -26,7 +26,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nvembed_fast import checkpoint, files, fingerprint, legacy, ops
-from nvembed_fast.config import Latents, NVEmbedConfig, Precision, query_instruction
+from nvembed_fast.config import Latents, NVEmbedConfig, Precision, instruction_of, query_instruction
 from nvembed_fast.graphs import MAX_TOKENS, MIN_BUCKET, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.mistral import MistralBackbone
@@ -39,7 +39,7 @@ from nvembed_fast.stream import Progress, Result, TextStream
 from nvembed_fast.tokenization import TextTokenizer, text_list
 from nvembed_fast.warm_up import batches
 
-__all__ = ["NVEmbed", "UntrainedModel", "query_instruction"]
+__all__ = ["NVEmbed", "UntrainedModel", "instruction_of", "query_instruction"]
 
 # names of the original for modules of `NVEmbedModel`
 _VIEWS = {"embedding_model": "embedding_model", "latent_attention_model": "head"}

@@ -20,7 +20,7 @@ import numpy as np
 from nvembed_fast.config import Precision
 from nvembed_fast.precision import byte_width, quantized, restored, value_ranges
 
-__all__ = ["Record", "read_vectors", "write_quantized", "write_record", "write_vectors"]
+__all__ = ["Record", "normalized", "read_vectors", "write_quantized", "write_record", "write_vectors"]
 
 _AGAIN = "make it anew with nvembed-fast encode FILE -o OUT.npy"
 _OTHER_KINDS = {
@@ -66,6 +66,11 @@ class Record:
     precision: Precision = "float32"
     width: int | None = None
     ranges: list[list[float]] | None = None
+
+
+def normalized(vectors: np.ndarray) -> np.ndarray:
+    """[N, D] of unit norm. A vector of zeros stays one."""
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
 def write_vectors(file: IO[bytes], vectors: np.ndarray, record: Record) -> None:

@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     texts, ids = read_records(arguments.file, arguments.field, arguments.format, arguments.ids)
     documents = record = None
     if arguments.embeddings:
-        from nvembed_fast.vectors import read_vectors
+        from nvembed_fast.vectors import normalized, read_vectors
 
         documents, record = read_vectors(arguments.embeddings)
         _check_texts(arguments, texts, documents, record)
@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> None:
         if record is not None and record.width not in (None, model.config.hidden_size):
             # cut vectors have no unit norm
             documents = documents.astype(np.promote_types(documents.dtype, np.float32), copy=False)
-            documents = documents / np.linalg.norm(documents, axis=1, keepdims=True).clip(min=1e-12)
+            documents = normalized(documents)
             keywords |= {"truncate_dim": record.width, "normalize_embeddings": True}
     # first: what is wrong with a question is told before the work on the texts
     with options.note_cut():

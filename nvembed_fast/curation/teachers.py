@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from nvembed_fast.baselines import BM25, VectorModel
-from nvembed_fast.encoder import NVEmbed, query_instruction
+from nvembed_fast.baselines import BM25, VectorModel, normalized
+from nvembed_fast.encoder import NVEmbed, instruction_of
 from nvembed_fast.topk import Best, topk
 
 __all__ = ["BaselineEncoder", "Bm25", "Dense", "Encoder", "LibraryEncoder", "OwnEncoder", "Teacher"]
@@ -80,12 +80,12 @@ class OwnEncoder:
             members = [*group]
             found[members] = self._model.encode(
                 [texts[i] for i in members],
-                task if not task.strip() or task.startswith("Instruct: ") else query_instruction(task),
+                instruction_of(task),
                 self._max_length,
                 output="numpy",
                 show_progress=False,
             )
-        return _unit(found)
+        return normalized(found)
 
 
 class LibraryEncoder:
@@ -113,7 +113,7 @@ class LibraryEncoder:
         encode = self._model.encode_document if prompts is None else self._model.encode_query
         with torch.autocast(self._model.device.type, self._dtype, enabled=self._dtype is not None):
             found = encode([*texts], batch_size=64, show_progress_bar=False, convert_to_tensor=True)
-        return _unit(found.float().cpu().numpy())
+        return normalized(found.float().cpu().numpy())
 
 
 class BaselineEncoder:
@@ -188,10 +188,6 @@ class Bm25:
             members = [*group]
             found[members] = self._index.scores(self._query(row))[documents[members]]
         return found
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(min=1e-12)
 
 
 def _vocabulary(model: Any) -> str:

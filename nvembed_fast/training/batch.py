@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nvembed_fast.config import query_instruction
+from nvembed_fast.config import instruction_of
 from nvembed_fast.texts import text_id
 from nvembed_fast.tokenization import TextTokenizer, TokenizedTexts
 from nvembed_fast.training.loss import Candidates
@@ -96,8 +96,7 @@ class DataSet:
         Args:
             prompt: of the row, in the place of the data set's.
         """
-        task = self.settings.instruction if prompt is None else prompt
-        return task if not task.strip() or task.startswith("Instruct: ") else query_instruction(task)
+        return instruction_of(self.settings.instruction if prompt is None else prompt)
 
     def check(self, *, needs_scores: bool = False, teacher: TeacherVectors | None = None) -> None:
         """Read every row. Raises ValueError naming the file and the line of one that cannot be used."""
