@@ -35,7 +35,6 @@ examples:
   nvembed-fast mine pairs.jsonl -o mined.jsonl --teacher minilm --suspects suspects.jsonl"""
 _TEXTS = 256  # that are encoded at once
 _CHUNK = 1024  # rows that are chosen at once
-_BASELINES = ("minilm", "wordllama")
 _CHARACTERS = 64  # of a text for each of its tokens
 _REASONS = 5  # that are shown
 
@@ -274,14 +273,14 @@ def _loader(name: str, arguments: argparse.Namespace) -> "Callable[[], Encoder] 
     """What loads a teacher's model. None: it is bm25. What is missing is told now, before any work."""
     import importlib.util
 
-    from nvembed_fast import checkpoint
+    from nvembed_fast import baselines, checkpoint
 
     if name == "bm25":
         if importlib.util.find_spec("bm25s") is None:
             raise ImportError("the teacher bm25 needs bm25s: pip install 'nvembed-fast[data]'")
         return None
     is_own = name == "demo"
-    if not is_own and name not in _BASELINES:
+    if not is_own and name not in baselines.NAMES:
         config = checkpoint.resolve(name, config_only=True) / "config.json"
         is_own = files.is_file(config) and files.read_json(config).get("model_type") == "nvembed"
     return lambda: _encoder(name, arguments, is_own=is_own)
@@ -302,7 +301,7 @@ def _encoder(name: str, arguments: argparse.Namespace, *, is_own: bool) -> "Enco
                 model, arguments.task, symmetric=arguments.symmetric, max_length=arguments.max_length
             )
         dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(arguments.dtype)
-        if name in _BASELINES:
+        if name in baselines.NAMES:
             model = getattr(baselines, name)()
             return BaselineEncoder(model, dtype=dtype, max_length=arguments.max_length)
         from nvembed_fast.integrations.sentence_transformers import load_foreign

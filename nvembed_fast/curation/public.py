@@ -64,7 +64,7 @@ class PublicSet:
         where: (column, values): other records are dropped.
         cut: how a larger set is brought to `num_published` rows. "sample" reads all and takes those with the
             lowest hashes. "first" takes the first ones of a stream that the seed has shuffled.
-        recalled: its id, columns or licence come from memory.
+        recalled: its hub id comes from memory.
         note: what a user should know.
     """
 
