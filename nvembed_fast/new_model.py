@@ -36,6 +36,7 @@ def init_model(
     num_layers: int | None = None,
     pooling_head: PoolingHeadName = "latent",
     head_start: HeadStart = "mean",
+    is_causal: bool = False,
     force: bool = False,
 ) -> Path | None:
     """Write an untrained NV-Embed model on a decoder, in the published layout.
@@ -58,6 +59,8 @@ def init_model(
         head_start: "mean" for a latent or self-attention head that is mean pooling at first, because the last
             products of its attention and its feed-forward are zero. Both get gradients. "random" draws them,
             too, which is noise on top of what the decoder knows.
+        is_causal: each token sees itself and earlier ones alone, as in the decoder. For comparison: the head,
+            of whatever kind, sees all tokens.
         force: move such files to a new folder in the output directory, `replaced-*`.
 
     Returns:
@@ -82,7 +85,7 @@ def init_model(
         raise ValueError(f"seed must be from -2**63 to 2**64 - 1, got {seed}")
     decoder = open_decoder(source)
     stored = decoder.dtype if dtype is None else check_dtype(dtype)
-    backbone = decoder.config
+    backbone = replace(decoder.config, is_causal=is_causal)
     if num_layers is not None:
         if not 1 <= num_layers <= backbone.num_hidden_layers:
             raise ValueError(

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -19,6 +20,7 @@ from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.encoder import UntrainedModel
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.new_model import init_model
+from nvembed_fast.packing import PackedBatch
 
 
 @pytest.fixture
@@ -249,3 +251,13 @@ def test_the_first_layers_of_a_decoder(mistral, tmp_path):
     for layers in (0, 4):
         with pytest.raises(ValueError, match=f"num_layers must be from 1 to the decoder's 3, got {layers}"):
             init_model(mistral, tmp_path / "no", num_layers=layers)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_causal_model_hides_later_tokens_from_earlier_ones(mistral, tmp_path, is_causal):
+    init_model(mistral, tmp_path / "out", pooling_head="mean", is_causal=is_causal)
+    model = NVEmbed.from_pretrained(tmp_path / "out", device="cpu")
+    first, second = (
+        model.model.token_states(PackedBatch.from_ids([np.array([5, 6, last])], [0]))[1] for last in (7, 8)
+    )
+    assert torch.equal(first, second) == is_causal

@@ -83,6 +83,14 @@ def test_overrides_take_values_and_bare_words(file):
     assert recipe.data[0].weight == 5.0 and isinstance(recipe.data[0].weight, float)
 
 
+def test_a_star_means_every_data_set(file):
+    file.write_text(file.read_text() + '[[data]]\nfile = "other.jsonl"\n')
+    recipe = Recipe.from_file(file, ["data.*.in_batch=false", "data.*.hard_negatives=3", "data.1.weight=9"])
+    assert [(d.in_batch, d.hard_negatives, d.weight) for d in recipe.data] == [(False, 3, 2), (False, 3, 9)]
+    with pytest.raises(RecipeError, match="no key 'data.0.wieght': did you mean 'weight'"):
+        Recipe.from_file(file, ["data.*.wieght=1"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

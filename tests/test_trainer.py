@@ -60,6 +60,19 @@ def test_a_run_ends_with_a_model_that_encodes(folder, start):
     assert said[-1].endswith("out: the trained model") and "step 12 of 12: loss" in said[-2]
 
 
+def test_a_line_counts_the_tokens_of_its_step(folder, start, monkeypatch):
+    real, counted = trainer._Run.gradient, []
+
+    def gradient(self, step, batch):
+        counted.append(sum(map(len, batch.texts.ids)))
+        return real(self, step, batch)
+
+    monkeypatch.setattr(trainer._Run, "gradient", gradient)
+    train(recipe_of(folder, start, steps=3))
+    assert [line["tokens"] for line in read_metrics(folder / "out" / "metrics.jsonl")] == counted
+    assert len({*counted}) == 3, "all steps have as many tokens, so this test would prove little"
+
+
 @pytest.mark.parametrize("head", ["full", "lora", "frozen"])
 def test_lora_is_merged_and_its_adapter_kept(folder, start, head):
     recipe = recipe_of(folder, start, lora_rank=4, lora_dropout=0.1, head=head, checkpoint_layers=True)
@@ -267,10 +280,11 @@ def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, monkey
     raw = recipe_of(folder, start, steps=1).to_dict()
     decoder = start.parent / "decoder"
     monkeypatch.setattr(demo, "decoder", lambda: decoder)
-    raw["model"] = {"start": "smollm2", "layers": 2, "pooling_head": "mean"}
+    raw["model"] = {"start": "smollm2", "layers": 2, "pooling_head": "mean", "causal": True}
     train(Recipe.from_dict(raw))
     config = NVEmbedConfig.from_file(folder / "out" / "config.json")
     assert config.pooling_head == "mean" and config.text_config.num_hidden_layers == 2
+    assert config.text_config.is_causal
     assert (folder / "out" / "start" / "config.json").exists()
     assert NVEmbed.from_pretrained(folder / "out", device="cpu").encode("w1").shape == (48,)
     raw["output"] = str(folder / "short")
@@ -282,6 +296,7 @@ def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, monkey
             {"pooling_head": "mean"},
             "model.pooling_head is 'mean', but .* pools by 'latent': leave the key out",
         ),
+        ({"causal": True}, "model.causal is True, and .* was made with False: leave the key out"),
         ({"layers": 4}, "model.layers is 4, but .* has 3 layers"),
         (
             {"head_start": "mean"},

@@ -86,6 +86,9 @@ class ModelPart:
     pooling_head: PoolingHeadName | None = _key(
         None, "latent, mean, eos or self_attention (default: a model's own, and latent on a decoder)"
     )
+    causal: bool | None = _key(
+        None, "a token sees earlier ones alone (default: a model's own, false on a decoder); not in the head"
+    )
     num_latents: int | None = _key(None, "of a decoder with a latent head (default: 512)", 1, _BIG)
     head_start: HeadStart | None = _key(
         None, "of a decoder: its head begins as mean pooling, or random (default: mean)"
@@ -182,8 +185,9 @@ class Recipe:
 
         Args:
             file: a TOML file.
-            overrides: "key=value" with a dotted key, such as "train.lr=1e-4" or "data.0.weight=2". The value
-                is written as in TOML, and a word that is no TOML is a string.
+            overrides: "key=value" with a dotted key, such as "train.lr=1e-4", "data.0.weight=2" or, for
+                every data set, "data.*.in_batch=true". The value is written as in TOML, and a word that is no
+                TOML is a string.
 
         Raises:
             RecipeError: the file is no TOML, or a key or value is wrong. The message names file and key.
@@ -334,7 +338,12 @@ def _checked(name: str, key: Field, value: Any) -> Any:
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
-    """Put "key=value" into the content of a recipe."""
+    """Put "key=value" into the content of a recipe. "data.*" is every data set."""
+    if override.startswith("data.*."):
+        sets = raw.get("data")
+        for index in range(len(sets) if isinstance(sets, list) else 0):
+            _override(raw, f"data.{index}.{override.removeprefix('data.*.')}")
+        return
     name, equals, text = override.partition("=")
     if not equals:
         raise RecipeError(f"--set takes KEY=VALUE, such as train.lr=1e-4, got {override!r}")

@@ -33,8 +33,8 @@ def start_directory(recipe: Recipe) -> Path:
     """The model directory that a recipe starts from, written if it is not there yet. For the first rank.
 
     Raises:
-        RecipeError: the recipe asks for another pooling head than the model's, or for more layers, or
-            `output/start` was made by another one.
+        RecipeError: the recipe asks for another pooling head or attention than the model's, or for more
+            layers, or `output/start` was made by another one.
         OSError, ValueError, ImportError: see `new_model.init_model` and `checkpoint.resolve`.
     """
     made = Path(recipe.output) / _START
@@ -52,6 +52,7 @@ def start_directory(recipe: Recipe) -> Path:
             num_layers=part.layers,
             pooling_head=part.pooling_head or "latent",
             head_start=part.head_start or "mean",
+            is_causal=part.causal or False,
             seed=recipe.seed % 2**63,
         )
         return made
@@ -60,6 +61,11 @@ def start_directory(recipe: Recipe) -> Path:
         raise RecipeError(
             f"model.pooling_head is {part.pooling_head!r}, but {start} pools by {config.pooling_head!r}: "
             "leave the key out, or start from a decoder"
+        )
+    if part.causal not in (None, config.text_config.is_causal):
+        raise RecipeError(
+            f"model.causal is {part.causal}, and {start} was made with {config.text_config.is_causal}: leave "
+            "the key out, or start from a decoder"
         )
     for key in ("num_latents", "head_start"):
         if (value := getattr(part, key)) is not None:

@@ -242,7 +242,12 @@ class _Run:
         self.optimizer.step()
         self.optimizer.zero_grad()
         speed = tokens / (time.monotonic() - began)
-        return found | {"lr": lr, "tokens_per_s": speed, "memory_gb": memory_gb(ranks.device)}
+        return found | {
+            "lr": lr,
+            "tokens": tokens,
+            "tokens_per_s": speed,
+            "memory_gb": memory_gb(ranks.device),
+        }
 
     def gradient(self, step: int, batch: TrainingBatch) -> LossResult:
         """The loss of a batch, and its gradient in `.grad`: the mean over the ranks is that of all rows."""
