@@ -7,11 +7,13 @@
 | step | leaves in runs/demo-short/ |
 |---|---|
 | curate | `data/`: the sets that the recipes name, without any text of an evaluation set |
-| train stage 1 with the negatives of the batch | `plain-stage1/`: the model that mines |
-| mine | `mined/`: the same rows with hard negatives of that model |
+| train stage 1 with the negatives of the batch | `plain-stage1/`: the model that mines. Not with a teacher |
+| mine | `mined/`: the same rows with hard negatives. `vectors/`: those of a teacher |
 | train stages 1 and 2 with them | `stage1/`, and `stage2/`, the model |
 | eval | `scores/` |
 | pictures | `pictures/`: training curves, scores, a map of docstrings, cosines |
+
+Where the recipe of stage 1 names a teacher, MiniLM is it, and mines in the place of a first model.
 
 `--four-rows` trains stage 2 without mined negatives, too, and scores all four models. Their settings are
 those of the recipes, but for the negatives.
@@ -115,11 +117,18 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
             changes[f"data.{i}.file"] = folder / ("mined" if file in mined and not plain else "data") / file
             if file in mined and plain:
                 changes |= {f"data.{i}.hard_negatives": 0, f"data.{i}.in_batch": "true"}
+        if recipes[number - 1].train.teacher is not None:
+            changes["train.teacher"] = folder / "vectors"
         settings = (word for key, value in changes.items() for word in ("--set", f"{key}={value}"))
         recipe = stages[number - 1]
         return Step(f"train-{name}", (*PROGRAM, "train", str(recipe), *settings), reads=recipe)
 
-    yield train(1, "plain-stage1", plain=True)
+    by_minilm = recipes[0].train.teacher is not None
+    teacher = ("--teacher", str(folder / "plain-stage1"))
+    if by_minilm:
+        teacher = ("--teacher", "minilm", "--dtype", "bfloat16", "--vectors", str(folder / "vectors"))
+    else:
+        yield train(1, "plain-stage1", plain=True)
     for name in sorted(mined):
         part = sets[name]
         asked = ("--task", part.instruction, "--max-length", str(recipes[0].train.max_length))
@@ -127,8 +136,10 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
         yield Step(
             f"mine-{Path(name).stem}",
             (*PROGRAM, "mine", str(folder / "data" / name), "-o", str(folder / "mined" / name))
-            + ("--teacher", str(folder / "plain-stage1"), "--negatives", str(number), *asked),
+            + (*teacher, "--negatives", str(number), *asked),
         )
+    if by_minilm and four_rows:
+        yield train(1, "plain-stage1", plain=True)
     yield train(1, "stage1")
     yield train(2, "stage2", start=folder / "stage1")
     scored = ["stage2"]
@@ -136,8 +147,9 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
         yield train(2, "plain-stage2", start=folder / "plain-stage1", plain=True)
         scored = ["plain-stage1", "plain-stage2", "stage1", "stage2"]
     scores = str(folder / "scores")
+    dtype = ("--dtype", "bfloat16") if recipes[1].train.autocast == "bfloat16" else ()
     for name in scored:
-        model = ("--model", str(folder / name), "--name", name)
+        model = ("--model", str(folder / name), "--name", name, *dtype)
         yield Step(f"eval-{name}", (*PROGRAM, "eval", "--tasks", *tasks, *model, "-o", scores))
     pictures = folder / "pictures"
     draw = (sys.executable, "examples/pictures.py", str(folder / "stage2"), "-o", str(pictures))

@@ -21,7 +21,7 @@ DOORS = sorted(ROOT.glob("docs/integrations/*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md")), *DOORS]
 # every model that a page names; the tests put a tiny one in its place
 MODELS = ("nvidia/NV-Embed-v2", "demo", "~/.cache/nvembed_fast/smollm2-135m-nvembed")
-NOT_OURS = {"git", "hf", "pre-commit", "torchrun"}
+NOT_OURS = {"export", "git", "hf", "pre-commit", "torchrun"}
 FOLDERS = (
     "nvembed_fast",
     "kernels",

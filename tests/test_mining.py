@@ -20,7 +20,7 @@ from nvembed_fast.curation.mining import Entry, Mining, Rule, Texts, choose
 from nvembed_fast.curation.teachers import Bm25, Dense
 from nvembed_fast.texts import text_id
 from nvembed_fast.training.rows import open_rows
-from nvembed_fast.training.teacher_vectors import TeacherVectors
+from nvembed_fast.training.teacher_vectors import SIDES, TeacherVectors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -361,6 +361,32 @@ def test_the_vectors_stay_for_a_recipe(encoder, rows, tmp_path, capsys):
         torch.testing.assert_close(scores, wanted, rtol=0, atol=2e-3)  # kept in fp16
 
 
+def test_vectors_of_several_files_lie_in_one_folder(encoder, tmp_path, capsys):
+    """Added one by one, in any order, they are those of one run over all files."""
+    files = [write_rows(tmp_path / f"{count}.jsonl", count) for count in (9, 12)]
+    for name, order in (("a", files), ("b", files[::-1])):
+        for file in order:
+            run(capsys, file, "-o", tmp_path / f"{name}-{file.name}", "--vectors", tmp_path / name)
+    run(capsys, *files, "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / "whole")
+    whole = TeacherVectors(tmp_path / "whole")
+    assert len(whole.stored("queries")[0]) > 12
+    for name in "ab":
+        found = TeacherVectors(tmp_path / name)
+        for side in SIDES:
+            for got, wanted in zip(found.stored(side), whole.stored(side), strict=True):
+                assert np.array_equal(got, wanted)
+
+
+def test_vectors_of_two_teachers_are_not_mixed(encoder, rows, tmp_path, capsys):
+    words = [rows, "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / "t"]
+    run(capsys, *words)
+    before = TeacherVectors(tmp_path / "t").fingerprint
+    encoder.fingerprint = "another"
+    status, _, error = run(capsys, *words)
+    assert status == 1 and "has vectors of another teacher" in error
+    assert TeacherVectors(tmp_path / "t").fingerprint == before
+
+
 @pytest.mark.parametrize("step", ["_commit", "_install"])
 def test_vectors_of_a_killed_run_are_the_old_or_the_new_ones(encoder, tmp_path, capsys, monkeypatch, step):
     """Killed in front of each step of the exchange, and in the midst of its links."""
@@ -369,8 +395,8 @@ def test_vectors_of_a_killed_run_are_the_old_or_the_new_ones(encoder, tmp_path, 
     rows, folder = tmp_path / "rows.jsonl", tmp_path / "t"
     whole = {}
     for count in (9, 12):
-        run(capsys, write_rows(rows, count), "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / str(count))
-        whole[count] = TeacherVectors(tmp_path / str(count)).fingerprint
+        run(capsys, write_rows(rows, count), "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / "whole")
+        whole[count] = TeacherVectors(tmp_path / "whole").fingerprint
     run(capsys, write_rows(rows, 9), "-o", tmp_path / "out.jsonl", "--vectors", folder)
     write_rows(rows, 12)
     link = files._link_or_copy
@@ -390,7 +416,7 @@ def test_vectors_of_a_killed_run_are_the_old_or_the_new_ones(encoder, tmp_path, 
         assert TeacherVectors(folder).fingerprint == whole[9 if step == "_commit" else 12]
     assert run(capsys, rows, "-o", tmp_path / "out.jsonl", "--vectors", folder)[0] == 0
     assert TeacherVectors(folder).fingerprint == whole[12]
-    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "12").iterdir()}
+    assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
 
 
 def test_bm25_alone_has_no_vectors_to_keep(rows, tmp_path, capsys):

@@ -9,13 +9,14 @@ from nvembed_fast.texts import text_id
 from nvembed_fast.training.recipe import RecipeError
 from nvembed_fast.training.rows import open_rows
 from nvembed_fast.training.run_log import read_metrics
-from nvembed_fast.training.teacher_vectors import SIDES, TeacherVectors, names
+from nvembed_fast.training.teacher_vectors import MADE_BY, SIDES, TeacherVectors, names
 from nvembed_fast.training.trainer import train
 
 
 def write_folder(folder, texts: dict[str, list[str]], width=5, seed=0, dtype=np.float16):
     """A folder of random vectors. Returns them by side and text."""
     folder.mkdir(exist_ok=True)
+    (folder / MADE_BY).write_text("a teacher")
     found = {}
     for number, side in enumerate(SIDES):
         ids = np.array(sorted(text_id(text) for text in set(texts[side])), dtype=np.int64)
@@ -63,9 +64,10 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path):
     np.save(folder / "documents.vectors.npy", np.ones((0, 4)))
     with pytest.raises(ValueError, match="different widths"):
         TeacherVectors(folder)
-    (folder / "documents.keys.npy").unlink()
-    with pytest.raises(ValueError, match=r"has no documents\.keys\.npy: .*nvembed-fast mine --vectors"):
-        TeacherVectors(folder)
+    for name in ("documents.keys.npy", MADE_BY):
+        (folder / name).unlink()
+        with pytest.raises(ValueError, match=rf"has no {re.escape(name)}: .*nvembed-fast mine --vectors"):
+            TeacherVectors(folder)
 
 
 @pytest.mark.parametrize("in_batch", [True, False])

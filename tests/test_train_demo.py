@@ -22,6 +22,10 @@ def _steps(name: str, folder: Path, four_rows: bool = False) -> dict[str, train_
     return {step.name: step for step in found}
 
 
+def _options(step: train_demo.Step) -> dict[str, str]:
+    return dict(zip(step.command[5::2], step.command[6::2], strict=False))
+
+
 def _recipe(step: train_demo.Step) -> Recipe:
     """The recipe of a train step, with what it sets."""
     words = step.command[step.command.index("train") + 1 :]
@@ -29,9 +33,8 @@ def _recipe(step: train_demo.Step) -> Recipe:
     return Recipe.from_file(words[0], words[2::2])
 
 
-@pytest.mark.parametrize("name", train_demo.SCORED)
-def test_the_first_model_mines_the_negatives_of_the_others(name, tmp_path):
-    steps = _steps(name, tmp_path)
+def test_the_first_model_mines_the_negatives_of_the_others(tmp_path):
+    steps = _steps("demo-short", tmp_path)
     order = [step for step in steps if not step.startswith("mine-")]
     assert order == [
         "curate", "train-plain-stage1", "train-stage1", "train-stage2", "eval-stage2", "pictures", "report"
@@ -43,7 +46,7 @@ def test_the_first_model_mines_the_negatives_of_the_others(name, tmp_path):
         assert Path(plain.file).parent == tmp_path / "data" and plain.hard_negatives == 0 and plain.in_batch
         assert Path(mined.file).parent == tmp_path / "mined" and mined.hard_negatives > 0
         (step,) = (s for s in mining if plain.file in s.command)
-        options = dict(zip(step.command[5::2], step.command[6::2], strict=False))
+        options = _options(step)
         assert options["-o"] == mined.file and options["--teacher"] == first.output
         assert options["--task"] == mined.instruction
         assert int(options["--negatives"]) >= max(
@@ -52,6 +55,26 @@ def test_the_first_model_mines_the_negatives_of_the_others(name, tmp_path):
     assert first.model.start == second.model.start == "smollm2"
     assert third.model.start == second.output and third.output == str(tmp_path / "stage2")
     assert first.train == second.train and first.train.freeze_embeddings and third.train.freeze_embeddings
+
+
+def test_a_teacher_mines_in_the_place_of_a_first_model(tmp_path):
+    steps = _steps("demo", tmp_path)
+    order = [step for step in steps if not step.startswith("mine-")]
+    assert order == ["curate", "train-stage1", "train-stage2", "eval-stage2", "pictures", "report"]
+    first, second = (_recipe(steps[f"train-{name}"]) for name in ("stage1", "stage2"))
+    mining = {step.name for step in steps.values() if step.name.startswith("mine-")}
+    assert first.train.distillation and first.train.teacher == str(tmp_path / "vectors")
+    assert second.model.start == first.output
+    assert list(steps).index("train-stage1") == 1 + len(mining) == 1 + len(second.data)
+    for part in second.data:
+        options = _options(steps[f"mine-{Path(part.file).stem}"])
+        assert options["-o"] == part.file and options["--teacher"] == "minilm"
+        assert options["--vectors"] == first.train.teacher
+        assert int(options["--negatives"]) >= part.hard_negatives > 0
+    assert {Path(part.file) for part in first.data} <= {Path(part.file) for part in second.data}
+    assert second.train.autocast == "bfloat16" and "bfloat16" in steps["eval-stage2"].command
+    four = [step for step in _steps("demo", tmp_path, four_rows=True) if step.startswith("train-")]
+    assert four == ["train-plain-stage1", "train-stage1", "train-stage2", "train-plain-stage2"]
 
 
 def test_four_rows_differ_in_their_negatives_and_stages_alone(tmp_path):

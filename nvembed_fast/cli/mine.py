@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vectors",
         type=options.path,
         metavar="DIR",
-        help="keep the vectors of the first teacher but bm25 there, for train.teacher of a recipe",
+        help="add the vectors of the first teacher but bm25 to that folder, for train.teacher of a recipe",
     )
     parser.add_argument(
         "--suspects",
@@ -168,7 +168,9 @@ def run(arguments: argparse.Namespace) -> None:
             teachers.append(teacher)
         choice = _chosen(texts, teachers, names, mining, folder)
         if arguments.vectors is not None:
-            _write_vectors(arguments.vectors, texts, _dense(teachers))
+            dense = _dense(teachers)
+            assert dense is not None  # by _check_output
+            _add_vectors(arguments.vectors, texts, names[teachers.index(dense)], dense)
         _write(arguments, texts, rows, teachers, choice)
 
 
@@ -437,26 +439,40 @@ def _dense(teachers: "list[Teacher]") -> "Dense | None":
     return next((teacher for teacher in teachers if isinstance(teacher, Dense)), None)
 
 
-def _write_vectors(directory: Path, texts: "Texts", teacher: "Dense | None") -> None:
+def _add_vectors(directory: Path, texts: "Texts", made_by: str, teacher: "Dense") -> None:
+    """Put the vectors beside those that the folder has of other files.
+
+    Raises:
+        ValueError: those are another teacher's.
+    """
     import numpy as np
 
-    from nvembed_fast.training.teacher_vectors import KEY_FILE, Side, names
+    from nvembed_fast.training.teacher_vectors import KEY_FILE, MADE_BY, Side, TeacherVectors, names
 
-    assert teacher is not None  # by _check_output
-    sides: dict[Side, tuple[np.ndarray, np.ndarray]] = {
+    there = TeacherVectors(directory) if (files.current(directory) / KEY_FILE).is_file() else None
+    if there is not None and there.made_by != made_by:
+        raise ValueError(
+            f"{directory} has vectors of another teacher, or of another --max-length or --dtype: remove it, "
+            "or choose another folder for --vectors"
+        )
+    added: dict[Side, tuple[np.ndarray, np.ndarray]] = {
         "queries": (texts.query_ids, teacher.queries),
         "documents": (texts.document_ids, teacher.documents),
     }
     together = files.replacing_together(directory, key=KEY_FILE, outdated=re.compile(""))
     with process.telling(lambda: f"writing {directory}"), together as aside:
-        for side, (ids, vectors) in sides.items():
-            keys, first = np.unique(ids, return_index=True)
+        (aside / MADE_BY).write_text(made_by, encoding="utf-8")
+        for side, (ids, vectors) in added.items():
+            parts = [(ids, vectors)] if there is None else [there.stored(side), (ids, vectors)]
+            keys = np.unique(np.concatenate([of_part for of_part, _ in parts]))
             of_keys, of_vectors = (aside / name for name in names(side))
             np.save(of_keys, keys)
             shape = (len(keys), vectors.shape[1])
             written = np.lib.format.open_memmap(of_vectors, mode="w+", dtype=np.float16, shape=shape)
-            for start in range(0, len(keys), _CHUNK):
-                written[start : start + _CHUNK] = vectors[first[start : start + _CHUNK]]
+            for of_part, values in parts:
+                for start in range(0, len(of_part), _CHUNK):
+                    places = np.searchsorted(keys, of_part[start : start + _CHUNK])
+                    written[places] = values[start : start + _CHUNK]
             written.flush()
 
 

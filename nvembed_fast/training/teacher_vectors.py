@@ -2,8 +2,9 @@
 
 A folder holds, for queries and for documents, `<side>.keys.npy` and `<side>.vectors.npy`. Row i of the
 vectors is of the text whose id (`texts.text_id`) is key i, and the keys ascend. So one folder serves every
-data set, and a lookup reads single rows of a memory map. `nvembed-fast mine --vectors` writes such folders by
-`files.replacing_together`, so a folder holds the files of one run.
+data set, and a lookup reads single rows of a memory map. `teacher.txt` names what made the vectors.
+`nvembed-fast mine --vectors` adds those of its rows by `files.replacing_together`, so the files of a folder
+are those of one run.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import torch
 
 from nvembed_fast import files
 
-__all__ = ["KEY_FILE", "SIDES", "Side", "TeacherVectors", "names"]
+__all__ = ["KEY_FILE", "MADE_BY", "SIDES", "Side", "TeacherVectors", "names"]
 
 Side = Literal["queries", "documents"]
 SIDES: tuple[Side, ...] = ("queries", "documents")
@@ -28,6 +29,7 @@ def names(side: Side) -> tuple[str, str]:
 
 
 KEY_FILE = names("queries")[0]  # of `files.replacing_together`
+MADE_BY = "teacher.txt"
 
 
 class TeacherVectors:
@@ -38,6 +40,7 @@ class TeacherVectors:
 
     Attributes:
         width: of a vector.
+        made_by: the fingerprint of the teacher.
         fingerprint: 32 hexadecimal digits of all files.
 
     Raises:
@@ -56,6 +59,10 @@ class TeacherVectors:
     def _read(self) -> str:
         """Open all files. Returns their fingerprint."""
         directory, digest = self._directory, hashlib.blake2b(digest_size=16)
+        try:
+            self.made_by = (files.current(directory) / MADE_BY).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise _lacks(directory, MADE_BY) from None
         for side in SIDES:
             arrays = []
             for name in names(side):
@@ -65,14 +72,16 @@ class TeacherVectors:
                         digest.update(hashlib.file_digest(file, "blake2b").digest())
                     arrays.append(np.load(path, mmap_mode="r"))
                 except FileNotFoundError:
-                    raise ValueError(
-                        f"{directory} has no {name}: make the folder with nvembed-fast mine --vectors"
-                    ) from None
+                    raise _lacks(directory, name) from None
             keys, vectors = self._keys[side], self._vectors[side] = arrays[0], arrays[1]
             if keys.dtype != np.int64 or keys.ndim != 1 or vectors.ndim != 2 or len(keys) != len(vectors):
                 got = f"{list(keys.shape)} {keys.dtype} and {list(vectors.shape)}"
                 raise ValueError(f"{directory}: {side} need keys [N] int64 and vectors [N, D], got {got}")
         return digest.hexdigest()
+
+    def stored(self, side: Side) -> tuple[np.ndarray, np.ndarray]:
+        """All keys [N] int64 of a side, and their vectors [N, width] fp16, as memory maps."""
+        return self._keys[side], self._vectors[side]
 
     def __call__(self, side: Side, ids: Sequence[int], texts: Sequence[str]) -> torch.Tensor:
         """[N, width] fp32.
@@ -95,3 +104,7 @@ class TeacherVectors:
                 "mine --vectors on all files of the recipe"
             )
         return torch.from_numpy(self._vectors[side][places].astype(np.float32))
+
+
+def _lacks(directory: Path, name: str) -> ValueError:
+    return ValueError(f"{directory} has no {name}: make the folder with nvembed-fast mine --vectors")
