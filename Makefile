@@ -71,7 +71,7 @@ check: $(STAMP)
 .venv-integrations/installed: setup.py pyproject.toml constraints.txt constraints-integrations.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/python -m pip install -c constraints.txt -c constraints-integrations.txt \
-		-e '.[demo,eval,train]' datasets faiss-cpu peft pytest qdrant-client sentence-transformers sentencepiece usearch \
+		-e '.[demo,eval,synthesis,train]' datasets faiss-cpu peft pytest qdrant-client sentence-transformers sentencepiece usearch \
 		haystack-ai lancedb langchain-core llama-index-embeddings-huggingface sentence-transformers-haystack
 	# it asks for huggingface_hub below 2, and runs with 2
 	.venv-integrations/bin/python -m pip install --no-deps -c constraints-integrations.txt langchain-huggingface

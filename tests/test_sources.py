@@ -347,6 +347,26 @@ def test_wordnet(tmp_path):
     assert example == Pair("big cat: a large feline", "the cat roared", place)
 
 
+def test_wordnet_relations(tmp_path):
+    """A pointer of a whole meaning is a relation, one of words is not, and ! names the words."""
+    folder = tmp_path / "usr/share/wordnet"
+    folder.mkdir(parents=True)
+    for kind in ("noun", "verb", "adv"):
+        (folder / f"data.{kind}").write_text("  1 the licence\n")
+    (folder / "data.adj").write_text(
+        "00000010 00 s 02 hot 0 warm(p) 1 "
+        "003 & 00000020 s 0000 + 00000030 n 0101 ! 00000040 a 0201 | of heat\n"
+    )
+    (found,) = dictionaries.synsets(tmp_path)
+    assert found == dictionaries.Synset(
+        "wordnet adj 00000010",
+        ("hot", "warm"),
+        "of heat",
+        relations=(("&", "wordnet adj 00000020"),),
+        opposites=((1, "wordnet adj 00000040", 0),),
+    )
+
+
 def test_topics_of_evaluation_stay_out(monkeypatch):
     verses = {str(n): f"verse {n}" for n in range(100)}
     topics = {

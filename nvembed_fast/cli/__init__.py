@@ -68,12 +68,21 @@ def _commands() -> dict[str, Any]:
         mine,
         mteb,
         search,
+        synthesize,
         train,
         warm_up,
     )
 
     commands = {"encode": encode, "search": search, "init": init, "curate": curate, "convert": convert}
-    commands |= {"mine": mine, "train": train, "eval": evaluate, "merge": merge, "info": info, "check": check}
+    commands |= {
+        "synthesize": synthesize,
+        "mine": mine,
+        "train": train,
+        "eval": evaluate,
+        "merge": merge,
+        "info": info,
+        "check": check,
+    }
     return commands | {"warm-up": warm_up, "mteb": mteb}
 
 

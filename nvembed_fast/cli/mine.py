@@ -146,7 +146,9 @@ def run(arguments: argparse.Namespace) -> None:
     )
     if mining.rule.is_in_cosines and "bm25" in arguments.teacher:
         raise ValueError("margin and absolute are differences of cosines, which bm25 has not: use percentage")
-    loaders = [(name, _loader(name, arguments)) for name in arguments.teacher]
+    keywords = ("task", "symmetric", "max_length", "device", "dtype")
+    of_model = {name: getattr(arguments, name) for name in keywords}
+    loaders = [(name, encoder_loader(name, **of_model)) for name in arguments.teacher]
     process.raise_interrupts()
     with process.telling(lambda: "reading the rows"):
         texts = Texts(rows, corpus, judged)
@@ -271,7 +273,15 @@ def _judged(file: Path | None) -> dict[int, list[str]]:
     return found
 
 
-def _loader(name: str, arguments: argparse.Namespace) -> "Callable[[], Encoder] | None":
+def encoder_loader(
+    name: str,
+    *,
+    task: str = "",
+    symmetric: bool = False,
+    max_length: int = 256,
+    device: str | None = None,
+    dtype: str | None = None,
+) -> "Callable[[], Encoder] | None":
     """What loads a teacher's model. None: it is bm25. What is missing is told now, before any work."""
     import importlib.util
 
@@ -285,31 +295,28 @@ def _loader(name: str, arguments: argparse.Namespace) -> "Callable[[], Encoder] 
     if not is_own and name not in baselines.NAMES:
         config = checkpoint.resolve(name, config_only=True) / "config.json"
         is_own = files.is_file(config) and files.read_json(config).get("model_type") == "nvembed"
-    return lambda: _encoder(name, arguments, is_own=is_own)
 
+    def load() -> "Encoder":
+        import torch
 
-def _encoder(name: str, arguments: argparse.Namespace, *, is_own: bool) -> "Encoder":
-    import torch
+        from nvembed_fast.curation.teachers import BaselineEncoder, LibraryEncoder, OwnEncoder
 
-    from nvembed_fast import baselines
-    from nvembed_fast.curation.teachers import BaselineEncoder, LibraryEncoder, OwnEncoder
+        with process.telling(lambda: f"loading {name}"):
+            if is_own:
+                from nvembed_fast.encoder import NVEmbed
 
-    with process.telling(lambda: f"loading {name}"):
-        if is_own:
-            from nvembed_fast.encoder import NVEmbed
+                model = NVEmbed.from_pretrained(name, device=device, dtype=dtype)
+                return OwnEncoder(model, task, symmetric=symmetric, max_length=max_length)
+            by_autocast = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(dtype or "")
+            if name in baselines.NAMES:
+                baseline = getattr(baselines, name)()
+                return BaselineEncoder(baseline, dtype=by_autocast, max_length=max_length)
+            from nvembed_fast.integrations.sentence_transformers import load_foreign
 
-            model = NVEmbed.from_pretrained(name, device=arguments.device, dtype=arguments.dtype)
-            return OwnEncoder(
-                model, arguments.task, symmetric=arguments.symmetric, max_length=arguments.max_length
-            )
-        dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(arguments.dtype)
-        if name in baselines.NAMES:
-            model = getattr(baselines, name)()
-            return BaselineEncoder(model, dtype=dtype, max_length=arguments.max_length)
-        from nvembed_fast.integrations.sentence_transformers import load_foreign
+            foreign = load_foreign(name, device=device)
+            return LibraryEncoder(foreign, dtype=by_autocast, max_length=max_length)
 
-        foreign = load_foreign(name, device=arguments.device)
-        return LibraryEncoder(foreign, dtype=dtype, max_length=arguments.max_length)
+    return load
 
 
 def _teacher(

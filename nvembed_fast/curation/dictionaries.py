@@ -3,18 +3,41 @@
 import gzip
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from nvembed_fast.curation.text import Pair, drawn
 
-__all__ = ["devil", "foldoc", "jargon", "wordnet_examples", "wordnet_glosses"]
+__all__ = ["Synset", "asked", "devil", "foldoc", "jargon", "synsets", "wordnet_examples", "wordnet_glosses"]
 
 # a question about a term, drawn by the term
 TERM_FRAMES = ("What is {}?", "What does {} mean?", "{}", "Explain {}.", "What is meant by {}?")
 _DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 
-def _asked(term: str) -> str:
+@dataclass(frozen=True)
+class Synset:
+    """A meaning of WordNet.
+
+    Attributes:
+        place: where it stands, such as "wordnet noun 00001740".
+        words: that have it.
+        meaning: in words.
+        examples: sentences that use one of the words.
+        relations: (symbol, place) of others, as man wninput lists the symbols: @ is a broader meaning.
+        opposites: (word, place, word there) of antonyms, the words by their numbers from 0.
+    """
+
+    place: str
+    words: tuple[str, ...]
+    meaning: str
+    examples: tuple[str, ...] = ()
+    relations: tuple[tuple[str, str], ...] = ()
+    opposites: tuple[tuple[int, str, int], ...] = ()
+
+
+def asked(term: str) -> str:
+    """A question about a term."""
     return TERM_FRAMES[drawn(term) % len(TERM_FRAMES)].format(term)
 
 
@@ -45,24 +68,27 @@ def foldoc(directory: Path) -> Iterator[Pair]:
         term = head.strip().split("\n")[0]
         body = re.sub(r"\n\s*\(\d{4}-\d\d-\d\d\)\s*$", "", body.rstrip())
         body = re.sub(r"\A\s*<[^>]+>|[{}]", "", body)
-        yield Pair(_asked(term), body, f"foldoc {term}")
+        yield Pair(asked(term), body, f"foldoc {term}")
 
 
 def jargon(directory: Path) -> Iterator[Pair]:
     """A term of hackers finds its explanation."""
     for headword, entry in _entries(directory, "jargon"):
         body = re.sub(r"[{}]", "", entry.strip().partition("\n")[2])
-        yield Pair(_asked(headword), body, f"jargon {headword}")
+        yield Pair(asked(headword), body, f"jargon {headword}")
 
 
 def devil(directory: Path) -> Iterator[Pair]:
     """A word finds its mocking definition."""
     for headword, entry in _entries(directory, "devil"):
-        yield Pair(_asked(headword.capitalize()), entry, f"devil {headword}")
+        yield Pair(asked(headword.capitalize()), entry, f"devil {headword}")
 
 
-def _synsets(directory: Path) -> Iterator[tuple[str, list[str], str, list[str]]]:
-    """(place, words, gloss, examples) of each meaning of WordNet."""
+_PARTS_OF_SPEECH = {"n": "noun", "v": "verb", "a": "adj", "s": "adj", "r": "adv"}
+
+
+def synsets(directory: Path) -> Iterator[Synset]:
+    """The meanings of WordNet, in the order of its files."""
     for kind in ("noun", "verb", "adj", "adv"):
         file = directory / "usr/share/wordnet" / f"data.{kind}"
         for line in file.read_text(encoding="latin-1").splitlines():
@@ -70,20 +96,31 @@ def _synsets(directory: Path) -> Iterator[tuple[str, list[str], str, list[str]]]
                 continue
             fields, _, gloss = line.partition(" | ")
             offset, _, _, number, *rest = fields.split(" ")
-            words = [re.sub(r"\(\w+\)$", "", rest[2 * i]).replace("_", " ") for i in range(int(number, 16))]
+            end = 2 * int(number, 16)
+            words = tuple(re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in rest[0:end:2])
+            relations, opposites = [], []
+            for first in range(end + 1, end + 1 + 4 * int(rest[end]), 4):
+                symbol, place, part, sides = rest[first : first + 4]
+                place = f"wordnet {_PARTS_OF_SPEECH[part]} {place}"
+                if symbol == "!":
+                    opposites.append((int(sides[:2], 16) - 1, place, int(sides[2:], 16) - 1))
+                elif sides == "0000":  # else it is one of words, not of meanings
+                    relations.append((symbol, place))
             meaning = re.split(r';?\s*"', gloss.strip())[0].strip(" ;")
-            yield f"wordnet {kind} {offset}", words, meaning, re.findall(r'"([^"]+)"', gloss)
+            examples = tuple(re.findall(r'"([^"]+)"', gloss))
+            place = f"wordnet {kind} {offset}"
+            yield Synset(place, words, meaning, examples, tuple(relations), tuple(opposites))
 
 
 def wordnet_glosses(directory: Path) -> Iterator[Pair]:
     """A meaning finds the words that have it."""
-    for place, words, meaning, _ in _synsets(directory):
-        if len(words) > 1:
-            yield Pair(meaning, ", ".join(words), place)
+    for synset in synsets(directory):
+        if len(synset.words) > 1:
+            yield Pair(synset.meaning, ", ".join(synset.words), synset.place)
 
 
 def wordnet_examples(directory: Path) -> Iterator[Pair]:
     """A word with its meaning finds a sentence that uses it."""
-    for place, words, meaning, examples in _synsets(directory):
-        for example in examples[:1]:
-            yield Pair(f"{words[0]}: {meaning}", example, place)
+    for synset in synsets(directory):
+        for example in synset.examples[:1]:
+            yield Pair(f"{synset.words[0]}: {synset.meaning}", example, synset.place)

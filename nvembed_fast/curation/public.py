@@ -195,7 +195,8 @@ SETS: tuple[PublicSet, ...] = (
     ),
     PublicSet(
         "synthetic", 120_000, None, (), (), "not published", "Given a text, retrieve texts that fit it",
-        stages=(2,), note="Written by Mixtral-8x22B for NVIDIA, and not published.",
+        stages=(2,),
+        note="Written by Mixtral-8x22B for NVIDIA, and not published. nvembed-fast synthesize makes others.",
     ),
 )  # fmt: skip
 
