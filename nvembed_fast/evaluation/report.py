@@ -7,7 +7,7 @@ from typing import Any
 from nvembed_fast import files
 from nvembed_fast.evaluation import scores, tasks
 
-__all__ = ["draw", "put_into", "summary", "table"]
+__all__ = ["between", "draw", "put_into", "summary", "table"]
 
 _MEANS = {"retrieval": "retrieval, mean", "other": "others, mean"}
 _MEASURES = {
@@ -78,21 +78,28 @@ def put_into(page: Path, rows: Sequence[Row]) -> None:
     """
     text = page.read_text(encoding="utf-8")
     makers: dict[str, Callable[[Sequence[Row]], str]] = {"scores": table, "summary": summary}
-    found = 0
-    for name, make in makers.items():
-        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-        if text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end):
-            before, rest = text.split(start)
-            text = f"{before}{start}\n{make(rows)}\n{end}{rest.split(end)[1]}"
-            found += 1
-        elif start in text or end in text:
-            raise ValueError(f"{page} must have {start} once, and {end} once behind it")
-    if not found:
+    marked = [name for name in makers if f"<!-- {name}:" in text]
+    if not marked:
         raise ValueError(
             f"{page} must have <!-- scores:start --> and <!-- scores:end -->, for a table between"
         )
+    for name in marked:
+        text = between(page, text, name, makers[name](rows))
     with files.replacing(page) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def between(page: Path, text: str, name: str, content: str) -> str:
+    """The text of a page with `content` between the marks NAME:start and NAME:end.
+
+    Raises:
+        ValueError: it has not each of them once, in this order.
+    """
+    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+    if not (text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end)):
+        raise ValueError(f"{page} must have {start} once, and {end} once behind it")
+    before, rest = text.split(start)
+    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
