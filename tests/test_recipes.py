@@ -9,7 +9,7 @@ from nvembed_fast.training.recipe import Recipe
 from nvembed_fast.training.rows import open_rows
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes"
-NAMES = ("nv-embed-v2", "smollm2", "demo-short", "demo")
+NAMES = ("nv-embed-v2", "smollm2", "demo-short", "demo", "ablation")
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -57,6 +57,7 @@ def _run(argv: list[str] | None) -> int:
 
 def _commands() -> dict[str, Any]:
     from nvembed_fast.cli import (
+        ablate,
         check,
         convert,
         curate,
@@ -83,7 +84,7 @@ def _commands() -> dict[str, Any]:
         "info": info,
         "check": check,
     }
-    return commands | {"warm-up": warm_up, "mteb": mteb}
+    return commands | {"ablate": ablate, "warm-up": warm_up, "mteb": mteb}
 
 
 def _mendable_errors() -> tuple[type[Exception], ...]:
