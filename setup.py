@@ -14,7 +14,7 @@ setup(
     packages=[*find_packages(include=["nvembed_fast", "nvembed_fast.*"]), "nvembed_fast.kernels"],
     package_dir={"": "."} if EDITABLE else {"nvembed_fast.kernels": "kernels"},
     package_data={
-        "nvembed_fast": ["demo/*"],  # the demo model, where it is there
+        "nvembed_fast": ["demo/*"],
         "nvembed_fast.kernels": ["tuned.toml"],
         "nvembed_fast.evaluation": ["docstring_questions.toml"],
         "nvembed_fast.integrations": ["mteb_prompts.toml"],

@@ -1,13 +1,9 @@
 """The whole way on real input: a small model reads Python's own documentation and answers questions with it.
 
-1. Take the demo model, where the package carries it. The decoder under it, SmolLM2-135M, is fetched once
-   (98 MB, Apache-2.0).
+1. Take the demo model. Its decoder, SmolLM2-135M, is fetched once (98 MB, Apache-2.0).
 2. Embed 1,200 docstrings of the Python standard library. Texts and vectors are kept for the next run.
 3. Answer three questions with the docstrings nearest to them.
 4. Say where the time went.
-
-A copy of the package without that model starts one on the whole decoder. Its latent head is fresh, which is
-mean pooling, so its ranking is poor.
 """
 
 import argparse
@@ -39,14 +35,12 @@ def main() -> None:
     # only now, because importing torch takes seconds
     import torch
 
-    from nvembed_fast.encoder import UntrainedModel
     from nvembed_fast.evaluation import docstrings
     from nvembed_fast.stream import TextsCut
 
-    # the lines behind the ranking say both
-    warnings.simplefilter("ignore", UntrainedModel)
+    # a line behind the ranking says so
     warnings.simplefilter("ignore", TextsCut)
-    name, model = load_model(arguments.cache)
+    model = load_model(arguments.cache)
     if model.dtype == torch.bfloat16:
         print("bf16, because this CPU multiplies it in hardware. The package's own default on a CPU is fp32.")
     millions = sum(p.numel() for p in model.parameters()) / 1e6
@@ -76,8 +70,6 @@ def main() -> None:
             mark = "*" if index in right else " "
             print(f" {mark}{rank}. {row[index]:.4f}  {texts[index][:100]}")
     print("\n* a docstring that answers the question")
-    if model.config.is_untrained:
-        print("The latent head is fresh, so this ranking is poor, as expected. Training makes it good.")
 
     tokens = sum(model.text_tokenizer(texts, "", arguments.max_length).lengths())
     print(f"\n{len(texts)} texts of at most {arguments.max_length} tokens, the rest is cut")
@@ -92,37 +84,18 @@ def main() -> None:
         print("where the time went:")
         for part, seconds in spent:
             print(f"  {seconds / total:5.1%}  {seconds:6.1f} s  {part}")
-    command = f"{Path(sys.executable).parent / 'nvembed-fast'} search FILE 'a question' --model {name}"
+    command = f"{Path(sys.executable).parent / 'nvembed-fast'} search FILE 'a question' --model demo"
     print(f"\nTry it on a file of your own, one text a line:\n  {command}")
 
 
-def load_model(cache: Path) -> "tuple[str | Path, NVEmbed]":
-    """The shipped model, or where there is none a fresh one on the whole decoder, and its name."""
+def load_model(cache: Path) -> "NVEmbed":
+    """The demo model, with a line about it."""
     from nvembed_fast import NVEmbed
-    from nvembed_fast.checkpoint import demo as shipped
+    from nvembed_fast.checkpoint import demo
 
-    if shipped.is_shipped():
-        print(f"The model is {shipped.NAME!r}, shipped with this package: {shipped.SHIPPED / 'README.md'}")
-        return shipped.NAME, NVEmbed.from_pretrained(shipped.NAME, dtype=_dtype(), cache_dir=cache)
-    directory = cache / "smollm2-135m-nvembed"
-    make_model(shipped.decoder(cache), directory)
-    return directory, NVEmbed.from_pretrained(directory, dtype=_dtype())
-
-
-def make_model(gguf: Path, directory: Path) -> None:
-    """Make the model, if it is not there. One of an older version, without modules.json, is saved again."""
-    import torch
-
-    from nvembed_fast import NVEmbed
-    from nvembed_fast.new_model import init_model
-
-    if not (directory / "config.json").is_file():
-        print(f"making an NV-Embed model on {gguf.name} in {directory}")
-        init_model(gguf, directory)
-    elif not (directory / "modules.json").is_file():
-        print(f"saving the model of an older version in {directory} again")
-        old = NVEmbed.from_pretrained(directory, device="cpu")
-        old.save_pretrained(directory, dtype=getattr(torch, old.config.torch_dtype))
+    card = demo.SHIPPED / demo.CARD_FILE
+    print(f"The model is {demo.NAME!r} of this package: SmolLM2-135M, trained for search. Its card: {card}")
+    return NVEmbed.from_pretrained(demo.NAME, dtype=_dtype(), cache_dir=cache)
 
 
 class ModuleClock:

@@ -1,6 +1,6 @@
 """Train the pooling head on pairs of a question and its answer, with the other answers as negatives.
 
-    python examples/train_head.py --model ~/.cache/nvembed_fast/smollm2-135m-nvembed -o trained
+    python examples/train_head.py --model demo -o trained
 
 It shows the loop and is no recipe: five pairs teach a model nothing. docs/gradients.md explains each part.
 """
@@ -28,7 +28,7 @@ SCALE = 20  # 1 / temperature
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="directory or hub id")
+    parser.add_argument("--model", required=True, help="directory, hub id, or demo")
     parser.add_argument("-o", "--output", type=Path, required=True, help="where the trained model goes")
     parser.add_argument("--steps", type=int, default=5, help="[%(default)s]")
     arguments = parser.parse_args(argv)

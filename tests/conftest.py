@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiers
 import torch
+from downloads import or_skip
 from fake_driver import fake_gpu  # noqa: F401 - a fixture
 from tiers import pytest_addoption, pytest_configure  # noqa: F401 - hooks
 
@@ -96,6 +97,15 @@ def ctrl_c() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """SmolLM2-135M, the decoder of the demo model."""
+    from nvembed_fast.checkpoint import demo
+
+    with or_skip("SmolLM2-135M"):
+        return demo.decoder()
 
 
 @pytest.fixture(scope="session")

@@ -1,28 +1,23 @@
-"""The demo's model: a real decoder behind a fresh head, on real text."""
+"""The demo's decoder behind a fresh head on real text, its texts, and the files of the demo model."""
 
-import re
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from examples import demo
-from nvembed_fast import NVEmbed, new_model, query_instruction
+from nvembed_fast import NVEmbed, query_instruction
 from nvembed_fast.checkpoint import demo as shipped
 from nvembed_fast.evaluation import docstrings
 from nvembed_fast.new_model import init_model
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY_TEXTS = ["a", "I", "of the", "one two three", "", "\n", "42"]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(smollm2_file, tmp_path_factory):
     directory = tmp_path_factory.mktemp("model") / "smollm2"
-    init_model(shipped.decoder(), directory)
+    init_model(smollm2_file, directory)
     return NVEmbed.from_pretrained(directory, device="cpu", dtype="float32")
 
 
@@ -53,35 +48,6 @@ def test_the_offset_rule_pools_the_text_and_nothing_before(model):
     assert window.first_pooled[0] < model.text_tokenizer.instruction_length(instruction)
 
 
-@pytest.mark.slow
-def test_the_demo_runs(tmp_path):
-    number = docstrings.min_number()
-    command = [
-        sys.executable,
-        "examples/demo.py",
-        "--texts",
-        str(number),
-        "--max-length",
-        "32",
-        "--cache",
-        str(tmp_path),
-    ]
-    source = shipped.decoder()
-    cached = tmp_path / source.parent.name / source.name
-    cached.parent.mkdir()
-    cached.symlink_to(source)
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    asked = [question.text for question in docstrings.questions("demo")]
-    for part in (*asked, "tokens/s", "peak memory", "matrix products of the backbone"):
-        assert part in run.stdout
-    assert f"{number}/{number}" in run.stderr  # the progress bar
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr[-2000:]
-    assert "whose vectors were kept" in again.stdout and f"{number}/{number}" not in again.stderr
-    assert _ranking(again.stdout) == _ranking(run.stdout) != []
-
-
 def test_fewer_texts_keep_all_answers(tiny_directory, tmp_path, monkeypatch, capsys):
     answers = {f"{a}: {n}" for n, q in enumerate(docstrings.questions("demo")) for a in q.answers}
     library = {f"m:f{n}": f"filler number {n}" for n in range(300)}
@@ -94,7 +60,7 @@ def test_fewer_texts_keep_all_answers(tiny_directory, tmp_path, monkeypatch, cap
         return encode(self, texts, **more)
 
     monkeypatch.setattr(NVEmbed, "encode_document", spy)
-    monkeypatch.setattr(demo, "load_model", lambda cache: ("tiny", NVEmbed.from_pretrained(tiny_directory)))
+    monkeypatch.setattr(demo, "load_model", lambda cache: NVEmbed.from_pretrained(tiny_directory))
     monkeypatch.setattr(demo, "library", lambda cache: library)
     minimum = docstrings.min_number()
     words = ["demo.py", "--cache", str(tmp_path), "--texts"]
@@ -110,20 +76,10 @@ def test_fewer_texts_keep_all_answers(tiny_directory, tmp_path, monkeypatch, cap
     )
 
 
-def test_a_model_of_an_older_version_is_saved_again(tiny_directory, tmp_path, monkeypatch):
-    """sentence-transformers reads modules.json, and older saves have none."""
-    monkeypatch.setattr(new_model, "init_model", None)
-    directory = tmp_path / "model"
-    shutil.copytree(tiny_directory, directory)
-    assert not (directory / "modules.json").exists()
-    wanted = NVEmbed.from_pretrained(directory)
-    demo.make_model(Path("decoder.gguf"), directory)
-    assert (directory / "modules.json").is_file()
-    found = NVEmbed.from_pretrained(directory)
-    assert found.config == wanted.config and found.fingerprint == wanted.fingerprint
-    monkeypatch.setattr(NVEmbed, "save_pretrained", None)
-    demo.make_model(Path("decoder.gguf"), directory)
-
-
-def _ranking(output: str) -> list[str]:
-    return re.findall(r"^ [ *]\d\. .*", output, re.M)
+def test_the_shipped_files_are_small_and_have_a_card():
+    names = {path.name for path in shipped.SHIPPED.iterdir()}
+    assert names == {"model.safetensors", "config.json", "README.md"}
+    assert sum((shipped.SHIPPED / name).stat().st_size for name in names) < 45_000_000
+    card = (shipped.SHIPPED / "README.md").read_text()
+    for part in ("## Training text", "## Scores", "Licence", "Limits"):
+        assert part in card

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import sys
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from tiny_decoders import (
     write_gguf,
 )
 
-from nvembed_fast.checkpoint import demo, load_model
+from nvembed_fast.checkpoint import load_model
 from nvembed_fast.checkpoint.decoders import Decoder, open_decoder
 from nvembed_fast.checkpoint.names import TOKENIZER_FILES
 from nvembed_fast.new_model import init_model
@@ -34,27 +33,17 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "tokenization.json").rea
 
 
 @pytest.fixture(scope="module")
-def real_file() -> Path:
-    try:
-        return demo.decoder()
-    except RuntimeError as error:
-        if os.environ.get("CI"):
-            raise
-        pytest.skip(f"the decoder cannot be downloaded: {error}")
+def real(smollm2_file) -> Decoder:
+    return open_decoder(smollm2_file)
 
 
 @pytest.fixture(scope="module")
-def real(real_file) -> Decoder:
-    return open_decoder(real_file)
-
-
-@pytest.fixture(scope="module")
-def theirs(real_file):
+def theirs(smollm2_file):
     """transformers' own loading of the same file, in fp32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        real_file.parent, gguf_file=real_file.name, dtype=torch.float32, attn_implementation="eager"
+        smollm2_file.parent, gguf_file=smollm2_file.name, dtype=torch.float32, attn_implementation="eager"
     )
     return model.eval().requires_grad_(False)
 
@@ -98,8 +87,8 @@ def test_real_hidden_states_equal_transformers(real, theirs):
 
 
 @pytest.mark.slow
-def test_the_real_decoder_becomes_a_model(real_file, real, tmp_path):
-    init_model(real_file, tmp_path / "model")
+def test_the_real_decoder_becomes_a_model(smollm2_file, real, tmp_path):
+    init_model(smollm2_file, tmp_path / "model")
     assert {p.name for p in (tmp_path / "model").iterdir()} == {*SAVED, *TOKENIZER_FILES}
     model = load_model(tmp_path / "model")
     config = model.config
@@ -149,11 +138,11 @@ def test_real_token_ids(real):
 
 
 @pytest.mark.slow
-def test_real_token_ids_equal_transformers_where_no_digit_follows_a_blank(real, real_file):
+def test_real_token_ids_equal_transformers_where_no_digit_follows_a_blank(real, smollm2_file):
     """transformers forgets the digits rule when it reads this file. Everything else must agree."""
     from transformers import AutoTokenizer
 
-    other = AutoTokenizer.from_pretrained(real_file.parent, gguf_file=real_file.name)
+    other = AutoTokenizer.from_pretrained(smollm2_file.parent, gguf_file=smollm2_file.name)
     backend = real.tokenizer.backend
     assert backend.get_vocab() == other.get_vocab()
     for text in [*TRICKY, Path(__file__).read_text().translate(str.maketrans("0123456789", "zonwhrxsgu"))]:

@@ -34,8 +34,8 @@ def _pip(*arguments: str | Path, cwd: Path) -> None:
     _run(sys.executable, "-m", "pip", *arguments, "--no-deps", "--no-build-isolation", "-q", cwd=cwd)
 
 
-def _imported_from(target: Path, cwd: Path, before: str = "") -> Path:
-    """Where `nvembed_fast.kernels.reference` comes from when only `target` could hold the project.
+def _python(target: Path, cwd: Path, code: str, before: str = "") -> str:
+    """What a program prints when only `target` could hold the project.
 
     `site` is off, or an editable install in the running environment would answer instead. `before` is a path
     that is searched before it.
@@ -43,8 +43,13 @@ def _imported_from(target: Path, cwd: Path, before: str = "") -> Path:
     names = ("torch", "numpy", "einops", "tqdm", "tokenizers", "safetensors", "huggingface_hub")
     elsewhere = dict.fromkeys(str(Path(importlib.util.find_spec(n).origin).parents[1]) for n in names)
     # the target first: an editable install elsewhere has a finder of the same name
-    code = f"import sys, site; site.addsitedir({str(target)!r}); sys.path += {list(elsewhere)}; {IMPORT}"
-    return Path(_run(sys.executable, "-S", "-P", "-c", code, cwd=cwd, PYTHONPATH=before))
+    first = f"import sys, site; site.addsitedir({str(target)!r}); sys.path += {list(elsewhere)}; "
+    return _run(sys.executable, "-S", "-P", "-c", first + code, cwd=cwd, PYTHONPATH=before)
+
+
+def _imported_from(target: Path, cwd: Path, before: str = "") -> Path:
+    """Where `nvembed_fast.kernels.reference` then comes from."""
+    return Path(_python(target, cwd, IMPORT, before))
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,18 @@ def test_the_wheel_imports(wheel, tmp_path):
     assert _imported_from(target, tmp_path) == target / "nvembed_fast" / "kernels" / "reference.py"
     command = target / "bin" / "nvembed-fast"
     assert command.exists()
+
+
+@pytest.mark.slow
+def test_the_wheel_holds_the_demo_model(wheel, smollm2_file, tmp_path):
+    target = tmp_path / "target"
+    _pip("install", "--target", target, wheel, cwd=tmp_path)
+    code = (
+        "from nvembed_fast import NVEmbed; from nvembed_fast.checkpoint import demo; print(demo.SHIPPED); "
+        "print(*NVEmbed.from_pretrained('demo', device='cpu').encode(['a text']).shape)"
+    )
+    place = target / "nvembed_fast" / "demo"
+    assert _python(target, tmp_path, code).splitlines() == [str(place), "1 576"]
 
 
 def test_the_wheel_states_version_licence_and_requirements(wheel):

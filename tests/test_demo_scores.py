@@ -1,0 +1,85 @@
+"""What `make demo` prints, and what the demo model finds. One run embeds the docstrings for all tests."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from downloads import or_skip
+
+from examples import demo
+from nvembed_fast import NVEmbed, baselines
+from nvembed_fast.evaluation import docstrings
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LENGTH = 128
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="session")
+def cache(smollm2_file, tmp_path_factory) -> Path:
+    """A cache that holds the decoder alone."""
+    folder = tmp_path_factory.mktemp("cache")
+    kept = folder / smollm2_file.parent.name / smollm2_file.name
+    kept.parent.mkdir()
+    kept.symlink_to(smollm2_file)
+    return folder
+
+
+def _run(cache: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "examples/demo.py", "--cache", str(cache)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run
+
+
+@pytest.fixture(scope="session")
+def first_run(cache) -> subprocess.CompletedProcess:
+    return _run(cache)
+
+
+def _rankings(run: subprocess.CompletedProcess) -> dict[str, str]:
+    """The three lines below each question."""
+    return dict(re.findall(r"^(\S.*)\n((?: [ *][123]\. .*\n){3})", run.stdout, re.M))
+
+
+def test_the_demo_says_what_it_does(first_run):
+    assert "1200/1200" in first_run.stderr  # the progress bar
+    for part in ("The model is 'demo'", "tokens/s", "peak memory", "matrix products of the backbone"):
+        assert part in first_run.stdout
+
+
+def test_each_question_of_the_demo_finds_an_answer(first_run):
+    rankings = _rankings(first_run)
+    assert [*rankings] == [question.text for question in docstrings.questions("demo")]
+    for question, lines in rankings.items():
+        assert "\n *" in f"\n{lines}", f"{question}\n{lines}"
+
+
+def test_the_second_run_embeds_no_docstring(first_run, cache):
+    again = _run(cache)
+    assert "whose vectors were kept" in again.stdout and "1200/1200" not in again.stderr
+    assert _rankings(again) == _rankings(first_run)
+
+
+def test_half_of_the_questions_find_their_docstring(first_run, cache, capsys):
+    """hit@3 of the questions that share no words with their answers. Those of the baselines are printed."""
+    corpus = docstrings.load()
+    texts, asked = list(corpus.texts), [question.text for question in corpus.questions]
+
+    def rate(queries: np.ndarray, documents: np.ndarray) -> float:
+        return sum(corpus.hits(queries @ documents.T, k=3)) / len(asked)
+
+    model = NVEmbed.from_pretrained("demo", dtype=demo._dtype(), cache_dir=cache, local_files_only=True)
+    kept = demo.read_vectors(demo.vectors_file(cache, model, texts, MAX_LENGTH))
+    assert kept is not None, "the demo has embedded other texts"
+    rates = {"demo": rate(model.encode_query(asked, docstrings.TASK).cpu().numpy(), kept.numpy())}
+    assert rates["demo"] >= 0.5, rates
+    with or_skip("a baseline"):
+        others = [baselines.wordllama(), baselines.minilm()]
+    for other in others:
+        rates[other.name] = rate(other.encode(asked, MAX_LENGTH), other.encode(texts, MAX_LENGTH))
+    with capsys.disabled():
+        print("\nhit@3: " + ", ".join(f"{name} {value:.3f}" for name, value in rates.items()))  # noqa: T201
