@@ -73,6 +73,7 @@ _PINNED = re.compile(r"([A-Za-z0-9][\w.-]*)==([\w.!+-]+)")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _DEBIAN_NAME = re.compile(r"[a-z0-9][a-z0-9+.-]+")
 _LAST_WORDS = 2000
+_STDERR = 2  # a notebook's sys.stderr is no file that a program could write to
 
 
 @dataclass(frozen=True)
@@ -305,7 +306,7 @@ def _download(requirement: str, target: Path, *arguments: str, sha256: str = "")
     """pip download into `target`, with pip's progress on stderr."""
     command = [sys.executable, "-c", _PIP, sha256, str(target), "download", "--no-deps", "--no-cache-dir"]
     run = subprocess.run(
-        [*command, "-d", str(target), *arguments], stdout=sys.stderr, stderr=subprocess.PIPE, text=True
+        [*command, "-d", str(target), *arguments], stdout=_STDERR, stderr=subprocess.PIPE, text=True
     )
     if "DO NOT MATCH THE HASHES" in run.stderr:
         got = re.findall(r"Got\s+([0-9a-f]{64})", run.stderr)

@@ -97,6 +97,12 @@ def test_a_damaged_archive_is_fetched_again(index, tmp_path):
     assert archive.read_bytes() == wanted.read_bytes()
 
 
+def test_a_notebook_fetches_too(index, tmp_path, capsys):
+    """There sys.stderr is no file, as it is none under capsys."""
+    wanted = write_wheel(index, {})
+    assert packages.fetch("planted==1.0", sha256(wanted), tmp_path / "cache").is_file()
+
+
 def test_another_hash_is_an_error(index, tmp_path):
     found = sha256(write_wheel(index, {}))
     with pytest.raises(ValueError, match=f"no archive of sha256 {'0' * 64}, found {found}"):
