@@ -315,7 +315,7 @@ def rows(tmp_path) -> Path:
 def encoder(monkeypatch) -> FakeEncoder:
     """The teacher of every command, in chunks of eight texts."""
     fake = FakeEncoder()
-    monkeypatch.setattr(mine, "_loader", lambda name, arguments: lambda: fake)
+    monkeypatch.setattr(mine, "encoder_loader", lambda name, **_: lambda: fake)
     monkeypatch.setattr(mine, "_CHUNK", 8)
     monkeypatch.setattr(mine, "_TEXTS", 8)
     return fake
@@ -452,7 +452,7 @@ def test_another_prompt_of_a_row_makes_vectors_anew(tmp_path, capsys, monkeypatc
         first = lines[0] | ({} if prompt is None else {"prompt": prompt})
         rows.write_text("".join(json.dumps(line) + "\n" for line in [first, *lines[1:]]))
         prompted = PromptedEncoder()
-        monkeypatch.setattr(mine, "_loader", lambda name, arguments: lambda: prompted)
+        monkeypatch.setattr(mine, "encoder_loader", lambda name, **_: lambda: prompted)
         assert run(capsys, rows, "-o", out, "--rule", "none", "--negatives", "2")[0] == 0
         return out.read_bytes()
 
