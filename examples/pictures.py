@@ -5,7 +5,7 @@
 
 `map.png` has a point for each docstring of `evaluation.docstrings`, in the colour of its package.
 `cosines.png` has the cosines of queries with their documents, and with those of other queries. The pairs are
-the committed questions with their docstrings, or the rows of a file, {query, pos, prompt}.
+the committed questions with their docstrings, or some hundreds of rows of a file, {query, pos, prompt}.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from nvembed_fast.stream import TextsCut
 
 PACKAGES = 12  # with a colour of their own
 MAX_LENGTH = 128
+PAIRS = 400  # of a file, at least, where it has so many
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,8 +52,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_pairs(file: Path) -> list[tuple[str, str, str]]:
-    """(query, task, document) of each row of a file of JSON lines."""
-    rows = map(json.loads, file.read_text("utf-8").splitlines())
+    """(query, task, document) of rows of a file of JSON lines, evenly spread over it."""
+    lines = file.read_text("utf-8").splitlines()
+    rows = map(json.loads, lines[:: max(1, len(lines) // PAIRS)])
     return [(row["query"], row.get("prompt", ""), row["pos"][0]) for row in rows]
 
 
@@ -65,7 +67,11 @@ def cosines(model: NVEmbed, pairs: list[tuple[str, str, str]]) -> torch.Tensor:
         by_task[task].append(number)
     for task, numbers in by_task.items():
         texts = [pairs[number][0] for number in numbers]
-        found = model.encode_query(texts, task, max_length=MAX_LENGTH) if task else model.encode(texts)
+        found = (
+            model.encode_query(texts, task, max_length=MAX_LENGTH)
+            if task
+            else model.encode(texts, max_length=MAX_LENGTH)
+        )
         queries[numbers] = found.cpu()
     return queries @ documents.T
 

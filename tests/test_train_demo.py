@@ -160,6 +160,14 @@ def test_each_query_has_the_task_of_its_row(tiny_directory, tmp_path):
         assert torch.allclose(found[number], documents @ query, atol=1e-5)
 
 
+def test_of_a_long_file_some_hundreds_of_pairs_are_drawn(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    rows = ({"query": str(number), "pos": ["a"]} for number in range(1000))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    numbers = [int(query) for query, *_ in pictures.read_pairs(file)]
+    assert pictures.PAIRS <= len(numbers) < 2 * pictures.PAIRS and numbers[-1] > 990
+
+
 @pytest.mark.parametrize("name", train_demo.SCORED)
 def test_the_sets_are_those_of_curate_with_their_instructions(name, tmp_path):
     for number in (1, 2):
