@@ -67,11 +67,10 @@ def cosines(model: NVEmbed, pairs: list[tuple[str, str, str]]) -> torch.Tensor:
         by_task[task].append(number)
     for task, numbers in by_task.items():
         texts = [pairs[number][0] for number in numbers]
-        found = (
-            model.encode_query(texts, task, max_length=MAX_LENGTH)
-            if task
-            else model.encode(texts, max_length=MAX_LENGTH)
-        )
+        if task:
+            found = model.encode_query(texts, task, max_length=MAX_LENGTH)
+        else:
+            found = model.encode(texts, max_length=MAX_LENGTH)
         queries[numbers] = found.cpu()
     return queries @ documents.T
 

@@ -20,8 +20,8 @@ those of the recipes, but for the negatives.
 
 Each step is a command that goes on where it was stopped, and one that has ended is skipped. So the same
 command goes on after Ctrl-C, a kill or a loss of power. After a change of a recipe, its step and all behind
-it run again. `train` and `eval` refuse results of another model: remove those first. The table is always
-printed.
+it run again. `train`, `eval` and `mine --vectors` refuse results of another model: remove those first. The
+table is always printed.
 """
 
 import argparse

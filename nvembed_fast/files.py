@@ -140,19 +140,20 @@ def replacing_together(directory: Path, *, key: str, outdated: re.Pattern[str]) 
 
 
 @contextmanager
-def alone(directory: Path, name: str) -> Iterator[None]:
+def alone(directory: Path, name: str, *, waits: bool = False) -> Iterator[None]:
     """Inside, no other process is in the same block for this directory. A kill ends it, too.
 
     Args:
         directory: must be there.
         name: of the file in it that is locked, and stays.
+        waits: for the end of another process.
 
     Raises:
-        BlockingIOError: another process is.
+        BlockingIOError: another process is there, and `waits` is False.
     """
     with open(directory / name, "a+b") as lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX if waits else fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"another process is at work in {directory}: wait for its end") from None
         except OSError as error:  # not every file system has locks

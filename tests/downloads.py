@@ -12,7 +12,7 @@ def or_skip(what: str) -> Iterator[None]:
     """Skip the test where `what` cannot be downloaded. In CI that is an error."""
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, FileNotFoundError) as error:
         if os.environ.get("CI"):
             raise
         pytest.skip(f"{what} cannot be downloaded: {error}")

@@ -81,5 +81,5 @@ def test_the_shipped_files_are_small_and_have_a_card():
     assert names == {"model.safetensors", "config.json", "README.md"}
     assert sum((shipped.SHIPPED / name).stat().st_size for name in names) < 45_000_000
     card = (shipped.SHIPPED / "README.md").read_text()
-    for part in ("## Training text", "## Scores", "Licence", "Limits"):
+    for part in ("## Training text", "Licence", "Limits", "## Scores"):
         assert part in card

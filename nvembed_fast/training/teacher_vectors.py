@@ -3,8 +3,8 @@
 A folder holds, for queries and for documents, `<side>.keys.npy` and `<side>.vectors.npy`. Row i of the
 vectors is of the text whose id (`texts.text_id`) is key i, and the keys ascend. So one folder serves every
 data set, and a lookup reads single rows of a memory map. `teacher.txt` names what made the vectors.
-`nvembed-fast mine --vectors` adds those of its rows by `files.replacing_together`, so the files of a folder
-are those of one run.
+`nvembed-fast mine --vectors` adds those of its rows by `files.replacing_together`, so one run has written
+all files of a folder.
 """
 
 import hashlib
