@@ -83,10 +83,10 @@ def expanded(cache: Path | None = None, *, local_files_only: bool = False) -> Pa
         )
     cache = cache or packages.default_cache()
     target = cache / f"{NAME}-{_name()}"
-    if not (files.current(target) / CONFIG_FILE).is_file():
+    if not _is_whole(target):
         cache.mkdir(parents=True, exist_ok=True)
         with files.alone(cache, f".{NAME}.lock", waits=True):
-            if not (files.current(target) / CONFIG_FILE).is_file():  # no other process has made it meanwhile
+            if not _is_whole(target):  # no other process has made it meanwhile
                 _expand(cache, target, local_files_only)
     return files.current(target)
 
@@ -96,6 +96,10 @@ def _name() -> str:
     for name in (CONFIG_FILE, SINGLE_FILE):
         total.update(hashlib.sha256((SHIPPED / name).read_bytes()).digest())
     return total.hexdigest()[:12]
+
+
+def _is_whole(target: Path) -> bool:
+    return (files.current(target) / CONFIG_FILE).is_file()
 
 
 def _kept(cache: Path) -> Path:
