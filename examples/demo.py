@@ -1,6 +1,6 @@
 """The whole way on real input: a small model reads Python's own documentation and answers questions with it.
 
-1. Take the demo model. Its decoder, SmolLM2-135M, is fetched once (98 MB, Apache-2.0).
+1. Take the demo model. Its decoder, SmolLM2-135M, is fetched once (93 MB, Apache-2.0).
 2. Embed 1,200 docstrings of the Python standard library. Texts and vectors are kept for the next run.
 3. Answer three questions with the docstrings nearest to them.
 4. Say where the time went.

