@@ -128,7 +128,7 @@ def test_a_decoder_by_its_name_is_fetched_and_a_directory_of_that_name_goes_firs
     monkeypatch.setattr(demo, "decoder", lambda: mistral)
     assert open_decoder("smollm2").config.hidden_size == WIDTH
     monkeypatch.setattr(
-        demo, "decoder", lambda: (_ for _ in ()).throw(RuntimeError("pip could not download"))
+        demo, "decoder", lambda: (_ for _ in ()).throw(FileNotFoundError("pip could not download"))
     )
     with pytest.raises(OSError, match="pip could not download"):
         init_model("smollm2", tmp_path / "out")
