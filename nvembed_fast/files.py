@@ -28,6 +28,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,7 @@ __all__ = [
     "new_folder",
     "read",
     "read_json",
+    "read_toml",
     "replacing",
     "replacing_together",
     "sha256",
@@ -52,6 +54,7 @@ __all__ = [
 ]
 
 MAX_JSON_BYTES = 16 * 2**20
+_MAX_TOML_BYTES = 2**20
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _KINDS = {
@@ -243,6 +246,19 @@ def sha256(path: Path) -> str:
     """Of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file of at most 1 MiB.
+
+    Raises:
+        OSError: see `is_file`.
+        ValueError: it is too large, or no TOML. The message names the file.
+    """
+    try:
+        return tomllib.loads(read(path, _MAX_TOML_BYTES).decode("utf-8"))
+    except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are some
+        raise ValueError(f"{path} is no TOML file: {error}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -333,13 +333,17 @@ def test_dictionaries(tmp_path):
         assert pair.query in {frame.format(term) for frame in dictionaries.TERM_FRAMES}
 
 
-def test_wordnet(tmp_path):
-    folder = tmp_path / "usr/share/wordnet"
+def plant_wordnet(package: Path, **lines: str) -> None:
+    """A WordNet with a line for some kinds of words, and a licence for the others."""
+    folder = package / "usr/share/wordnet"
     folder.mkdir(parents=True)
-    for kind in ("verb", "adj", "adv"):
-        (folder / f"data.{kind}").write_text("  1 the licence\n")
-    (folder / "data.noun").write_text(
-        '00001740 03 n 02 big_cat 0 lion(a) 0 000 | a large feline; "the cat roared"  \n'
+    for kind in ("noun", "verb", "adj", "adv"):
+        (folder / f"data.{kind}").write_text(lines.get(kind, "  1 the licence") + "\n")
+
+
+def test_wordnet(tmp_path):
+    plant_wordnet(
+        tmp_path, noun='00001740 03 n 02 big_cat 0 lion(a) 0 000 | a large feline; "the cat roared"  '
     )
     place = "wordnet noun 00001740"
     assert list(dictionaries.wordnet_glosses(tmp_path)) == [Pair("a large feline", "big cat, lion", place)]
@@ -349,14 +353,8 @@ def test_wordnet(tmp_path):
 
 def test_wordnet_relations(tmp_path):
     """A pointer of a whole meaning is a relation, one of words is not, and ! names the words."""
-    folder = tmp_path / "usr/share/wordnet"
-    folder.mkdir(parents=True)
-    for kind in ("noun", "verb", "adv"):
-        (folder / f"data.{kind}").write_text("  1 the licence\n")
-    (folder / "data.adj").write_text(
-        "00000010 00 s 02 hot 0 warm(p) 1 "
-        "003 & 00000020 s 0000 + 00000030 n 0101 ! 00000040 a 0201 | of heat\n"
-    )
+    relations = "003 & 00000020 s 0000 + 00000030 n 0101 ! 00000040 a 0201"
+    plant_wordnet(tmp_path, adj=f"00000010 00 s 02 hot 0 warm(p) 1 {relations} | of heat")
     (found,) = dictionaries.synsets(tmp_path)
     assert found == dictionaries.Synset(
         "wordnet adj 00000010",

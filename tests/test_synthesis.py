@@ -23,6 +23,7 @@ from nvembed_fast.curation.decontamination import EvaluationTexts
 from nvembed_fast.curation.dictionaries import Synset
 from nvembed_fast.curation.engines import Endpoint, TemplateEngine
 from nvembed_fast.curation.prompts import Example
+from nvembed_fast.curation.sources import Part
 from nvembed_fast.curation.text import Pair
 from nvembed_fast.training.rows import open_rows
 
@@ -699,7 +700,7 @@ def planted(monkeypatch, tmp_path) -> None:
                 yield Pair(f"heading {page} {n}", prose(f"{page} {n}", 40), f"page {page}")
 
     documentation = templates.TEXT_SETS["documentation"]
-    part = templates.Part("planted==1.0", "0" * 64, "MIT", read)
+    part = Part("planted==1.0", "0" * 64, "MIT", read)
     monkeypatch.setattr(
         templates,
         "TEXT_SETS",
@@ -751,19 +752,15 @@ def ready(monkeypatch, fake) -> Fake:
     return fake
 
 
+def asking(folder, rows: int) -> list[str]:
+    """The command for an endpoint, whose address is still missing."""
+    options = ["--engine", "endpoint", "--model", "model", "--rows", str(rows)]
+    return ["synthesize", "-o", str(folder), *options]
+
+
 def test_the_command_writes_a_set(ready, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "from the environment")
-    arguments = [
-        "synthesize",
-        "-o",
-        str(tmp_path),
-        "--engine",
-        "endpoint",
-        "--model",
-        "model",
-        "--rows",
-        "12",
-    ]
+    arguments = asking(tmp_path, 12)
     assert main([*arguments, "--base-url", f"{ready.base_url}/", "--licence", "CC0"]) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{tmp_path}/synthetic.jsonl: 12 rows of 60 tasks\n"
@@ -796,17 +793,7 @@ def test_the_command_takes_a_teacher(ready, tmp_path, monkeypatch):
 
     ready.write = write
     monkeypatch.setattr(mine, "encoder_loader", lambda name, **_: lambda: Bags())
-    arguments = [
-        "synthesize",
-        "-o",
-        str(tmp_path),
-        "--engine",
-        "endpoint",
-        "--model",
-        "model",
-        "--rows",
-        "30",
-    ]
+    arguments = asking(tmp_path, 30)
     arguments += ["--base-url", ready.base_url, "--teacher", "bags", "--top", "1", "--shapes", "short-short"]
     assert main(arguments) == 0
     (entry,) = json.loads((tmp_path / "manifest.json").read_text())["sets"].values()
@@ -816,17 +803,7 @@ def test_the_command_takes_a_teacher(ready, tmp_path, monkeypatch):
 
 def test_a_failure_of_the_endpoint_is_one_line(ready, tmp_path, capsys):
     ready.script_of_tasks = lambda number, attempt: "401"
-    arguments = [
-        "synthesize",
-        "-o",
-        str(tmp_path),
-        "--engine",
-        "endpoint",
-        "--model",
-        "model",
-        "--rows",
-        "12",
-    ]
+    arguments = asking(tmp_path, 12)
     assert main([*arguments, "--base-url", ready.base_url]) == 1
     assert "answers 401 Unauthorized" in capsys.readouterr().err.splitlines()[-1]
 

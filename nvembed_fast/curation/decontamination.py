@@ -10,8 +10,9 @@ Letters' case, punctuation and spaces do not count.
 """
 
 import hashlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,7 +20,7 @@ from nvembed_fast.curation.cleaning import runs_up_to
 from nvembed_fast.curation.docstrings import summary
 from nvembed_fast.evaluation import docstrings, tasks
 
-__all__ = ["EvaluationTexts"]
+__all__ = ["EvaluationTexts", "loaded"]
 
 RUN, MIN_WORDS = 10, 4
 DOCSTRINGS = "standard-library-docstrings"
@@ -80,6 +81,18 @@ class EvaluationTexts:
         numbers = np.unique(np.concatenate([_NONE, *hashes]))
         numbers = numbers[_are_in(self._all, numbers)]  # few are, and many sets need not be searched
         return {name for name, known in self._runs.items() if _are_in(known, numbers).any()}
+
+
+def loaded(
+    say: Callable[[str], None], given: EvaluationTexts | None = None, **options: Any
+) -> EvaluationTexts:
+    """`given`, or `EvaluationTexts.load` with these options. `say` gets a line for each missing set."""
+    if given is None:
+        say("evaluation sets: read, to keep their texts out")
+        given = EvaluationTexts.load(**options)
+    for name, reason in given.missing.items():
+        say(f"warning: not compared with {name}: {reason}")
+    return given
 
 
 def _are_in(known: np.ndarray, numbers: np.ndarray) -> np.ndarray:

