@@ -62,7 +62,7 @@ ablation-data: .venv-integrations/installed
 	.venv-integrations/bin/python -m nvembed_fast curate -o runs/ablations/data --sources $(MINED) $(LABELLED)
 	mkdir -p runs/ablations/mined
 	for set in $(MINED); do .venv-integrations/bin/python -m nvembed_fast mine runs/ablations/data/$$set.jsonl \
-		-o runs/ablations/mined/$$set.jsonl --teacher minilm || exit 1; done
+		-o runs/ablations/mined/$$set.jsonl --teacher minilm --negatives 3 --max-length 80 --dtype bfloat16 || exit 1; done
 
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --file-seconds 120 --all-seconds 1800

@@ -15,8 +15,8 @@
 
 Where the recipe of stage 1 names a teacher, MiniLM is it, and mines in the place of a first model.
 
-`--four-rows` trains stage 2 without mined negatives, too, and scores all four models. Their settings are
-those of the recipes, but for the negatives.
+`--four-rows` trains stage 2 without mined negatives, too, and scores all models. Their settings are those
+of the recipes, but for the negatives. Where stage 1 takes no mined ones, there is one stage 1, and so three.
 
 Each step is a command that goes on where it was stopped, and one that has ended is skipped. So the same
 command goes on after Ctrl-C, a kill or a loss of power. After a change of a recipe, its step and all behind
@@ -123,6 +123,7 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
         recipe = stages[number - 1]
         return Step(f"train-{name}", (*PROGRAM, "train", str(recipe), *settings), reads=recipe)
 
+    plain_first = "plain-stage1" if any(part.hard_negatives for part in recipes[0].data) else "stage1"
     by_minilm = recipes[0].train.teacher is not None
     teacher = ("--teacher", str(folder / "plain-stage1"))
     if by_minilm:
@@ -138,14 +139,12 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
             (*PROGRAM, "mine", str(folder / "data" / name), "-o", str(folder / "mined" / name))
             + (*teacher, "--negatives", str(number), *asked),
         )
-    if by_minilm and four_rows:
-        yield train(1, "plain-stage1", plain=True)
     yield train(1, "stage1")
     yield train(2, "stage2", start=folder / "stage1")
     scored = ["stage2"]
     if four_rows:
-        yield train(2, "plain-stage2", start=folder / "plain-stage1", plain=True)
-        scored = ["plain-stage1", "plain-stage2", "stage1", "stage2"]
+        yield train(2, "plain-stage2", start=folder / plain_first, plain=True)
+        scored = [*dict.fromkeys([plain_first, "plain-stage2", "stage1", "stage2"])]
     scores = str(folder / "scores")
     dtype = ("--dtype", "bfloat16") if recipes[1].train.autocast == "bfloat16" else ()
     for name in scored:

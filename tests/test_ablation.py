@@ -138,6 +138,12 @@ def test_runs_differ_in_what_their_table_asks_alone():
     assert first == set() and {key.split(".")[2] for key in second} == {"labels"} and len(second) == 3
 
 
+def test_a_report_says_what_its_tasks_are(file):
+    file.write_text(TABLE.replace("tasks =", "quick = true\nmax_length = 9\ntasks ="))
+    text = ablation_report.page([read_table(file)], [])
+    assert "Tasks: squad, r52, samples of the large ones, at most 9 tokens of a text.\n" in text
+
+
 def test_each_step_of_curation_adds_one_thing():
     runs = TABLES["curation"].runs
     sets = [[{Path(part.file).stem for part in stage.data} for stage in run.stages] for run in runs]
@@ -145,7 +151,7 @@ def test_each_step_of_curation_adds_one_thing():
     none, mined, more, synthetic = (first for first, _ in sets)
     assert none == mined < more < synthetic and synthetic - more == {"synthetic"}
     assert {part.hard_negatives for stage in runs[0].stages for part in stage.data} == {0}
-    assert {part.hard_negatives for stage in runs[1].stages for part in stage.data} == {3}
+    assert {part.hard_negatives for stage in runs[1].stages for part in stage.data} == {1, 3}
     assert [run.paper for run in runs] == [(70.73, 59.22), (71.83, 61.52), (72.07, 62.28), (72.31, 62.65)]
     assert [run.against for run in runs[1:]] == [run.name for run in runs[:-1]]
 
@@ -220,6 +226,7 @@ def test_overrides_reach_the_stages_that_have_the_set(file):
         ('"first.toml"', "1", "base must be a list, each a string, got"),
         ("seeds = [0, 4]", "seeds = [0, 0]", "seeds must be different numbers from 0"),
         ("seeds = [0, 4]", "seeds = [true]", "seeds must be a list, each an integer"),
+        ("tasks =", "max_length = 0\ntasks =", "max_length must be 1 or more, got 0"),
         ("tasks =", "taks =", "no key 'taks': did you mean 'tasks'"),
         ('"squad", ', '"squat", ', "no evaluation task 'squat': there are squad"),
         ('name = "b"', 'name = "a"', "heads.toml: two runs have the name 'a'"),
@@ -278,7 +285,9 @@ def test_a_cell_is_named_by_what_makes_its_scores(file):
         file.write_text(text.replace(search, replacement))
         assert [cell.made_of for cell in read_table(file).cells()] == names, replacement
     file.write_text(TABLE)
-    for search, replacement in (("tasks =", "quick = true\ntasks ="), (', "r52"', "")):
+    for search, replacement in (
+        ("tasks =", "quick = true\ntasks ="), ("tasks =", "max_length = 9\ntasks ="), (', "r52"', ""),
+    ):  # fmt: skip
         file.write_text(TABLE.replace(search, replacement))
         assert not {cell.made_of for cell in read_table(file).cells()} & {*names}, replacement
     file.write_text(TABLE)

@@ -73,8 +73,15 @@ def test_a_teacher_mines_in_the_place_of_a_first_model(tmp_path):
         assert int(options["--negatives"]) >= part.hard_negatives > 0
     assert {Path(part.file) for part in first.data} <= {Path(part.file) for part in second.data}
     assert second.train.autocast == "bfloat16" and "bfloat16" in steps["eval-stage2"].command
-    four = [step for step in _steps("demo", tmp_path, four_rows=True) if step.startswith("train-")]
-    assert four == ["train-plain-stage1", "train-stage1", "train-stage2", "train-plain-stage2"]
+    steps = _steps("demo", tmp_path, four_rows=True)
+    trained = [step for step in steps if step.startswith("train-")]
+    assert trained == ["train-stage1", "train-stage2", "train-plain-stage2"], (
+        "one stage 1: it has no mined negatives"
+    )
+    assert _recipe(steps["train-plain-stage2"]).model.start == first.output
+    assert [step for step in steps if step.startswith("eval-")] == [
+        "eval-stage1", "eval-plain-stage2", "eval-stage2"
+    ]  # fmt: skip
 
 
 def test_four_rows_differ_in_their_negatives_and_stages_alone(tmp_path):

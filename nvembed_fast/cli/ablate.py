@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from nvembed_fast.cli import options, process
 
 if TYPE_CHECKING:
     from nvembed_fast.evaluation.ablation import Cell, Table
+    from nvembed_fast.evaluation.tasks import LocalTask
 
 SUMMARY = "Train and score tables of runs that differ in one thing each, and set them beside the paper's."
 EXAMPLES = """\
@@ -146,7 +148,6 @@ def _report(tables: "list[Table]", arguments: argparse.Namespace) -> None:
 def _run(cells: "list[Cell]", arguments: argparse.Namespace) -> None:
     from importlib.util import find_spec
 
-    from nvembed_fast import files
     from nvembed_fast.evaluation import ablation
 
     rows = _rows([cell.table for cell in cells], arguments)
@@ -160,21 +161,50 @@ def _run(cells: "list[Cell]", arguments: argparse.Namespace) -> None:
     process.raise_interrupts()
     loaded = ablation.load_tasks(missing)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    with files.alone(arguments.work, ".lock"), options.note_cut():
-        for number, cell in enumerate(missing, start=1):
-            process.say(f"{number} of {len(missing)}: {cell}")
-            folder = arguments.work / cell.made_of
-            row = next((row for row in rows if row["made_of"] == cell.made_of), None)
-            try:
+    with options.note_cut():
+        done = _cells(missing, loaded, arguments, waits=False)
+        # what another process is at: its row, or the cell if it was stopped
+        others = [cell for cell in missing if cell not in done]
+        if others:
+            process.say(f"{len(others)} cells are at work in another process: waiting for its rows")
+            _cells(others, loaded, arguments, waits=True)
+
+
+def _cells(
+    cells: "list[Cell]",
+    loaded: "Mapping[tuple[str, bool], LocalTask]",
+    arguments: argparse.Namespace,
+    *,
+    waits: bool,
+) -> "list[Cell]":
+    """Give each cell its row, but those that another process is at. `waits`: for its end, then also those."""
+    from nvembed_fast import files
+    from nvembed_fast.evaluation import ablation
+
+    done = []
+    for number, cell in enumerate(cells, start=1):
+        folder = arguments.work / cell.made_of
+        try:
+            with files.alone(arguments.work, f".{cell.made_of}.lock", waits=waits):
+                rows = _rows([c.table for c in cells], arguments)  # with those of other processes
+                is_new = ablation.row_of(cell, rows) is None
+                row = next((row for row in rows if row["made_of"] == cell.made_of), None)
                 if row is None:
+                    process.say(f"{number} of {len(cells)}: {cell}")
                     row = ablation.run_cell(cell, loaded, folder, device=arguments.device, say=process.say)
-            except KeyboardInterrupt as stop:
-                raise KeyboardInterrupt(
-                    f"{number - 1} of {len(missing)} cells have their rows, and the same command goes on"
-                ) from stop
-            ablation.write_row(_results(cell.table, arguments), cell, row)
-            rows.append(row)
-            if folder.exists() and not arguments.keep:
-                shutil.rmtree(folder)
+                if is_new:
+                    with files.alone(arguments.work, ".rows.lock", waits=True):
+                        ablation.write_row(_results(cell.table, arguments), cell, row)
+                if folder.exists() and not arguments.keep:
+                    shutil.rmtree(folder)
+        except BlockingIOError:
+            continue
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(
+                f"{len(done)} of {len(cells)} cells have their rows, and the same command goes on"
+            ) from stop
+        done.append(cell)
+        if is_new:
             mean = sum(row["scores"].values()) / len(row["scores"])
             print(f"{cell}: mean of {len(row['scores'])} tasks {mean:.4f}", flush=True)
+    return done

@@ -5,6 +5,7 @@
     seeds = [0, 1, 2]
     tasks = ["squad", "r52"]       # tasks or groups of `nvembed-fast eval`
     quick = true                   # samples of the large tasks
+    max_length = 64                # tokens of their texts, at most
     without = ["synthetic"]        # data sets of the base that no run takes
 
     [[run]]
@@ -57,7 +58,7 @@ __all__ = [
 _NUMBER = int | float
 # of the file and of a [[run]]: key -> type. A type in a list: a list of such values
 _TABLE: dict[str, Any] = {"title": str, "base": [str], "seeds": [int], "tasks": [str], "run": [dict]}
-_TABLE |= {"quick": bool, "without": [str]}
+_TABLE |= {"quick": bool, "max_length": int, "without": [str]}
 _RUN: dict[str, Any] = {"name": str, "set": dict, "without": [str], "stages": [int], "against": str}
 _RUN |= {"paper": [_NUMBER]}
 _SAID: dict[Any, str] = {
@@ -101,6 +102,7 @@ class Table:
     title: str
     tasks: tuple[str, ...]
     quick: bool
+    max_length: int | None
     seeds: tuple[int, ...]
     runs: tuple[Run, ...]
 
@@ -144,7 +146,8 @@ class Cell:
             said = {key: now for key, (_, now) in differing({}, recipe.flat()).items()}
             said |= {key: Path(said[key]).name for key in said if _PATH.fullmatch(key)}
             stages.append({key: said[key] for key in said if not _HARMLESS.fullmatch(key)})
-        content = json.dumps([stages, self.table.tasks, self.table.quick], sort_keys=True)
+        scored = [self.table.tasks, self.table.quick, self.table.max_length]
+        content = json.dumps([stages, *scored], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
 
@@ -175,6 +178,8 @@ def _table(path: Path, raw: dict[str, Any], changes: Sequence[str], scale: float
         raise ValueError(f"no evaluation task {unknown[0]!r}: there are {', '.join(tasks.names())}")
     if len({*raw["seeds"]}) < len(raw["seeds"]) or min(raw["seeds"]) < 0:
         raise ValueError(f"seeds must be different numbers from 0, got {raw['seeds']}")
+    if raw.get("max_length", 1) < 1:
+        raise ValueError(f"max_length must be 1 or more, got {raw['max_length']}")
     bases = [path.parent / base for base in raw["base"]]
     runs: dict[str, Run] = {}
     for number, entry in enumerate(raw["run"]):
@@ -197,6 +202,7 @@ def _table(path: Path, raw: dict[str, Any], changes: Sequence[str], scale: float
         raw.get("title", path.stem),
         tuple(names),
         raw.get("quick", False),
+        raw.get("max_length"),
         tuple(raw["seeds"]),
         tuple(runs.values()),
     )
@@ -326,7 +332,7 @@ def run_cell(
     device: str | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Train the stages of a cell, or go on with them, and score the last one.
+    """Train the stages of a cell, or go on with them, and score the last one in the arithmetic of training.
 
     Args:
         cell: of a table.
@@ -354,13 +360,14 @@ def run_cell(
     for recipe in recipes:
         train(recipe, device=device, say=say)
     lines = [line for recipe in recipes for line in read_metrics(Path(recipe.output) / METRICS_FILE)]
-    model = NVEmbed.from_pretrained(recipes[-1].output, device=device)
+    dtype = torch.bfloat16 if recipes[-1].train.autocast == "bfloat16" else None
+    model = NVEmbed.from_pretrained(recipes[-1].output, device=device, dtype=dtype)
     door = MTEBEncoder("local/ablation", model=model)
     scores, revisions = {}, {}
     for name in cell.table.tasks:
         task = loaded[name, cell.table.quick]
         say(f"{cell}: {name}")
-        door.max_length = task.max_length
+        door.max_length = min(task.max_length, cell.table.max_length or task.max_length)
         scores[name] = round(score(planted_task(task), door).main_score, 5)
         revisions[name] = task.revision
     sets = dict.fromkeys(part.file for recipe in recipes for part in recipe.data)

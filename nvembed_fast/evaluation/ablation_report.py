@@ -139,11 +139,12 @@ def _section(table: Table, rows: Sequence[Row]) -> str:
     by_run = _by_run(table, rows)
     done = sum(map(len, by_run.values()))
     quick = ", samples of the large ones" if table.quick else ""
+    cut = f", at most {table.max_length} tokens of a text" if table.max_length else ""
     lines = [
         f"### {table.title}",
         "",
         f"`{table.name}`, {done} of {len(table.cells())} cells are done. "
-        f"Tasks: {', '.join(table.tasks)}{quick}.",
+        f"Tasks: {', '.join(table.tasks)}{quick}{cut}.",
         "",
         "| run | paper | ours | paper, retrieval | ours, retrieval | steps | million tokens | seeds |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",

@@ -1,5 +1,6 @@
 """nvembed-fast ablate on tiny cells, through mteb: rows, going on, and what is computed once."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -7,10 +8,13 @@ from pathlib import Path
 
 import killed_cells
 import pytest
+import torch
 from training_runs import recipe_of, write_pairs, write_recipe, write_start
 
-from nvembed_fast import cli
-from nvembed_fast.evaluation import tasks
+from nvembed_fast import cli, files
+from nvembed_fast.cli import process
+from nvembed_fast.evaluation import ablation, tasks
+from nvembed_fast.integrations import mteb
 from nvembed_fast.training import trainer
 from nvembed_fast.training.run_log import read_metrics
 
@@ -111,6 +115,55 @@ def test_an_interrupted_table_goes_on(folder, planted, tmp_path, capsys, monkeyp
     monkeypatch.undo()
     monkeypatch.setattr(tasks, "load", killed_cells.load)
     assert ablate(capsys, *words)[0] == 0 and len(rows(tmp_path / "rows")) == 2
+
+
+def test_texts_are_cut_and_scored_in_the_arithmetic_of_training(
+    folder, planted, tmp_path, capsys, monkeypatch
+):
+    found, real = [], mteb.score
+
+    def score(task, door):
+        found.append((door.max_length, door.model.dtype))
+        return real(task, door)
+
+    monkeypatch.setattr(mteb, "score", score)
+    table = folder / "cut.toml"
+    table.write_text(TABLE.replace("seeds", "max_length = 7\nseeds"))
+    words = ("-o", tmp_path / "rows", "--work", tmp_path / "work", "--run", "one", "--seed", 0)
+    assert ablate(capsys, table, *words)[0] == 0
+    assert ablate(capsys, folder / "table.toml", *words, "--set", "train.autocast=bfloat16")[0] == 0
+    assert found == [(7, torch.float32)] * 2 + [(32, torch.bfloat16)] * 2
+
+
+@pytest.mark.parametrize("ends_with_its_row", [True, False])
+def test_two_processes_share_a_table(folder, planted, tmp_path, capsys, monkeypatch, ends_with_its_row):
+    table = ablation.read_table(folder / "table.toml")
+    results, work = tmp_path / "rows", tmp_path / "work"
+    words = (folder / "table.toml", "-o", results, "--work", work, "--seed", 0)
+    work.mkdir()
+    trained, real = [], ablation.run_cell
+
+    def run_cell(cell, *arguments, **options):
+        trained.append(cell.run.name)
+        return real(cell, *arguments, **options)
+
+    monkeypatch.setattr(ablation, "run_cell", run_cell)
+    first = table.cells()[0]
+    with contextlib.ExitStack() as other:
+        other.enter_context(files.alone(work, f".{first.made_of}.lock"))
+
+        def say(message):
+            if "1 cells are at work in another process" in message:
+                assert [row["run"] for row in rows(results)] == ["one"]
+                if ends_with_its_row:
+                    ablation.write_row(results, first, rows(results)[0] | {"made_of": first.made_of})
+                other.close()
+
+        monkeypatch.setattr(process, "say", say)
+        status, printed, error = ablate(capsys, *words)
+    assert (status, [row["run"] for row in rows(results)]) == (0, ["two", "one"]), error
+    assert trained == (["one"] if ends_with_its_row else ["one", "two"])
+    assert len(printed.splitlines()) == len(trained)
 
 
 def test_a_task_without_data_ends_it_before_any_run(folder, tmp_path, capsys, monkeypatch):
