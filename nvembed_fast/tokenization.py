@@ -2,7 +2,8 @@
 
 The published checkpoints tokenize the one string instruction + text + "</s>".
 The tokenizer's own template adds BOS. The ids are cut at the right, end mark
-included. The instruction's tokens are not pooled. How their end is found is a
+included. A model that pools the end mark (`pooling_head="eos"`) keeps it: there
+the last id of a cut text is the mark. The instruction's tokens are not pooled. How their end is found is a
 rule of the model (`NVEmbedConfig.pooling_start`).
 
 The checkpoint's tokenizer.json is the truth and is read by `tokenizers`, because
@@ -52,6 +53,7 @@ class TextTokenizer:
         pooling_start: see `NVEmbedConfig`.
         files: the tokenizer's files by name, as `write` writes them. None makes them from the tokenizer.
         is_mask_instruction: see `NVEmbedConfig`.
+        keeps_eos: a cut text ends with the end mark.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class TextTokenizer:
         pooling_start: PoolingStart = "token_count",
         files: Mapping[str, bytes] | None = None,
         is_mask_instruction: bool = True,
+        keeps_eos: bool = False,
     ):
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if tokenizer.token_to_id(eos_token) is None:
+        eos_id = tokenizer.token_to_id(eos_token)
+        if eos_id is None:
             raise ValueError(
                 f"eos_token: the end mark {brief(eos_token)} is not in the tokenizer's vocabulary"
             )
@@ -74,6 +78,7 @@ class TextTokenizer:
         self._files = files
         self._checked: tuple[int, int] | None = None  # (tokens, rows of the embedding)
         self.is_mask_instruction = is_mask_instruction
+        self._end_of_cut = eos_id if keeps_eos else None
 
     @classmethod
     def from_directory(cls, directory: Path, config: NVEmbedConfig | None = None) -> "TextTokenizer":
@@ -108,7 +113,14 @@ class TextTokenizer:
         rules = config or NVEmbedConfig()
         try:
             eos_token = _eos_token(raw)
-            found = cls(tokenizer, eos_token, rules.pooling_start, content, rules.is_mask_instruction)
+            found = cls(
+                tokenizer,
+                eos_token,
+                rules.pooling_start,
+                content,
+                rules.is_mask_instruction,
+                rules.pooling_head == "eos",
+            )
         except ValueError as error:
             raise ValueError(f"{settings}: {error}") from error
         if config is not None:
@@ -176,13 +188,13 @@ class TextTokenizer:
         start = self.instruction_length(instruction[:limit]) if skips else 0
         if start // 2 >= max_length:
             # nothing is left of any text, and tokenizing the instruction with each would take minutes
-            filled = np.asarray(self.backend.encode(instruction[:limit]).ids[:max_length], dtype=np.int32)
+            filled = self._cut(self.backend.encode(instruction[:limit]).ids, max_length)
             return TokenizedTexts([filled] * len(texts), [max_length] * len(texts), len(texts))
         full = [(instruction + text[:limit] + self.eos_token)[:limit] for text in texts]
         by_offset = skips and self.pooling_start == "text_offset"
         # the fast form gives no offsets
         encodings = (self.backend.encode_batch if by_offset else self.backend.encode_batch_fast)(full)
-        ids = [np.asarray(e.ids[:max_length], dtype=np.int32) for e in encodings]
+        ids = [self._cut(e.ids, max_length) for e in encodings]
         # a text clipped to `limit` characters has more tokens than max_length, too
         num_cut = sum(len(e.ids) > max_length for e in encodings)
         if by_offset:
@@ -190,6 +202,12 @@ class TextTokenizer:
             starts = [_first_from(e.offsets[:max_length], border) for e in encodings]
             return TokenizedTexts(ids, starts, num_cut)
         return TokenizedTexts(ids, [start] * len(ids), num_cut)
+
+    def _cut(self, ids: list[int], max_length: int) -> np.ndarray:
+        kept = np.asarray(ids[:max_length], dtype=np.int32)
+        if len(ids) > max_length and self._end_of_cut is not None:
+            kept[-1] = self._end_of_cut
+        return kept
 
     def instruction_length(self, instruction: str) -> int:
         """Tokens of the instruction on its own, without marks: the number that "token_count" drops."""

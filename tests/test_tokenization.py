@@ -82,6 +82,24 @@ def test_a_model_may_pool_its_instruction(mistral_tokenizer, rule):
         assert tokenizer(["word"], instruction, 64).first_pooled == [first]
 
 
+def test_a_model_that_pools_the_end_mark_keeps_it(tiny_directory):
+    config = NVEmbedConfig.from_file(tiny_directory / "config.json")
+    published, tokenizer = (
+        TextTokenizer.from_directory(tiny_directory, replace(config, pooling_head=head))
+        for head in ("latent", "eos")
+    )
+    mark = published.backend.token_to_id("</s>")
+    texts, instruction = ["two words", "a text of more words than that"], "Query: "
+    for max_length, cut in ((7, 1), (64, 0)):
+        wanted, got = (t(texts, instruction, max_length) for t in (published, tokenizer))
+        assert (wanted.num_cut, got.num_cut, got.first_pooled) == (cut, cut, wanted.first_pooled)
+        assert [ids[-1] for ids in got.ids] == [mark, mark]
+        assert [ids[:-1].tolist() for ids in got.ids] == [ids[:-1].tolist() for ids in wanted.ids]
+    assert published(texts, instruction, 7).ids[1][-1] != mark
+    (filled,) = tokenizer(["word"], "find " * 64, 8).ids
+    assert filled[-1] == mark and len(filled) == 8
+
+
 def test_a_token_beyond_the_embedding_is_refused_at_load(tiny_directory, tmp_path):
     for path in tiny_directory.iterdir():
         (tmp_path / path.name).symlink_to(path)

@@ -181,7 +181,7 @@ def _cells(
     from nvembed_fast import files
     from nvembed_fast.evaluation import ablation
 
-    done = []
+    done: list[Cell] = []
     for number, cell in enumerate(cells, start=1):
         folder = arguments.work / cell.made_of
         try:
