@@ -57,7 +57,7 @@ demo: $(STAMP)
 train-demo: .venv-integrations/installed
 	.venv-integrations/bin/python examples/train_demo.py $(RECIPE) $(ARGS)
 
-# mine makes the vectors of a set once, and writes its rows again
+# mine makes the vectors of a set once, and writes its rows again. Its options are those of recipes/demo-*.toml
 ablation-data: .venv-integrations/installed
 	.venv-integrations/bin/python -m nvembed_fast curate -o runs/ablations/data --sources $(MINED) $(LABELLED)
 	mkdir -p runs/ablations/mined

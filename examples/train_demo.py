@@ -16,7 +16,8 @@
 Where the recipe of stage 1 names a teacher, MiniLM is it, and mines in the place of a first model.
 
 `--four-rows` trains stage 2 without mined negatives, too, and scores all models. Their settings are those
-of the recipes, but for the negatives. Where stage 1 takes no mined ones, there is one stage 1, and so three.
+of the recipes, but for the negatives. Where a teacher mines and stage 1 takes no mined ones, stage 1 is
+trained once, and there are three.
 
 Each step is a command that goes on where it was stopped, and one that has ended is skipped. So the same
 command goes on after Ctrl-C, a kill or a loss of power. After a change of a recipe, its step and all behind
@@ -123,7 +124,8 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
         recipe = stages[number - 1]
         return Step(f"train-{name}", (*PROGRAM, "train", str(recipe), *settings), reads=recipe)
 
-    plain_first = "plain-stage1" if any(part.hard_negatives for part in recipes[0].data) else "stage1"
+    takes_mined = any(Path(part.file).name in mined for part in recipes[0].data if part.hard_negatives)
+    plain_first = "plain-stage1" if takes_mined else "stage1"
     by_minilm = recipes[0].train.teacher is not None
     teacher = ("--teacher", str(folder / "plain-stage1"))
     if by_minilm:
@@ -139,6 +141,8 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
             (*PROGRAM, "mine", str(folder / "data" / name), "-o", str(folder / "mined" / name))
             + (*teacher, "--negatives", str(number), *asked),
         )
+    if by_minilm and four_rows and takes_mined:
+        yield train(1, "plain-stage1", plain=True)
     yield train(1, "stage1")
     yield train(2, "stage2", start=folder / "stage1")
     scored = ["stage2"]

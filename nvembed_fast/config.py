@@ -243,7 +243,8 @@ class NVEmbedConfig:
         text_config: the backbone.
         latent_attention_config: the latent attention head. Its `output_normalize` holds for every head.
         pooling_head: how token states become one vector. The published models have "latent". The others are
-            the baselines of arXiv 2405.17428, table 1. With "eos" a cut text keeps its end mark.
+            the baselines of arXiv 2405.17428, table 1. With "eos" `encode` and training keep the end
+            mark of a cut text, and a caller of `forward` must.
         is_mask_instruction: whether the instruction's tokens are excluded from the pooling.
         pooling_start: how the first pooled token behind an instruction is found. "token_count" drops as many
             tokens as the instruction has on its own, as the published checkpoints do. "text_offset" pools

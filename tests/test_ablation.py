@@ -2,12 +2,13 @@
 
 import re
 import shlex
+import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nvembed_fast import cli
+from nvembed_fast import cli, files
 from nvembed_fast.evaluation import ablation, ablation_report
 from nvembed_fast.evaluation.ablation import Cell, Table, read_rows, read_table, row_of, write_row
 from nvembed_fast.training.recipe import differing
@@ -138,10 +139,23 @@ def test_runs_differ_in_what_their_table_asks_alone():
     assert first == set() and {key.split(".")[2] for key in second} == {"labels"} and len(second) == 3
 
 
+def test_rows_of_two_processes_are_written_one_after_the_other(file, tmp_path):
+    table = read_table(file)
+    first, second = table.cells()[:2]
+    write_row(tmp_path, first, planted(first, 0.5))
+    writer = threading.Thread(target=write_row, args=(tmp_path, second, planted(second, 0.4)))
+    with files.alone(tmp_path, ".lock"):
+        writer.start()
+        writer.join(0.3)
+        assert writer.is_alive() and len(read_rows(tmp_path)) == 1
+    writer.join(60)
+    assert [row["run"] for row in read_rows(tmp_path)] == ["a", "b"]
+
+
 def test_a_report_says_what_its_tasks_are(file):
-    file.write_text(TABLE.replace("tasks =", "quick = true\nmax_length = 9\ntasks ="))
+    file.write_text(TABLE.replace("tasks =", "quick = true\nmax_length = 48\ntasks ="))
     text = ablation_report.page([read_table(file)], [])
-    assert "Tasks: squad, r52, samples of the large ones, at most 9 tokens of a text.\n" in text
+    assert "Tasks: squad, r52, samples of the large ones, at most 48 tokens of a text.\n" in text
 
 
 def test_each_step_of_curation_adds_one_thing():
@@ -226,7 +240,7 @@ def test_overrides_reach_the_stages_that_have_the_set(file):
         ('"first.toml"', "1", "base must be a list, each a string, got"),
         ("seeds = [0, 4]", "seeds = [0, 0]", "seeds must be different numbers from 0"),
         ("seeds = [0, 4]", "seeds = [true]", "seeds must be a list, each an integer"),
-        ("tasks =", "max_length = 0\ntasks =", "max_length must be 1 or more, got 0"),
+        ("tasks =", "max_length = 47\ntasks =", "max_length must be 48 or more, got 47"),
         ("tasks =", "taks =", "no key 'taks': did you mean 'tasks'"),
         ('"squad", ', '"squat", ', "no evaluation task 'squat': there are squad"),
         ('name = "b"', 'name = "a"', "heads.toml: two runs have the name 'a'"),
@@ -286,7 +300,7 @@ def test_a_cell_is_named_by_what_makes_its_scores(file):
         assert [cell.made_of for cell in read_table(file).cells()] == names, replacement
     file.write_text(TABLE)
     for search, replacement in (
-        ("tasks =", "quick = true\ntasks ="), ("tasks =", "max_length = 9\ntasks ="), (', "r52"', ""),
+        ("tasks =", "quick = true\ntasks ="), ("tasks =", "max_length = 99\ntasks ="), (', "r52"', ""),
     ):  # fmt: skip
         file.write_text(TABLE.replace(search, replacement))
         assert not {cell.made_of for cell in read_table(file).cells()} & {*names}, replacement

@@ -1,6 +1,7 @@
 """nvembed-fast ablate."""
 
 import argparse
+import contextlib
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ examples:
   nvembed-fast ablate ablations/*.toml
   nvembed-fast ablate ablations/pooling.toml --run mean --seed 0
   nvembed-fast ablate ablations/*.toml --list
-  nvembed-fast ablate ablations/*.toml --report --page docs/ablations.md --picture ablations.png
+  nvembed-fast ablate ablations/*.toml --report --page docs/ablations.md --picture docs/ablations.png
   nvembed-fast ablate ablations/pooling.toml --scale 20 --set model.layers=30 -o larger"""
 
 
@@ -150,8 +151,7 @@ def _run(cells: "list[Cell]", arguments: argparse.Namespace) -> None:
 
     from nvembed_fast.evaluation import ablation
 
-    rows = _rows([cell.table for cell in cells], arguments)
-    missing = [cell for cell in cells if not ablation.row_of(cell, rows)]
+    missing = _missing(cells, arguments)
     process.say(f"{len(cells) - len(missing)} of {len(cells)} cells are done")
     if not missing:
         return
@@ -161,50 +161,55 @@ def _run(cells: "list[Cell]", arguments: argparse.Namespace) -> None:
     process.raise_interrupts()
     loaded = ablation.load_tasks(missing)
     arguments.work.mkdir(parents=True, exist_ok=True)
-    with options.note_cut():
-        done = _cells(missing, loaded, arguments, waits=False)
-        # what another process is at: its row, or the cell if it was stopped
-        others = [cell for cell in missing if cell not in done]
-        if others:
-            process.say(f"{len(others)} cells are at work in another process: waiting for its rows")
-            _cells(others, loaded, arguments, waits=True)
+    try:
+        for number, cell in enumerate(missing, start=1):
+            _make(cell, f"{number} of {len(missing)}", cells, loaded, arguments, waits=False)
+        if others := _missing(cells, arguments):
+            process.say(f"waiting for other processes, which are at {', '.join(map(str, others))}")
+            for cell in others:
+                _make(cell, "left by another process", cells, loaded, arguments, waits=True)
+    except KeyboardInterrupt as stop:
+        done = len(cells) - len(_missing(cells, arguments))
+        raise KeyboardInterrupt(
+            f"{done} of {len(cells)} cells have their rows, and the same command goes on"
+        ) from stop
 
 
-def _cells(
+def _missing(cells: "list[Cell]", arguments: argparse.Namespace) -> "list[Cell]":
+    from nvembed_fast.evaluation.ablation import row_of
+
+    rows = _rows([cell.table for cell in cells], arguments)
+    return [cell for cell in cells if not row_of(cell, rows)]
+
+
+def _make(
+    cell: "Cell",
+    place: str,
     cells: "list[Cell]",
     loaded: "Mapping[tuple[str, bool], LocalTask]",
     arguments: argparse.Namespace,
     *,
     waits: bool,
-) -> "list[Cell]":
-    """Give each cell its row, but those that another process is at. `waits`: for its end, then also those."""
+) -> None:
+    """Give a cell its row, unless another process is at it. `waits`: for its end, and then looks again."""
     from nvembed_fast import files
     from nvembed_fast.evaluation import ablation
 
-    done: list[Cell] = []
-    for number, cell in enumerate(cells, start=1):
-        folder = arguments.work / cell.made_of
+    with contextlib.ExitStack() as stack:
         try:
-            with files.alone(arguments.work, f".{cell.made_of}.lock", waits=waits):
-                rows = _rows([c.table for c in cells], arguments)  # with those of other processes
-                is_new = ablation.row_of(cell, rows) is None
-                row = next((row for row in rows if row["made_of"] == cell.made_of), None)
-                if row is None:
-                    process.say(f"{number} of {len(cells)}: {cell}")
-                    row = ablation.run_cell(cell, loaded, folder, device=arguments.device, say=process.say)
-                if is_new:
-                    with files.alone(arguments.work, ".rows.lock", waits=True):
-                        ablation.write_row(_results(cell.table, arguments), cell, row)
-                if folder.exists() and not arguments.keep:
-                    shutil.rmtree(folder)
+            stack.enter_context(files.alone(arguments.work, f".{cell.made_of}.lock", waits=waits))
         except BlockingIOError:
-            continue
-        except KeyboardInterrupt as stop:
-            raise KeyboardInterrupt(
-                f"{len(done)} of {len(cells)} cells have their rows, and the same command goes on"
-            ) from stop
-        done.append(cell)
-        if is_new:
-            mean = sum(row["scores"].values()) / len(row["scores"])
-            print(f"{cell}: mean of {len(row['scores'])} tasks {mean:.4f}", flush=True)
-    return done
+            return
+        rows = _rows([c.table for c in cells], arguments)  # with those of other processes
+        if ablation.row_of(cell, rows):
+            return
+        process.say(f"{place}: {cell}")
+        folder = arguments.work / cell.made_of
+        row = next((row for row in rows if row["made_of"] == cell.made_of), None)
+        if row is None:
+            row = ablation.run_cell(cell, loaded, folder, device=arguments.device, say=process.say)
+        ablation.write_row(_results(cell.table, arguments), cell, row)
+        if folder.exists() and not arguments.keep:
+            shutil.rmtree(folder)
+        mean = sum(row["scores"].values()) / len(row["scores"])
+        print(f"{cell}: mean of {len(row['scores'])} tasks {mean:.4f}", flush=True)

@@ -5,7 +5,7 @@
     seeds = [0, 1, 2]
     tasks = ["squad", "r52"]       # tasks or groups of `nvembed-fast eval`
     quick = true                   # samples of the large tasks
-    max_length = 64                # tokens of their texts, at most
+    max_length = 64                # tokens of a text with its instruction, where a task has more
     without = ["synthetic"]        # data sets of the base that no run takes
 
     [[run]]
@@ -68,6 +68,7 @@ _SAID: dict[Any, str] = {
     bool: "true or false",
     dict: "a table",
 }
+_LEAST_TOKENS = 48  # the instructions of the tasks take some
 _MADE_HERE = ("output", "seed")
 # of a recipe: without a part in the result, and paths, of which the name counts
 _HARMLESS = re.compile(r"output|log\..*|train\.(checkpoint_every|keep_checkpoints)")
@@ -146,7 +147,7 @@ class Cell:
             said = {key: now for key, (_, now) in differing({}, recipe.flat()).items()}
             said |= {key: Path(said[key]).name for key in said if _PATH.fullmatch(key)}
             stages.append({key: said[key] for key in said if not _HARMLESS.fullmatch(key)})
-        scored = [self.table.tasks, self.table.quick, self.table.max_length]
+        scored = [self.table.tasks, self.table.quick, *filter(None, [self.table.max_length])]
         content = json.dumps([stages, *scored], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
@@ -178,8 +179,8 @@ def _table(path: Path, raw: dict[str, Any], changes: Sequence[str], scale: float
         raise ValueError(f"no evaluation task {unknown[0]!r}: there are {', '.join(tasks.names())}")
     if len({*raw["seeds"]}) < len(raw["seeds"]) or min(raw["seeds"]) < 0:
         raise ValueError(f"seeds must be different numbers from 0, got {raw['seeds']}")
-    if raw.get("max_length", 1) < 1:
-        raise ValueError(f"max_length must be 1 or more, got {raw['max_length']}")
+    if raw.get("max_length", _LEAST_TOKENS) < _LEAST_TOKENS:
+        raise ValueError(f"max_length must be {_LEAST_TOKENS} or more, got {raw['max_length']}")
     bases = [path.parent / base for base in raw["base"]]
     runs: dict[str, Run] = {}
     for number, entry in enumerate(raw["run"]):
@@ -332,7 +333,9 @@ def run_cell(
     device: str | None = None,
     say: Callable[[str], None] = lambda message: None,
 ) -> dict[str, Any]:
-    """Train the stages of a cell, or go on with them, and score the last one in the arithmetic of training.
+    """Train the stages of a cell, or go on with them, and score the last one.
+
+    It is loaded in bfloat16 where the last recipe's `train.autocast` is bfloat16.
 
     Args:
         cell: of a table.
@@ -415,6 +418,11 @@ def write_row(results: Path, cell: Cell, row: Row) -> None:
     The row may be that of another cell which is made of the same. A row of this cell by another recipe goes.
     """
     results.mkdir(parents=True, exist_ok=True)
+    with files.alone(results, ".lock", waits=True):
+        _write_row(results, cell, row)
+
+
+def _write_row(results: Path, cell: Cell, row: Row) -> None:
     own = {"table": cell.table.name, "run": cell.run.name}
     order = {run.name: place for place, run in enumerate(cell.table.runs)}
     rows = [r for r in read_rows(results) if r["table"] == cell.table.name]

@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import killed_cells
@@ -127,12 +128,13 @@ def test_texts_are_cut_and_scored_in_the_arithmetic_of_training(
         return real(task, door)
 
     monkeypatch.setattr(mteb, "score", score)
+    monkeypatch.setattr(tasks, "load", lambda name: replace(killed_cells.PLANTED[name], max_length=60))
     table = folder / "cut.toml"
-    table.write_text(TABLE.replace("seeds", "max_length = 7\nseeds"))
+    table.write_text(TABLE.replace("seeds", "max_length = 48\nseeds"))
     words = ("-o", tmp_path / "rows", "--work", tmp_path / "work", "--run", "one", "--seed", 0)
     assert ablate(capsys, table, *words)[0] == 0
     assert ablate(capsys, folder / "table.toml", *words, "--set", "train.autocast=bfloat16")[0] == 0
-    assert found == [(7, torch.float32)] * 2 + [(32, torch.bfloat16)] * 2
+    assert found == [(48, torch.float32)] * 2 + [(60, torch.bfloat16)] * 2
 
 
 @pytest.mark.parametrize("ends_with_its_row", [True, False])
@@ -153,7 +155,7 @@ def test_two_processes_share_a_table(folder, planted, tmp_path, capsys, monkeypa
         other.enter_context(files.alone(work, f".{first.made_of}.lock"))
 
         def say(message):
-            if "1 cells are at work in another process" in message:
+            if message == "waiting for other processes, which are at table: two, seed 0":
                 assert [row["run"] for row in rows(results)] == ["one"]
                 if ends_with_its_row:
                     ablation.write_row(results, first, rows(results)[0] | {"made_of": first.made_of})
@@ -164,6 +166,15 @@ def test_two_processes_share_a_table(folder, planted, tmp_path, capsys, monkeypa
     assert (status, [row["run"] for row in rows(results)]) == (0, ["two", "one"]), error
     assert trained == (["one"] if ends_with_its_row else ["one", "two"])
     assert len(printed.splitlines()) == len(trained)
+
+
+def test_a_cell_that_finds_its_stage_at_work_is_an_error(folder, planted, tmp_path, capsys, monkeypatch):
+    def run_cell(*_, **__):
+        raise BlockingIOError("another process is at work in stage1: wait for its end")
+
+    monkeypatch.setattr(ablation, "run_cell", run_cell)
+    status, _, error = ablate(capsys, folder / "table.toml", "-o", tmp_path, "--work", tmp_path / "work")
+    assert status == 1 and "another process is at work in stage1" in error
 
 
 def test_a_task_without_data_ends_it_before_any_run(folder, tmp_path, capsys, monkeypatch):
