@@ -5,7 +5,7 @@
     python -m tools.predict --results OUT/results.csv    with the measured cells of this file
     python -m tools.predict --kernels              operations, bytes, rounds and time, kernel by kernel
 
-No GPU has measured a prediction, and none stands in README. The model is arithmetic:
+No prediction stands in README. The model is arithmetic:
 
 1. A product takes its operations at the rate that a large product reaches.
 2. A kernel that moves memory takes its bytes at the rate of a large copy, and RAMP to start and to drain.
