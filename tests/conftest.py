@@ -19,6 +19,8 @@ if not HAS_GPU:
 # a test of a kernel shall fail with it, and not pass by another path
 os.environ["NVEMBED_FAST_SELF_CHECK"] = "0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+# an environment variable may allow TF32, and a bound would be that of TF32
+torch.set_float32_matmul_precision("highest")
 
 # torch.device("meta") as a context knows the functions it redirects from a list made on first use: made
 # while `poison_empty` is at work, it would miss torch.empty, and "meta" models would take real memory

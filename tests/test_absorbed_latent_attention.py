@@ -24,6 +24,7 @@ from nvembed_fast.kernels.testing import (
     assert_gradient_parity,
     assert_parity,
     gradients,
+    honest,
     small,
     upstream_of,
 )
@@ -46,11 +47,12 @@ def _eager_absorbed(x, a, b, residual, num_heads):
 def _assert_matches(case, device, dtype):
     args = case.absorbed_inputs(device, dtype)
     x, a, _, _, num_heads = args
-    low = reference.latent_weights(x, a, num_heads)
+    (low,) = honest(lambda x, a: reference.latent_weights(x, a, num_heads), (x, a))
     high = reference.latent_weights(x.double(), a.double(), num_heads)
     assert_parity(f"{case.name} weights", latent_weights(x, a, num_heads), low, high)
+    (low,) = honest(lambda *tensors: _eager_absorbed(*tensors, num_heads), args[:4])
     high = reference.absorbed_latent_attention(*_double(args))
-    assert_parity(case.name, absorbed_latent_attention(*args), _eager_absorbed(*args), high)
+    assert_parity(case.name, absorbed_latent_attention(*args), low, high)
 
 
 @pytest.mark.parametrize("case", [*CASES, RAGGED], ids=lambda c: c.name)
@@ -122,7 +124,8 @@ def test_pieces_are_weighed_against_each_other(order, path, device):
 def test_huge_scores_stay_finite(path, device):
     x, a, *_ = RAGGED.absorbed_inputs(device, torch.float32)
     p = latent_weights(1000 * x, 1000 * a, 2)
-    assert p.isfinite().all() and p.max() == 1
+    # a division of a GPU (div.full) errs by up to 2 units in the last place, as exp2 does
+    assert p.isfinite().all() and p.max().item() == pytest.approx(1, abs=2**-21)
 
 
 def test_nan_in_a_token_stays_there(path, device):
@@ -182,12 +185,8 @@ def test_scores_far_below_zero(path, device):
     # exp2 of each alone is zero: only the running maximum keeps them apart
     x, a, *_ = RAGGED.absorbed_inputs(device, torch.float32)
     args = (x.abs(), a - 60, 2)
-    assert_parity(
-        "weights",
-        latent_weights(*args),
-        reference.latent_weights(*args),
-        reference.latent_weights(*_double(args)),
-    )
+    (low,) = honest(lambda x, a: reference.latent_weights(x, a, 2), args[:2])
+    assert_parity("weights", latent_weights(*args), low, reference.latent_weights(*_double(args)))
 
 
 def test_no_row_beyond_the_last_is_read(path, device):

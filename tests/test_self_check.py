@@ -1,5 +1,9 @@
 """The cases that decide whether `auto` takes a kernel. See `tools.mutate --self-check`, too."""
 
+import json
+import os
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -143,3 +147,22 @@ def test_it_runs_inside_inference_mode_and_autocast_and_leaves_settings_alone(de
     assert finding.ok
     settings = torch.utils.deterministic
     assert before == (torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory)
+
+
+def test_the_child_forbids_tf32():
+    """NVIDIA's containers allow it by a variable. Eager would err by 2^-11, and with it the bound."""
+    code = """
+import sys, torch
+from nvembed_fast import self_check
+self_check.run = lambda *_: sys.exit(torch.get_float32_matmul_precision())
+self_check.main()
+"""
+    request = {"device": "cpu", "seconds": 100, "items": [("swiglu", "float32", "forward")]}
+    request |= {"path": "torch", "timed": False}
+    command = [sys.executable, "-c", code]
+    env = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env) as child:
+        child.stdin.write(json.dumps(request) + "\n")
+        child.stdin.flush()
+        assert child.stderr.read().splitlines()[-1] == "highest"

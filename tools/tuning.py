@@ -54,6 +54,7 @@ from nvembed_fast.kernels.testing import (
     assert_parity,
     attention_gradients,
     gradients,
+    honest,
     upstream_of,
 )
 from nvembed_fast.kernels.tuned import Config, Key
@@ -75,7 +76,7 @@ class Launch(NamedTuple):
     """
 
     run: Callable[[], torch.Tensor | Results]
-    wanted: Callable[[], tuple[Results, Results]]
+    wanted: Callable[[], tuple[Sequence[torch.Tensor | Results], Results]]
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,10 @@ def _beside_reference(kernel: Callable, exact: Callable, tensors: Results, *rest
     """A kernel and its reference, with the same arguments."""
     return Launch(
         lambda: kernel(*tensors, *rest),
-        lambda: (as_tuple(exact(*tensors, *rest)), as_tuple(exact(*(t.double() for t in tensors), *rest))),
+        lambda: (
+            honest(lambda *ts: exact(*ts, *rest), tensors),
+            as_tuple(exact(*(t.double() for t in tensors), *rest)),
+        ),
     )
 
 
@@ -239,7 +243,7 @@ def _scores_backward(case: ScoreCase, device: str, dtype: torch.dtype) -> Launch
     return Launch(
         lambda: _launch_bwd(q, d, *masks, lse, dlse, rest[-1], True, True),  # type: ignore[call-arg]
         lambda: (
-            gradients(exact, [q, d], [dlse])[1],
+            honest(lambda *ts: tuple(gradients(exact, ts, [dlse])[1]), [q, d]),
             gradients(exact, [q.double(), d.double()], [dlse])[1],
         ),
     )
