@@ -140,7 +140,9 @@ class SeqLayout:
             runs: list[Run] = []
             for seq, (start, length) in enumerate(zip(self._starts.tolist(), self.lengths, strict=False)):
                 if runs and runs[-1].length == length and runs[-1].seqs.stop == seq:
-                    runs[-1] = runs[-1]._replace(num_seqs=runs[-1].num_seqs + 1)
+                    first_seq, num_seqs, _, first_row = runs[-1]
+                    # no _replace: torch.compile of torch 2.11 cannot follow it
+                    runs[-1] = Run(first_seq, num_seqs + 1, length, first_row)
                 elif length:
                     runs.append(Run(seq, 1, length, start))
             self._cache["runs"] = runs

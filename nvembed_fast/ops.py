@@ -56,8 +56,9 @@ class UnprovenKernel(UserWarning):
 
 
 class _State(threading.local):
-    # torch.compile cannot read a ContextVar
-    impl: Impl = "auto"
+    # torch.compile cannot read a ContextVar. torch 2.11 reads an attribute of the class before the thread's
+    def __init__(self) -> None:
+        self.impl: Impl = "auto"
 
 
 _state = _State()

@@ -85,7 +85,9 @@ def poison_empty(monkeypatch):
     def poisoned(real):
         def empty(*args, **kwargs):
             t = real(*args, **kwargs)
-            return t.fill_(float("nan")) if t.is_floating_point() and not t.is_meta else t
+            if t.is_floating_point() and not t.is_meta:
+                t.detach().fill_(float("nan"))  # a leaf may be filled past autograd alone
+            return t
 
         return empty
 

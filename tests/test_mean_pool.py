@@ -187,11 +187,15 @@ def test_rejects_an_odd_number_of_columns(device):
 
 
 @pytest.mark.parametrize(
-    "mask", [torch.ones(9, dtype=torch.bool), torch.ones(10), torch.ones(20).bool()[::2]]
+    "mask",
+    # cut on the device: a copy to another device leaves no gaps
+    [lambda m: m[:9], lambda m: m[:10].float(), lambda m: m[::2]],
+    ids=["short", "float32", "strided"],
 )
 def test_rejects_a_mask_that_is_not_one_bool_per_token(mask, geglu, device):
+    ones = torch.ones(20, dtype=torch.bool, device=device)
     with pytest.raises(ValueError, match=r"^pool_mask must be \[10\] torch.bool"):
-        _op(geglu)(torch.zeros(10, 32, device=device), SeqLayout([4, 6], device), mask.to(device))
+        _op(geglu)(torch.zeros(10, 32, device=device), SeqLayout([4, 6], device), mask(ones))
 
 
 def _pool(function, layout, mask):

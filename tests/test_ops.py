@@ -35,6 +35,22 @@ def test_use_impl_is_undone_also_after_an_error():
     assert ops._state.impl == "auto"
 
 
+def test_torch_compile_reads_use_impl(device):
+    torch._dynamo.reset()
+    took_kernels = []
+
+    def look(graph, _):
+        took_kernels.append(any("nvembed_fast" in str(node.target) for node in graph.graph.nodes))
+        return graph.forward
+
+    compiled, x = torch.compile(ops.swiglu, fullgraph=True, backend=look), torch.randn(3, 8, device=device)
+    for impl in ("triton", "torch", "triton"):
+        with ops.use_impl(impl):
+            wanted = ops.swiglu(x)  # first: a graph holds for the kernels that are imported by then
+            torch.testing.assert_close(compiled(x), wanted)
+    assert took_kernels == [True, False]
+
+
 def test_checkpoint_contexts_carry_the_impl_into_another_thread():
     seen = []
     with ops.use_impl("torch"):
