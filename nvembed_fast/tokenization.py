@@ -3,8 +3,8 @@
 The published checkpoints tokenize the one string instruction + text + "</s>".
 The tokenizer's own template adds BOS. The ids are cut at the right, end mark
 included. Only where the end mark is pooled (`pooling_head="eos"`), it takes the
-place of the last id of a cut text. The instruction's tokens are not pooled. How their end is found is a
-rule of the model (`NVEmbedConfig.pooling_start`).
+place of the last id of a cut text. The instruction's tokens are not pooled. How
+their end is found is a rule of the model (`NVEmbedConfig.pooling_start`).
 
 The checkpoint's tokenizer.json is the truth and is read by `tokenizers`, because
 the LlamaTokenizer of transformers 5 gives other ids for leading or repeated spaces.

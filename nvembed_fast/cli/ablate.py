@@ -162,12 +162,13 @@ def _run(cells: "list[Cell]", arguments: argparse.Namespace) -> None:
     loaded = ablation.load_tasks(missing)
     arguments.work.mkdir(parents=True, exist_ok=True)
     try:
-        for number, cell in enumerate(missing, start=1):
-            _make(cell, f"{number} of {len(missing)}", cells, loaded, arguments, waits=False)
-        if others := _missing(cells, arguments):
-            process.say(f"waiting for other processes, which are at {', '.join(map(str, others))}")
-            for cell in others:
-                _make(cell, "left by another process", cells, loaded, arguments, waits=True)
+        with options.note_cut(""):  # a table has its own max_length
+            for number, cell in enumerate(missing, start=1):
+                _make(cell, f"{number} of {len(missing)}", cells, loaded, arguments, waits=False)
+            if others := _missing(cells, arguments):
+                process.say(f"waiting for other processes, which are at {', '.join(map(str, others))}")
+                for cell in others:
+                    _make(cell, "left by another process", cells, loaded, arguments, waits=True)
     except KeyboardInterrupt as stop:
         done = len(cells) - len(_missing(cells, arguments))
         raise KeyboardInterrupt(

@@ -147,12 +147,12 @@ def note_empty(texts: list[str]) -> None:
 
 
 @contextmanager
-def note_cut() -> Iterator[None]:
+def note_cut(advice_on_cut: str = "; --max-length raises it") -> Iterator[None]:
     """Inside, a warning about long texts, or an untrained model, is one line on standard error."""
     from nvembed_fast.encoder import UntrainedModel
     from nvembed_fast.stream import TextsBeyondPositions, TextsCut
 
-    advice = {TextsCut: "; --max-length raises it", TextsBeyondPositions: "", UntrainedModel: ""}
+    advice = {TextsCut: advice_on_cut, TextsBeyondPositions: "", UntrainedModel: ""}
     with warnings.catch_warnings():
         for category in advice:
             warnings.simplefilter("always", category)

@@ -418,16 +418,12 @@ def write_row(results: Path, cell: Cell, row: Row) -> None:
     The row may be that of another cell which is made of the same. A row of this cell by another recipe goes.
     """
     results.mkdir(parents=True, exist_ok=True)
-    with files.alone(results, ".lock", waits=True):
-        _write_row(results, cell, row)
-
-
-def _write_row(results: Path, cell: Cell, row: Row) -> None:
     own = {"table": cell.table.name, "run": cell.run.name}
     order = {run.name: place for place, run in enumerate(cell.table.runs)}
-    rows = [r for r in read_rows(results) if r["table"] == cell.table.name]
-    rows = [r for r in rows if (r["run"], r["seed"]) != (cell.run.name, cell.seed)] + [{**row, **own}]
-    rows.sort(key=lambda r: (order.get(r["run"], len(order)), r["seed"]))
-    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in rows]
-    with files.replacing(results / f"{cell.table.name}.jsonl") as part:
-        part.write_text("".join(lines), encoding="utf-8")
+    with files.alone(results, ".lock", waits=True):
+        rows = [r for r in read_rows(results) if r["table"] == cell.table.name]
+        rows = [r for r in rows if (r["run"], r["seed"]) != (cell.run.name, cell.seed)] + [{**row, **own}]
+        rows.sort(key=lambda r: (order.get(r["run"], len(order)), r["seed"]))
+        lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in rows]
+        with files.replacing(results / f"{cell.table.name}.jsonl") as part:
+            part.write_text("".join(lines), encoding="utf-8")

@@ -4,6 +4,7 @@ import contextlib
 import json
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from nvembed_fast import cli, files
 from nvembed_fast.cli import process
 from nvembed_fast.evaluation import ablation, tasks
 from nvembed_fast.integrations import mteb
+from nvembed_fast.stream import TextsCut
 from nvembed_fast.training import trainer
 from nvembed_fast.training.run_log import read_metrics
 
@@ -125,6 +127,7 @@ def test_texts_are_cut_and_scored_in_the_arithmetic_of_training(
 
     def score(task, door):
         found.append((door.max_length, door.model.dtype))
+        warnings.warn("2 of 3 texts were cut", TextsCut, stacklevel=2)
         return real(task, door)
 
     monkeypatch.setattr(mteb, "score", score)
@@ -132,7 +135,11 @@ def test_texts_are_cut_and_scored_in_the_arithmetic_of_training(
     table = folder / "cut.toml"
     table.write_text(TABLE.replace("seeds", "max_length = 48\nseeds"))
     words = ("-o", tmp_path / "rows", "--work", tmp_path / "work", "--run", "one", "--seed", 0)
-    assert ablate(capsys, table, *words)[0] == 0
+    status, _, error = ablate(capsys, table, *words)
+    assert status == 0
+    assert [line for line in error.splitlines() if "texts were cut" in line] == [
+        "note: 2 of 3 texts were cut"
+    ] * 2
     assert ablate(capsys, folder / "table.toml", *words, "--set", "train.autocast=bfloat16")[0] == 0
     assert found == [(48, torch.float32)] * 2 + [(60, torch.bfloat16)] * 2
 
