@@ -592,8 +592,8 @@ def _launch_config(
         block_m, block_n = 64 if block_h <= 64 else 32, 32 if block_h <= 128 else 16
         num_stages = 1
     elif use_tma:
-        # with 128 columns and 128 keys, the compiler keeps products and softmax apart: bench/NOTES.md
-        block_m, block_n = 128, 128 if block_h <= (64 if ahead else 128) else 64
+        # bench/NOTES.md: as many keys as columns are wrong with queries in registers, and slow without
+        block_m, block_n = 128, 128 if block_h <= 64 else 64
     else:
         block_m, block_n = (128, 64) if block_h <= 128 else (64, 32)
         # 8.6, 8.9 and 12.0 have 99 KB of shared memory for a program, 8.0 has 163
@@ -639,7 +639,8 @@ def _bwd_launch_config(
     elif block_h > 128:
         block_m, block_n = (32 if kernel == "dkv" else 64, 64) if use_tma else (32, 32)
     elif use_tma:
-        block_m, block_n = (128, 64) if kernel == "dq" else (64, 128)
+        # dq, whose queries lie in registers, never has as many keys as columns: bench/NOTES.md
+        block_m, block_n = (128, 128 if block_h == 64 else 64) if kernel == "dq" else (64, 128)
         num_stages = 3
     else:
         block_m = block_n = 64

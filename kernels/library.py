@@ -102,6 +102,8 @@ def _by_sdpa(
             q_run, k_run, v_run, scale=scale, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
+    if len(outs) == 1:
+        return outs[0]  # torch.cat would copy it
     return torch.cat(outs) if outs else torch.zeros_like(q)
 
 

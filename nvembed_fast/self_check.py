@@ -132,7 +132,10 @@ def _attention(
     yield problem("wide heads", AttentionCase("wide", (129, 65, 128), 4, 1, 128))
     yield problem("scores far below zero", dataclasses.replace(pack, lengths=(33, 150)), shift=-60.0)
     if device.type == "cuda":
-        yield problem("NV-Embed", AttentionCase("long", LONG_TEXTS, 8, 2, 128))
+        wide = AttentionCase("long", LONG_TEXTS, 8, 2, 128)
+        yield problem("NV-Embed", wide)
+        yield problem("NV-Embed, causal", dataclasses.replace(wide, causal=True))
+        yield problem("SmolLM2", AttentionCase("smollm2", (130, 70), 9, 3, 64))
         yield problem("NV-Embed, short texts", AttentionCase("short", SHORT_TEXTS, 8, 2, 128))
         yield problem("NV-Embed, one short text", AttentionCase("one", (12,), 8, 2, 128))
 

@@ -56,7 +56,14 @@ def device() -> str:
     return "cuda" if HAS_GPU else "cpu"
 
 
-@pytest.fixture(params=[80] if HAS_GPU else [80, 90], ids=lambda c: f"sm_{c}")
+def _paths() -> list[int]:
+    if not HAS_GPU:
+        return [80, 90]
+    major, minor = torch.cuda.get_device_capability()
+    return [10 * major + minor]
+
+
+@pytest.fixture(params=_paths(), ids=lambda c: f"sm_{c}")
 def path(request, monkeypatch) -> int:
     """Off a GPU both ways to load run in the interpreter. On a GPU the machine's own runs."""
     if not HAS_GPU:

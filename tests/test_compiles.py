@@ -139,7 +139,7 @@ def test_the_order_of_instructions_is_safe_where_loads_are_descriptors(path):
     """make check compares with the snapshot, so what holds there holds for the kernels."""
     rows = {name: row for name, row in json.loads(path.read_text()).items() if row["wgmma"] and row["tma"]}
     assert len(rows) > 20, "hardly a kernel with wgmma, so this test would prove little"
-    assert {name for name, row in rows.items() if row["touched"]} == set()
+    assert {name for name, row in rows.items() if row["touched"] or row["mixed"]} == set()
     assert {name for name, row in rows.items() if row["unbarred"]} <= SCRATCH_AFTER_A_WAIT
 
 
@@ -196,6 +196,7 @@ GOOD = {
     "unbarred": 0,
     "touched": 0,
     "overlap": 4,
+    "mixed": 0,
 }
 
 
@@ -212,6 +213,7 @@ GOOD = {
         ("unbarred", 1),
         ("touched", 1),
         ("overlap", 0),
+        ("mixed", 1),
     ],
 )
 def test_a_worse_row_is_flagged(column, value):
@@ -234,6 +236,12 @@ def test_a_row_beyond_shared_memory_is_flagged():
     rows = {"a: b sm_80": GOOD | {"shared": 200 * 1024}, "a: b sm_90": GOOD | {"shared": 200 * 1024}}
     (problem,) = resources.beyond_limits(rows)
     assert problem.startswith("a: b sm_80: 204800 bytes")
+
+
+def test_mixed_operands_are_flagged():
+    """Under any Triton, also one without a snapshot."""
+    (problem,) = resources.beyond_limits({"a: b sm_90": GOOD | {"mixed": 4}})
+    assert problem == "a: b sm_90: 4 wgmma of mixed operands, so its results are wrong"
 
 
 def test_a_65th_register_is_flagged_where_64_are_the_limit():

@@ -249,6 +249,25 @@ def test_launch_config_covers_every_width_and_group():
                         assert not c["AHEAD"] or c["USE_TMA"]
 
 
+def test_no_loop_has_as_many_keys_as_columns_beside_queries_in_registers():
+    """ptxas 12.8 gives P the registers of the queries there: bench/NOTES.md."""
+    for width in (16, 24, 32, 64, 80, 128, 256):
+        for group in (1, 3, 4, 16):
+            for length in (1, 32, 64, 128, 512, 32768):
+                target = {"capability": 90, "dtype": torch.bfloat16}
+                configs = [
+                    module._launch_config(width, group, length, causal=c, **target) for c in (False, True)
+                ]
+                configs.append(module._bwd_launch_config("dq", width, group, length, **target))
+                for c in configs:
+                    has_next = c["BLOCK_N"] < length
+                    assert c["BLOCK_N"] != c["BLOCK_H"] or c.get("AHEAD") or not has_next, (
+                        width,
+                        group,
+                        length,
+                    )
+
+
 def test_scores_are_ahead_where_there_is_a_next_block():
     """One class of lengths takes one loop: the bits of a text do not depend on the longest beside it."""
 

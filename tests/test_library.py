@@ -213,6 +213,14 @@ def test_flash_attention_of_pytorch_runs_in_16_bits_from_8_0(
     assert library._shares_heads(on_cpu) and not library._has_flash(on_cpu)
 
 
+def test_texts_of_one_length_are_attended_to_without_a_copy(device, monkeypatch):
+    q, k, v, layout = AttentionCase("equal", (20, 20), 4, 2, 32).inputs(device, torch.float16)
+    made = torch.randn(2, 20, *q.shape[1:], device=device).to(q.dtype)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: made.transpose(1, 2))
+    out = library.flash_attention(q, k, v, layout)
+    assert torch.equal(out, made.flatten(0, 1)) and out.data_ptr() == made.data_ptr()
+
+
 def _varlen_by_the_reference(
     q, k, v, starts, starts_k, longest, longest_k, *, scale, window_size, enable_gqa
 ):

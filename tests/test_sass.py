@@ -28,7 +28,7 @@ def facts(*lines: str) -> Facts:
 
 
 def test_a_kernel_without_wgmma_has_no_facts():
-    assert facts(WAIT, LOAD, EX2, "HMMA.16816.F32.BF16 R8, R20, R24, R8", EXIT) == Facts(0, 0, 0)
+    assert facts(WAIT, LOAD, EX2, "HMMA.16816.F32.BF16 R8, R20, R24, R8", EXIT) == Facts(0, 0, 0, 0)
 
 
 # unbarred
@@ -150,3 +150,35 @@ def test_overlap_counts_exponentials_while_a_product_is_in_flight():
     assert facts(EX2, FIRST, LAST, EX2, WAIT, EX2, EXIT).overlap == 1
     assert facts(FIRST, "MUFU.RCP R40, R41", LAST, WAIT, EXIT).overlap == 0
     assert facts(EX2, FIRST, LAST, "@P0 BRA 0x0", WAIT, EXIT).overlap == 1
+
+
+# mixed
+
+# reads R20 to R23, as LAST does
+READ = "HGMMA.64x16x16.F32.BF16 R24, R20, gdesc[UR4], RZ, !UPT, gsb0"
+QUERIES, PACK = "LDSM.16.M88.4 R20, [R6]", "F2FP.BF16.F32.PACK_AB R21, R41, R40"
+
+
+@pytest.mark.parametrize(
+    "written",
+    [PACK, "HGMMA.64x16x16.F32.BF16 R16, gdesc[UR4], RZ, !UPT, gsb0", "LDS.64 R22, [R6]", "MOV R23, RZ"],
+)
+def test_queries_that_a_round_overwrites_are_mixed(written):
+    """As ptxas 12.8 compiles a loop whose products have left operands of one size."""
+    assert facts(QUERIES, READ, WAIT, written, "@P0 BRA 0x10", EXIT).mixed == 1
+    # each round loads them again
+    assert facts(QUERIES, READ, WAIT, written, "@P0 BRA 0x0", EXIT).mixed == 0
+    assert facts(QUERIES, READ, WAIT, "@P0 BRA 0x10", written, EXIT).mixed == 0
+
+
+def test_an_operand_of_one_origin_is_not_mixed():
+    assert facts(QUERIES, READ, WAIT, "MOV R24, RZ", "STS.128 [R6], R20", "@P0 BRA 0x10", EXIT).mixed == 0
+    # pieces of one operand may come from several instructions
+    assert facts(QUERIES, PACK, READ, WAIT, "@P0 BRA 0x20", EXIT).mixed == 0
+
+
+def test_both_sides_of_a_predicate_are_origins():
+    assert facts(QUERIES, f"@P0 {PACK}", READ, WAIT, EXIT).mixed == 1
+    assert facts("@P0 BRA 0x20", QUERIES, READ, WAIT, EXIT).mixed == 0
+    assert facts("@P0 BRA 0x30", QUERIES, "BRA 0x40", PACK, READ, WAIT, EXIT).mixed == 1
+    assert facts(QUERIES, "@P0 BRA 0x30", PACK, READ, WAIT, EXIT).mixed == 1

@@ -458,7 +458,16 @@ def test_parity_is_of_the_results_that_are_timed(problem, device):
         assert_parity(problem.kernel, got, low, high)
 
 
-FITS = {"registers": 100, "stack": 0, "spills": 0, "shared": 1024, "tma": 2, "unbarred": 0, "touched": 0}
+FITS = {
+    "registers": 100,
+    "stack": 0,
+    "spills": 0,
+    "shared": 1024,
+    "tma": 2,
+    "unbarred": 0,
+    "touched": 0,
+    "mixed": 0,
+}
 
 
 @pytest.mark.parametrize("fact", ["unbarred", "touched"])
@@ -467,6 +476,12 @@ def test_what_may_give_wrong_results_is_dropped(fact):
     rows = {"a": FITS | {fact: 1}, "b": FITS | {fact: 1, "tma": 0}, "c": FITS}
     assert tuning.survivors(rows, 90) == ["b", "c"]
     assert f"1 {fact}" in tuning._compile_table(rows, 90).splitlines()[-1]
+
+
+def test_mixed_operands_are_dropped_however_they_were_loaded():
+    rows = {"a": FITS | {"mixed": 1}, "b": FITS | {"mixed": 1, "tma": 0}, "c": FITS}
+    assert tuning.survivors(rows, 90) == ["c"]
+    assert "1 mixed" in tuning._compile_table(rows, 90).splitlines()[-1]
 
 
 def test_what_does_not_fit_is_dropped_and_what_spills_comes_last():

@@ -9,10 +9,11 @@
 2. Triton compiles each recorded launch as it would on that GPU, and the binary
    is read: registers, stack bytes, local loads and stores (spills), shared
    memory, wgmma, mma, tcgen05 and TMA instructions and the widest global load.
-   `unbarred`, `touched` and `overlap` are facts of `tools/sass.py` about the
-   order of the instructions.
+   `unbarred`, `touched`, `overlap` and `mixed` are facts of `tools/sass.py`
+   about the order of the instructions.
 
-A kernel beyond the shared memory of its GPU always fails, and so does one beyond MAX_REGISTERS. Where
+A kernel beyond the shared memory of its GPU always fails, and so does one beyond MAX_REGISTERS or with
+`mixed` operands. Where
 `resource_snapshots/triton-<version>.json` exists for the running Triton, a row
 that got worse fails too. With any other version, for other GPUs and for a choice
 of rows the table is only printed.
@@ -73,9 +74,9 @@ ON_SM_100 = (
 ON_SM_90 = ("flash_attention: forward persistent bf16",)
 COLUMNS = (
     *("registers", "stack", "spills", "shared", "wgmma", "mma", "tcgen05", "tma", "load_bytes"),
-    *("unbarred", "touched", "overlap"),
+    *("unbarred", "touched", "overlap", "mixed"),
 )
-LOWER_IS_BETTER = ("registers", "stack", "spills", "shared", "unbarred", "touched")
+LOWER_IS_BETTER = ("registers", "stack", "spills", "shared", "unbarred", "touched", "mixed")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # NV-Embed-v2: model width, query heads, key/value heads, head width, latents, latent heads, MLP widths
 WIDTH, HEADS, KV_HEADS, HEAD_WIDTH = 4096, 32, 8, 128
@@ -401,7 +402,7 @@ def labelled(rows: Sequence[Row]) -> dict[str, Figures]:
 
 
 def beyond_limits(rows: dict[str, Figures]) -> list[str]:
-    """One line per row that does not fit the shared memory of its GPU, or takes more than MAX_REGISTERS."""
+    """One line per row that cannot run, computes something else, or takes more than MAX_REGISTERS."""
     problems = []
     for name, row in rows.items():
         if row["shared"] > (limit := SHARED_LIMIT[int(name.rsplit("_", 1)[1])]):
@@ -409,6 +410,8 @@ def beyond_limits(rows: dict[str, Figures]) -> list[str]:
         limit = MAX_REGISTERS.get(name.split(":")[0])
         if limit is not None and row["registers"] > limit and not name.startswith(WIDER):
             problems.append(f"{name}: {row['registers']} registers, the limit is {limit}")
+        if row["mixed"]:
+            problems.append(f"{name}: {row['mixed']} wgmma of mixed operands, so its results are wrong")
     return problems
 
 

@@ -8,7 +8,7 @@ on, until a wait (WARPGROUP.DEPBAR) covers its group. A group ends with the HGMM
    nothing changes. Where paths meet, the worse holds. A path that no data takes counts too.
 3. Each instruction is judged by what may hold in front of it.
 
-In a kernel without wgmma all three facts are zero.
+In a kernel without wgmma all facts are zero.
 """
 
 import re
@@ -19,8 +19,10 @@ _LINE = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?(U?P\w+)\s+)?([A-Z][\w.]*)
 _JUMPS = ("BRA", "CALL", "JMP")
 _ENDS = ("EXIT", "RET", "BRX", "JMX")
 _SHARED_WRITES = ("STS", "STSM", "LDGSTS", "UTMALDG", "UBLKCP", "ATOMS")
+_WRITES_NONE = ("ST", "RED", "UTMA", "SYNCS")
 _UNCOMMITTED = -1
 _OLDEST = 8  # no kernel waits for a group that so many others follow
+_NOWHERE: frozenset[int] = frozenset()
 
 
 class Instruction(NamedTuple):
@@ -30,11 +32,13 @@ class Instruction(NamedTuple):
         opcode: with its modifiers, such as "LDS.128".
         operands: as written.
         successors: places in the program that may run next.
+        is_predicated: it runs only where a predicate holds.
     """
 
     opcode: str
     operands: tuple[str, ...]
     successors: tuple[int, ...]
+    is_predicated: bool
 
     @property
     def name(self) -> str:
@@ -48,11 +52,13 @@ class State(NamedTuple):
         accumulators: register of a wgmma in flight -> groups that were committed after its own.
         inputs: the same for the registers that it reads.
         is_barred: whether a barrier stands between the last wait and here.
+        origins: register of a left operand -> places of the instructions that may have written it last.
     """
 
     accumulators: dict[int, int]
     inputs: dict[int, int]
     is_barred: bool
+    origins: dict[int, frozenset[int]]
 
 
 class Facts(NamedTuple):
@@ -63,11 +69,15 @@ class Facts(NamedTuple):
             warpgroup, and another one may still read what is overwritten (triton #11047).
         touched: instructions that write a register of a wgmma in flight, or read an accumulator of one.
         overlap: exponentials while a wgmma is in flight: the softmax runs beside the tensor cores.
+        mixed: wgmma whose left operand lies in registers that more than one instruction may have written.
+            ptxas 12.8 can give the registers of a loop's constant queries to what the loop computes, and the
+            next round multiplies that (bench/NOTES.md).
     """
 
     unbarred: int
     touched: int
     overlap: int
+    mixed: int
 
 
 def parse(listing: str) -> list[Instruction]:
@@ -85,7 +95,7 @@ def parse(listing: str) -> list[Instruction]:
             following = [target] if is_sure else [*following, target]
         elif name in _ENDS and not predicate:
             following = []
-        program.append(Instruction(opcode, operands, tuple(following)))
+        program.append(Instruction(opcode, operands, tuple(following), bool(predicate)))
     return program
 
 
@@ -93,23 +103,31 @@ def facts(listing: str) -> Facts:
     """The facts of one kernel."""
     program = parse(listing)
     if not any(instruction.name == "HGMMA" for instruction in program):
-        return Facts(0, 0, 0)
-    unbarred = touched = overlap = 0
+        return Facts(0, 0, 0, 0)
+    unbarred = touched = overlap = mixed = 0
     for i, state in _states(program).items():
         instruction = program[i]
         unbarred += instruction.name in _SHARED_WRITES and not state.is_barred
         touched += _touches(instruction, state)
         overlap += instruction.opcode.startswith("MUFU.EX2") and bool(state.accumulators)
-    return Facts(unbarred, touched, overlap)
+        if instruction.name == "HGMMA":
+            mixed += any(len(state.origins.get(r, ())) > 1 for r in _wgmma_registers(instruction)[1])
+    return Facts(unbarred, touched, overlap, mixed)
 
 
 def _states(program: list[Instruction]) -> dict[int, State]:
     """What may hold in front of every instruction that a path reaches."""
-    before = {0: State({}, {}, True)}
+    left = {r for x in program if x.name == "HGMMA" for r in _wgmma_registers(x)[1]}
+    before = {0: State({}, {}, True, {})}
     pending = [0]
     while pending:
         i = pending.pop()
         after = _after(program[i], before[i])
+        if written := left.intersection(_written(program[i])):
+            here = frozenset((i,))
+            # where the predicate does not hold, what was there stays
+            kept = after.origins if program[i].is_predicated else {}
+            after = after._replace(origins=after.origins | {r: here | kept.get(r, here) for r in written})
         for j in program[i].successors:
             merged = _worse(before[j], after) if j in before else after
             if merged != before.get(j):
@@ -126,12 +144,17 @@ def _after(instruction: Instruction, state: State) -> State:
             state.accumulators | dict.fromkeys(accumulators, _UNCOMMITTED),
             state.inputs | dict.fromkeys(inputs, _UNCOMMITTED),
             state.is_barred,
+            state.origins,
         )
         if "gsb0" in operands:
-            state = State(_committed(state.accumulators), _committed(state.inputs), state.is_barred)
+            state = state._replace(
+                accumulators=_committed(state.accumulators), inputs=_committed(state.inputs)
+            )
     elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
         allowed = int(operands[-1], 16)
-        state = State(_waited(state.accumulators, allowed), _waited(state.inputs, allowed), False)
+        state = State(
+            _waited(state.accumulators, allowed), _waited(state.inputs, allowed), False, state.origins
+        )
     elif instruction.opcode.startswith("BAR.SYNC") and operands == ("0x0",):
         # barrier 0 without a count of threads: all warps of the program
         state = state._replace(is_barred=True)
@@ -151,6 +174,10 @@ def _worse(one: State, other: State) -> State:
         _youngest(one.accumulators, other.accumulators),
         _youngest(one.inputs, other.inputs),
         one.is_barred and other.is_barred,
+        {
+            r: one.origins.get(r, _NOWHERE) | other.origins.get(r, _NOWHERE)
+            for r in one.origins | other.origins
+        },
     )
 
 
@@ -180,6 +207,14 @@ def _width(opcode: str) -> int:
     return 1
 
 
+def _written(instruction: Instruction) -> range:
+    if instruction.name == "HGMMA":
+        return _wgmma_registers(instruction)[0]
+    if instruction.name.startswith(_WRITES_NONE) or not instruction.operands:
+        return range(0)
+    return _registers(instruction.operands[0], _width(instruction.opcode))
+
+
 def _touches(instruction: Instruction, state: State) -> bool:
     name, operands = instruction.name, instruction.operands
     if not state.accumulators or not operands:
@@ -187,11 +222,14 @@ def _touches(instruction: Instruction, state: State) -> bool:
     if name == "HGMMA":
         # the next product may go on with the same accumulators, but not read them as its left operand
         return _meets(_wgmma_registers(instruction)[1], state.accumulators)
-    writes_none = name.startswith(("ST", "RED", "UTMA", "SYNCS"))
-    made = range(0) if writes_none else _registers(operands[0], _width(instruction.opcode))
+    made = _written(instruction)
     if _meets(made, state.accumulators) or _meets(made, state.inputs):
         return True
-    read = [int(r) for o in operands[0 if writes_none else 1 :] for r in re.findall(r"\bR(\d+)", o)]
+    read = [
+        int(r)
+        for o in operands[0 if name.startswith(_WRITES_NONE) else 1 :]
+        for r in re.findall(r"\bR(\d+)", o)
+    ]
     if name.startswith("ST"):
         read += _registers(operands[-1], _width(instruction.opcode))
     return _meets(read, state.accumulators)

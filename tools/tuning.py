@@ -261,14 +261,14 @@ def _attention_problems() -> list[Problem]:
     tiles = {
         80: (*((32, 64, False, False, 8, stages) for stages in (2, 3, 4)), (16, 32, False, False, 4, 3)),
         90: (
-            *((32, 128, True, False, 8, 2), (32, 64, True, False, 8, 2), (32, 64, True, False, 8, 3)),
-            *((16, 64, True, False, 4, 2), (16, 128, True, False, 4, 2), (16, 32, True, False, 4, 2)),
+            *((32, 64, True, False, 8, stages) for stages in (2, 3)),
+            *((16, keys, True, False, 4, 2) for keys in (64, 32)),
         ),
     }
     long = tiles | {
         90: (
             *((32, 64, True, True, 8, 3), (32, 64, True, True, 8, 2), (32, 128, True, True, 8, 2)),
-            *((16, 64, True, True, 4, 2), (16, 64, True, True, 4, 3), (32, 128, True, False, 8, 3)),
+            *((16, 64, True, True, 4, 2), (16, 64, True, True, 4, 3)),
             *tiles[90],
         ),
     }
@@ -280,7 +280,7 @@ def _attention_problems() -> list[Problem]:
         80: ((16, 64, False, 8, 2), (16, 128, False, 8, 2)),
         90: (
             *((32, 64, True, 8, stages) for stages in (2, 3, 4)),
-            *((32, 128, True, 8, 2), (16, 64, True, 4, 2), (16, 64, True, 4, 3)),
+            *((16, 64, True, 4, 2), (16, 64, True, 4, 3)),
         ),
     }
     dkv = {
@@ -461,8 +461,8 @@ def refusal(row: resources.Figures, capability: int) -> str | None:
     """Why a candidate is not launched, or None."""
     if row["shared"] > (limit := resources.SHARED_LIMIT[capability]):
         return f"dropped: {row['shared']} bytes of shared memory, the limit is {limit}"
-    if row["tma"] and (row["unbarred"] or row["touched"]):
-        return f"dropped: {row['unbarred']} unbarred, {row['touched']} touched"
+    if row["mixed"] or row["tma"] and (row["unbarred"] or row["touched"]):
+        return f"dropped: {row['unbarred']} unbarred, {row['touched']} touched, {row['mixed']} mixed"
     return None
 
 
