@@ -592,7 +592,7 @@ def _launch_config(
         block_m, block_n = 64 if block_h <= 64 else 32, 32 if block_h <= 128 else 16
         num_stages = 1
     elif use_tma:
-        # bench/NOTES.md: as many keys as columns are wrong with queries in registers, and slow without
+        # 128 keys at 128 columns are wrong (queries in registers) or without overlap (ahead): bench/NOTES.md
         block_m, block_n = 128, 128 if block_h <= 64 else 64
     else:
         block_m, block_n = (128, 64) if block_h <= 128 else (64, 32)

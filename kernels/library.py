@@ -103,7 +103,7 @@ def _by_sdpa(
         )
         outs.append(out.transpose(1, 2).flatten(0, 1))
     if len(outs) == 1:
-        return outs[0]  # torch.cat would copy it
+        return outs[0].contiguous()  # as a rule it is, and torch.cat would copy it
     return torch.cat(outs) if outs else torch.zeros_like(q)
 
 

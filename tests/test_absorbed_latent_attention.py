@@ -125,7 +125,7 @@ def test_huge_scores_stay_finite(path, device):
     x, a, *_ = RAGGED.absorbed_inputs(device, torch.float32)
     p = latent_weights(1000 * x, 1000 * a, 2)
     # a division of a GPU (div.full) errs by up to 2 units in the last place, as exp2 does
-    assert p.isfinite().all() and p.max().item() == pytest.approx(1, abs=2**-21)
+    assert p.isfinite().all() and abs(p.max().item() - 1) <= (2**-21 if HAS_GPU else 0)
 
 
 def test_nan_in_a_token_stays_there(path, device):

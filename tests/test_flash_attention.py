@@ -67,8 +67,9 @@ def test_matches_the_reference_around_the_tile_size(length, path, device):
 def test_matches_the_reference_with_blocks_of_64_keys_ahead(length, path, device):
     """From one block to four. Heads of NV-Embed's width take narrower blocks than those of the cases."""
     case = AttentionCase("ahead", (length,), 2, 1, 128)
-    for name, got, low, high in _with_oracle(case, torch.float16, device):
-        assert_parity(name, got, low, high)
+    for causal in (False, True):
+        for name, got, low, high in _with_oracle(case, torch.float16, device, causal=causal):
+            assert_parity(name, got, low, high)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="plays sm_90 in the interpreter")

@@ -13,7 +13,6 @@ from tokenizers import Tokenizer, models
 
 from nvembed_fast import NVEmbed, ops
 from nvembed_fast.graphs import SingleTextGraphs
-from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 from tools.gpu_checks import small_model
 
@@ -36,31 +35,28 @@ def test_a_model_in_16_bits_agrees_with_fp32(dtype):
     assert cosine.min() > (0.9999 if dtype == torch.float16 else 0.999), cosine
 
 
-def assert_same_directions(
-    model: NVEmbedModel, batch: PackedBatch, got: torch.Tensor, wanted: torch.Tensor
-) -> None:
-    """Vectors of one text differ by no more than two that each have the error of PyTorch's own 16 bits.
-
-    cuBLAS sums a product in an order that depends on the number of rows. So the two vectors are two roundings
-    of one, and each may be as far from fp32 as the reference in the same dtype.
-    """
-    with ops.use_impl("torch"):
-        low, high = model(batch), copy.deepcopy(model).float()(batch)
-    got, wanted, low, high = (
-        torch.nn.functional.normalize(vectors.double()) for vectors in (got, wanted, low, high)
-    )
-    distance, error = (got - wanted).norm(dim=1), (low - high).norm(dim=1)
-    assert (error > 0).all(), "the dtype rounds nothing, so this test would prove nothing"
-    assert (distance <= 2 * error).all(), (distance, error)
-
-
 @HALF
 def test_one_text_one_vector(dtype):
+    """To rounding: cuBLAS sums a product in an order that depends on the number of rows.
+
+    So in bf16 the two vectors are two roundings of one, and each may be as far from fp32 as PyTorch's own.
+    """
     model = small_model(dtype)
     ids = [np.random.default_rng(n).integers(3, 32000, n) for n in (1, 2, 3, 40, 128, 129, 700)]
     batch = PackedBatch.from_ids(ids, [0] * len(ids), "cuda")
-    alone = torch.cat([model(PackedBatch.from_ids([i], [0], "cuda")) for i in ids])
-    assert_same_directions(model, batch, model(batch), alone)
+    together, alone = model(batch), torch.cat([model(PackedBatch.from_ids([i], [0], "cuda")) for i in ids])
+    if dtype == torch.float16:
+        cosine = torch.nn.functional.cosine_similarity(together, alone)
+        assert cosine.min() > 0.99999, cosine
+        return
+    with ops.use_impl("torch"):
+        low, high = model(batch), copy.deepcopy(model).float()(batch)
+    together, alone, low, high = (
+        torch.nn.functional.normalize(vectors.double()) for vectors in (together, alone, low, high)
+    )
+    distance, error = (together - alone).norm(dim=1), (low - high).norm(dim=1)
+    assert (error > 0).all(), "the dtype rounds nothing, so this test would prove nothing"
+    assert (distance <= 2 * error).all(), (distance, error)
 
 
 @HALF
@@ -69,8 +65,9 @@ def test_cuda_graphs_give_the_vectors_of_the_model(dtype):
     graphs = SingleTextGraphs(model)
     for length in (1, 16, 17, 50, 64, 100, 200, 256, 50):
         ids = np.random.default_rng(length).integers(3, 32000, length)
-        batch = PackedBatch.from_ids([ids], [length // 3], "cuda")
-        assert_same_directions(model, batch, graphs(ids, length // 3), model(batch))
+        wanted = model(PackedBatch.from_ids([ids], [length // 3], "cuda"))
+        cosine = torch.nn.functional.cosine_similarity(graphs(ids, length // 3), wanted)
+        assert cosine.min() > 0.99999, (length, cosine)
     assert sorted(graphs._graphs) == [16, 32, 64, 128, 256]
 
 

@@ -174,7 +174,7 @@ def test_two_errors_of_an_instruction_pass(largest):
         weight, denominator = (torch.zeros(2, 3000) for _ in range(2))
         weight[0, 7], denominator[0, 7], high[0, 7] = 1, -1, 3
     got = high * (1 + size * weight) / (1 + size * denominator)
-    assert 0.5 < _share([(got.float(), high.float(), high)]) < 1
+    assert 0.5 < _share([(got.float(), (high.float(), high.float()), high)]) < 1
 
 
 def test_one_wrong_element_is_beyond_the_bound():
@@ -194,6 +194,10 @@ def test_off_a_gpu_the_bound_is_that_of_eager(monkeypatch):
     assert [bound for *_, bound in errors("exact", size.float(), high.float(), high)] == [2 * eps, eps / 8]
 
 
-def test_elements_of_one_matrix_are_no_product():
-    x = torch.randn(3, 5)
-    assert [len(lows) for lows in honest(lambda x, weight: x * weight, (x, x[0]))] == [1]
+def test_without_a_product_the_bound_is_that_of_eager():
+    """What `_moved` models are sums over the last dimension of two factors."""
+    x, residual, weight = torch.randn(3, 5), torch.randn(3, 5), torch.ones(5)
+    norm = honest(lambda *ts: reference.add_rms_norm(*ts, 1e-5), (x, residual, weight))
+    assert [len(lows) for lows in (*norm, *honest(torch.add, (x, residual)))] == [1, 1, 1]
+    for product in (lambda a, b: a @ b.mT, lambda a, b: torch.einsum("td,sd->ts", a, b)):
+        assert [len(lows) for lows in honest(product, (x, residual))] == [2]
