@@ -253,6 +253,7 @@ def test_rows_with_own_candidates_take_the_direct_step(folder, start, monkeypatc
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_a_teachers_scores_pull_whatever_the_chunks(folder, start, in_batch):
     settings = {"steps": 2, "data": {"in_batch": in_batch, "hard_negatives": 2}, "distillation": 0.5}
+    settings["lr"] = 1e-3  # Adam makes a whole step of a gradient that is all rounding
     for output, change in (
         ("plain", {"distillation": 0.0}),
         ("small", {"max_tokens": 40}),
