@@ -14,6 +14,13 @@ def bound(function: Callable, layout: SeqLayout, causal: bool = False) -> Callab
     return lambda q, k, v: function(q, k, v, layout, causal=causal, return_lse=True)
 
 
+def amid(t: torch.Tensor, around: float) -> torch.Tensor:
+    """A copy of [T, N, H] with a value in rows before and behind it, heads beside and columns right of it."""
+    tokens, heads, width = t.shape
+    wide = t.new_full((tokens + 200, heads + 8, width + 8), around)
+    return wide[100 : 100 + tokens, 4 : 4 + heads, :width].copy_(t)
+
+
 def spy_on_launches(monkeypatch, module, *kernels: str) -> list[tuple[str, dict]]:
     """A list that fills with (kernel, arguments) at every launch of these kernels of a module."""
     launches = []

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from gradients import assert_compiles, assert_same_constants, bound, spy_on_launches
+from gradients import amid, assert_compiles, assert_same_constants, bound, spy_on_launches
 
 from nvembed_fast.kernels import flash_attention as module
 from nvembed_fast.kernels.flash_attention import flash_attention
@@ -105,12 +105,7 @@ def test_nan_around_the_pack_reaches_no_gradient(width, path, device):
 
 
 def _gradients_amid(around: float, tensors, dlse, layout) -> list[torch.Tensor]:
-    views = []
-    for t in tensors:
-        tokens, heads, width = t.shape
-        wide = t.new_full((tokens + 200, heads + 8, width + 8), around)
-        views.append(wide[100 : 100 + tokens, 4 : 4 + heads, :width].copy_(t))
-    *views, dout = views
+    *views, dout = (amid(t, around) for t in tensors)
     leaves = [v.detach().requires_grad_() for v in views]
     torch.autograd.backward(bound(flash_attention, layout)(*leaves), [dout, dlse])
     return [leaf.grad for leaf in leaves]

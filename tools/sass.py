@@ -140,11 +140,9 @@ def _after(instruction: Instruction, state: State) -> State:
     name, operands = instruction.name, instruction.operands
     if name == "HGMMA":
         accumulators, inputs = _wgmma_registers(instruction)
-        state = State(
-            state.accumulators | dict.fromkeys(accumulators, _UNCOMMITTED),
-            state.inputs | dict.fromkeys(inputs, _UNCOMMITTED),
-            state.is_barred,
-            state.origins,
+        state = state._replace(
+            accumulators=state.accumulators | dict.fromkeys(accumulators, _UNCOMMITTED),
+            inputs=state.inputs | dict.fromkeys(inputs, _UNCOMMITTED),
         )
         if "gsb0" in operands:
             state = state._replace(
@@ -152,8 +150,10 @@ def _after(instruction: Instruction, state: State) -> State:
             )
     elif instruction.opcode.startswith("WARPGROUP.DEPBAR"):
         allowed = int(operands[-1], 16)
-        state = State(
-            _waited(state.accumulators, allowed), _waited(state.inputs, allowed), False, state.origins
+        state = state._replace(
+            accumulators=_waited(state.accumulators, allowed),
+            inputs=_waited(state.inputs, allowed),
+            is_barred=False,
         )
     elif instruction.opcode.startswith("BAR.SYNC") and operands == ("0x0",):
         # barrier 0 without a count of threads: all warps of the program
@@ -225,11 +225,8 @@ def _touches(instruction: Instruction, state: State) -> bool:
     made = _written(instruction)
     if _meets(made, state.accumulators) or _meets(made, state.inputs):
         return True
-    read = [
-        int(r)
-        for o in operands[0 if name.startswith(_WRITES_NONE) else 1 :]
-        for r in re.findall(r"\bR(\d+)", o)
-    ]
+    first_read = 0 if name.startswith(_WRITES_NONE) else 1
+    read = [int(r) for o in operands[first_read:] for r in re.findall(r"\bR(\d+)", o)]
     if name.startswith("ST"):
         read += _registers(operands[-1], _width(instruction.opcode))
     return _meets(read, state.accumulators)
