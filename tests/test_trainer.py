@@ -436,5 +436,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(folder, start):
     train(recipe_of(folder, start, output="both", data=data, **settings))
     shutil.rmtree(folder / "both" / "checkpoint-000006")
     recipe = recipe_of(folder, start, output="both", sharding="fsdp", data=data, **settings)
-    run_on_two_ranks(*COMMAND[1:], write_recipe(folder / "both.toml", recipe), timeout=200)
+    script = Path(__file__).with_name("train_and_leave.py")
+    said = run_on_two_ranks(script, write_recipe(folder / "both.toml", recipe), timeout=200)
+    assert said.count("holds []") == 2, said
     assert_same_run(folder / "both", folder / "out")

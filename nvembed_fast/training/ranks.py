@@ -1,8 +1,10 @@
 """The processes of a run: one alone, or those that torchrun has started. And the model spread over them."""
 
 import ctypes
+import gc
 import os
 import platform
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +60,10 @@ class Ranks:
 def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
     """The ranks that the environment of torchrun states, and one without it. They talk by NCCL or Gloo.
 
+    Models that are spread over them must be given up inside. One that is left holds the group and its
+    threads, and those of Gloo may abort the process when the interpreter ends (torch 2.13). What an error
+    holds is given up here.
+
     Args:
         device: None takes the GPU of this rank if there is one, else the CPU.
     """
@@ -75,8 +81,15 @@ def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
         dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(dist.get_rank() if size > 1 else 0, size, place)
+    except BaseException as error:
+        cause: BaseException | None = error
+        while starts and cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        raise
     finally:
         if starts:
+            gc.collect()  # modules lie in cycles
             dist.destroy_process_group()
 
 

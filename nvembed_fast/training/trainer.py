@@ -92,49 +92,59 @@ def train(
         ValueError, OSError: the recipe, its data, its start or its last checkpoint cannot be used, or the
             disk is full. The last checkpoint stays.
     """
-    part, output = recipe.train, Path(recipe.output)
     with joined(device) as ranks:
-        say = say if ranks.is_first else _nothing
-        if part.batch < ranks.size:
-            raise RecipeError(f"train.batch is {part.batch}, fewer rows than the {ranks.size} ranks")
-        sets = open_sets(recipe.data)
-        teacher = _teacher(part)
-        if ranks.is_first and checkpoints.newest(output) is None:
-            _check_new(output)
-            for data in sets:
-                data.check(needs_scores=_needs_scores(part), teacher=teacher)
-        with _alone(output, ranks):
-            if not ranks.is_first:
-                ranks.wait()
-            start = start_directory(recipe)  # which the first rank makes
-            if ranks.is_first:
-                ranks.wait()
-            path = checkpoints.newest(output)
-            known = {} if path is None else checkpoints.identity_of(path)
-            sets = _named(sets, known)
-            run = _Run(recipe, ranks, sets, teacher, start, say)
-            if part.warmup > part.steps:
-                say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
-            state = State(0, run.batches.start())
-            if path is not None:
-                state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
-                _tell_new_rate(state.step, part, known["train.steps"], say)
-                is_done = state.step >= part.steps
-                said = f"{path.name}: {state.step} of {part.steps} steps are done"
-                say(said if is_done else f"going on from {path.name}")
-            if ranks.total([state.step])[0] != state.step * ranks.size:
-                raise ValueError(
-                    f"the ranks see different checkpoints in {output}: it must lie on a disk that is shared "
-                    "by all machines"
-                )
-            run.loop(state, evaluate, evaluate_every)
-            if ranks.is_first:
-                last = checkpoints.newest(output)
-                assert last is not None
-                export(recipe, run.directory, last)
-                say(f"{output}: the trained model")
+        _train(recipe, ranks, evaluate, evaluate_every, say if ranks.is_first else _nothing)
+    return Path(recipe.output)
+
+
+def _train(
+    recipe: Recipe,
+    ranks: Ranks,
+    evaluate: Evaluate | None,
+    evaluate_every: int,
+    say: Callable[[str], None],
+) -> None:
+    """`train` on this rank. What it holds of the ranks is gone when it returns."""
+    part, output = recipe.train, Path(recipe.output)
+    if part.batch < ranks.size:
+        raise RecipeError(f"train.batch is {part.batch}, fewer rows than the {ranks.size} ranks")
+    sets = open_sets(recipe.data)
+    teacher = _teacher(part)
+    if ranks.is_first and checkpoints.newest(output) is None:
+        _check_new(output)
+        for data in sets:
+            data.check(needs_scores=_needs_scores(part), teacher=teacher)
+    with _alone(output, ranks):
+        if not ranks.is_first:
             ranks.wait()
-    return output
+        start = start_directory(recipe)  # which the first rank makes
+        if ranks.is_first:
+            ranks.wait()
+        path = checkpoints.newest(output)
+        known = {} if path is None else checkpoints.identity_of(path)
+        sets = _named(sets, known)
+        run = _Run(recipe, ranks, sets, teacher, start, say)
+        if part.warmup > part.steps:
+            say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
+        state = State(0, run.batches.start())
+        if path is not None:
+            state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
+            _tell_new_rate(state.step, part, known["train.steps"], say)
+            is_done = state.step >= part.steps
+            said = f"{path.name}: {state.step} of {part.steps} steps are done"
+            say(said if is_done else f"going on from {path.name}")
+        if ranks.total([state.step])[0] != state.step * ranks.size:
+            raise ValueError(
+                f"the ranks see different checkpoints in {output}: it must lie on a disk that is shared "
+                "by all machines"
+            )
+        run.loop(state, evaluate, evaluate_every)
+        if ranks.is_first:
+            last = checkpoints.newest(output)
+            assert last is not None
+            export(recipe, run.directory, last)
+            say(f"{output}: the trained model")
+        ranks.wait()
 
 
 class _Run:
