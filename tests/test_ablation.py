@@ -270,6 +270,27 @@ def test_a_missing_set_is_told_before_any_run(file, capsys, monkeypatch):
     assert status == 1 and f"1 data sets are missing: {file.parent / 'pairs.jsonl'}." in error
 
 
+def test_rows_of_other_data_are_told_before_any_run(file, capsys, monkeypatch):
+    monkeypatch.setattr(ablation, "run_cell", lambda *_, **__: pytest.fail("a cell was run"))
+    (file.parent / "pairs.jsonl").write_text('{"query": "q", "positive": "p"}\n')
+    table = read_table(file)
+    done = table.cells()[0]
+    write_row(file.parent / "results", done, planted(done, 0.5))
+    status, _, error = ablate(capsys, file)
+    assert status == 1 and "rows of heads were made with other versions of pairs than those here" in error
+    assert ablation.changed_sets(table, [planted(done, 0.5, data=ablation.data_of(done))]) == []
+    assert ablation.changed_sets(table, [planted(done, 0.5, made_of="an older recipe")]) == []
+    # a table without rows is run beside it
+    other = file.with_name("other.toml")
+    other.write_text(file.read_text())
+    run = []
+    monkeypatch.setattr(ablation, "load_tasks", run.extend)
+    monkeypatch.setattr(ablation, "run_cell", lambda cell, *_, **__: planted(cell, 0.5))
+    status, _, error = ablate(capsys, file, other)
+    assert status == 0 and "left out: the rows of heads" in error, error
+    assert {cell.table.name for cell in run} == {"other"}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -156,6 +156,7 @@ def _run(cells: "list[Cell]", arguments: argparse.Namespace) -> None:
     if not missing:
         return
     ablation.check_sets(missing)
+    missing = _comparable(missing, arguments)
     if find_spec("mteb") is None:
         raise ImportError("evaluation needs the package mteb: pip install 'nvembed-fast[eval]'")
     process.raise_interrupts()
@@ -165,7 +166,7 @@ def _run(cells: "list[Cell]", arguments: argparse.Namespace) -> None:
         with options.note_cut(""):  # a table has its own max_length
             for number, cell in enumerate(missing, start=1):
                 _make(cell, f"{number} of {len(missing)}", cells, loaded, arguments, waits=False)
-            if others := _missing(cells, arguments):
+            if others := _missing(missing, arguments):
                 process.say(f"waiting for other processes, which are at {', '.join(map(str, others))}")
                 for cell in others:
                     _make(cell, "left by another process", cells, loaded, arguments, waits=True)
@@ -174,6 +175,25 @@ def _run(cells: "list[Cell]", arguments: argparse.Namespace) -> None:
         raise KeyboardInterrupt(
             f"{done} of {len(cells)} cells have their rows, and the same command goes on"
         ) from stop
+
+
+def _comparable(cells: "list[Cell]", arguments: argparse.Namespace) -> "list[Cell]":
+    """The cells of tables whose rows were made with the data files that are here. The others are told."""
+    from nvembed_fast.evaluation.ablation import changed_sets
+
+    tables = list({cell.table.name: cell.table for cell in cells}.values())
+    rows = _rows(tables, arguments)
+    changed = {table.name: names for table in tables if (names := changed_sets(table, rows))}
+    told = [
+        f"the rows of {table} were made with other versions of {', '.join(names)} than those here, so new "
+        "ones would not compare: use those files, or make the whole table with -o FOLDER"
+        for table, names in changed.items()
+    ]
+    if len(changed) == len(tables):
+        raise ValueError(told[0])
+    for line in told:
+        process.say(f"left out: {line}")
+    return [cell for cell in cells if cell.table.name not in changed]
 
 
 def _missing(cells: "list[Cell]", arguments: argparse.Namespace) -> "list[Cell]":
@@ -206,7 +226,9 @@ def _make(
             return
         process.say(f"{place}: {cell}")
         folder = arguments.work / cell.made_of
-        row = next((row for row in rows if row["made_of"] == cell.made_of), None)
+        # a cell of another table may say the same of other files
+        made_with = cell.made_of, ablation.data_of(cell)
+        row = next((row for row in rows if (row["made_of"], row["data"]) == made_with), None)
         if row is None:
             row = ablation.run_cell(cell, loaded, folder, device=arguments.device, say=process.say)
         ablation.write_row(_results(cell.table, arguments), cell, row)

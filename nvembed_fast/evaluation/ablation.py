@@ -22,7 +22,7 @@
    one seed see the same rows in the same order, as far as their recipes agree.
 4. A cell is done if RESULTS/TABLE.jsonl has its row. `made_of` in a row is a hash of all that the cell's
    recipes and tasks say. So a changed recipe makes another cell, and cells of two tables that say the same
-   are computed once.
+   are computed once. The rows of one table are all made with the same data files.
 """
 
 import difflib
@@ -46,7 +46,9 @@ __all__ = [
     "Cell",
     "Run",
     "Table",
+    "changed_sets",
     "check_sets",
+    "data_of",
     "load_tasks",
     "read_rows",
     "read_table",
@@ -309,6 +311,31 @@ def check_sets(cells: Iterable[Cell]) -> None:
         )
 
 
+def changed_sets(table: Table, rows: Iterable[Row]) -> list[str]:
+    """The names of the sets of which the table's rows were made with another file than the one here."""
+    cells = table.cells()
+    done = [row["data"] for cell in cells if (row := row_of(cell, rows))]
+    files = {
+        _name(part.file): part.file for cell in cells for stage in cell.run.stages for part in stage.data
+    }
+    found = []
+    for name, file in files.items():
+        known = {data[name] for data in done if name in data}
+        if known and Path(file).is_file() and known != {_version(file)}:
+            found.append(name)
+    return sorted(found)
+
+
+def data_of(cell: Cell) -> dict[str, str]:
+    """The start of the fingerprint of each data file, by the name of the set."""
+    sets = dict.fromkeys(part.file for stage in cell.run.stages for part in stage.data)
+    return {_name(file): _version(file) for file in sets}
+
+
+def _version(file: str) -> str:
+    return open_rows(file).fingerprint[:12]
+
+
 def load_tasks(cells: Iterable[Cell]) -> dict[tuple[str, bool], tasks.LocalTask]:
     """The tasks of cells by name, and by whether they are quick samples.
 
@@ -373,7 +400,6 @@ def run_cell(
         door.max_length = min(task.max_length, cell.table.max_length or task.max_length)
         scores[name] = round(score(planted_task(task), door).main_score, 5)
         revisions[name] = task.revision
-    sets = dict.fromkeys(part.file for recipe in recipes for part in recipe.data)
     return {
         "table": cell.table.name,
         "run": cell.run.name,
@@ -382,7 +408,7 @@ def run_cell(
         "tokens": round(sum(line["tokens"] for line in lines)),
         "scores": scores,
         "made_of": cell.made_of,
-        "data": {_name(file): open_rows(file).fingerprint[:12] for file in sets},
+        "data": data_of(cell),
         "revisions": revisions,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "mteb")},
         "device": str(model.device),

@@ -103,6 +103,20 @@ def test_cells_are_trained_scored_and_left(folder, planted, tmp_path, capsys, mo
     assert "zwei" in (tmp_path / "rows" / "other.jsonl").read_text()
 
 
+def test_a_row_of_other_data_is_not_taken_over(folder, planted, tmp_path, capsys, monkeypatch):
+    for name in ("first.toml", "second.toml", "table.toml"):
+        (tmp_path / name).write_text((folder / name).read_text())
+    words = ("-o", tmp_path / "rows", "--work", tmp_path / "work", "--seed", 0, "--run")
+    assert ablate(capsys, tmp_path / "table.toml", *words, "two")[0] == 0
+    (row,) = rows(tmp_path / "rows")
+    (tmp_path / "other.toml").write_text(TABLE)
+    results = tmp_path / "rows" / "table.jsonl"
+    results.write_text(json.dumps(row | {"data": {"pairs": "0" * 12}, "scores": {"squad": 9, "r52": 9}}))
+    assert ablate(capsys, tmp_path / "other.toml", *words, "two")[0] == 0
+    (made,) = (json.loads(line) for line in (tmp_path / "rows" / "other.jsonl").read_text().splitlines())
+    assert made["scores"] == row["scores"] and made["data"] == row["data"]
+
+
 def test_an_interrupted_table_goes_on(folder, planted, tmp_path, capsys, monkeypatch):
     real = trainer._Run.step
 
