@@ -32,8 +32,10 @@ BF16 = pytest.param(torch.bfloat16)
 if not HAS_GPU and importlib.util.find_spec("triton"):
     import exact_bf16
     import exact_products
+    import quick_interpreter
 
     exact_products.install()
+    quick_interpreter.install()
     if exact_bf16.IS_EXACT:
         exact_bf16.install()
     else:

@@ -1,4 +1,4 @@
-"""One rank of `test_two_processes_get_the_mean_gradient`: torchrun data_parallel.py HOW DEVICE."""
+"""One rank of `test_two_processes_get_the_mean_gradient`: torchrun data_parallel.py DEVICE."""
 
 import contextlib
 import copy
@@ -14,6 +14,8 @@ from whole_model import gradients_of, loss_of, make_batch, make_model
 
 from nvembed_fast import ops
 
+HOWS = ("ddp", "ddp_built_once", "fsdp2", "fsdp2_mixed_precision")
+
 
 def shard(model, policy: MixedPrecisionPolicy):
     backbone = model.embedding_model
@@ -22,11 +24,8 @@ def shard(model, policy: MixedPrecisionPolicy):
     return model
 
 
-def main(how: str, device: str) -> None:
-    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+def check(how: str, device: str) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    if device == "cuda":
-        torch.cuda.set_device(rank)
     model = make_model(device=device)
     # the interpreter is wrong in bf16
     low = torch.float16 if device == "cpu" else torch.bfloat16
@@ -50,9 +49,17 @@ def main(how: str, device: str) -> None:
         gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
         assert gradient.dtype == torch.float32
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
-    say(f"equal on rank {rank}")
+    say(f"{how}: equal on rank {rank}")
+
+
+def main(device: str) -> None:
+    dist.init_process_group("gloo" if device == "cpu" else "nccl")
+    if device == "cuda":
+        torch.cuda.set_device(dist.get_rank())
+    for how in HOWS:
+        check(how, device)
     leave()
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -278,8 +278,9 @@ import os, sys, torch
 os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(1)
 sys.path.append("tests")
-import exact_bf16, exact_products
+import exact_bf16, exact_products, quick_interpreter
 exact_products.install()
+quick_interpreter.install()
 dtypes = ["float16", "float32"]
 if exact_bf16.IS_EXACT:
     exact_bf16.install()
