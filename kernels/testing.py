@@ -97,7 +97,9 @@ ATTENTION_CPU = (
 )
 
 
-def attention_gradients(inputs, upstream, layout: SeqLayout, causal: bool = False) -> list[torch.Tensor]:
+def attention_gradients(
+    inputs, upstream, layout: SeqLayout, causal: bool = False, scale: float | None = None
+) -> list[torch.Tensor]:
     """dq, dk, dv as an honest kernel rounds: the cost of the dtype, the `low` of a gradient's parity.
 
     Eager attention on a CPU keeps probabilities in fp32. Tensor cores take operands in the dtype, so P and dS
@@ -115,7 +117,8 @@ def attention_gradients(inputs, upstream, layout: SeqLayout, causal: bool = Fals
         for n in range(q.shape[1]):
             g = n // group
             q_h, k_h, v_h, dout_h = (t[start:stop, i] for t, i in ((q, n), (k, g), (v, g), (dout, n)))
-            dq, dk, dv = _head_gradients(q_h, k_h, v_h, dout_h, dlse[n, start:stop, None], causal)
+            dlse_h = dlse[n, start:stop, None]
+            dq, dk, dv = _head_gradients(q_h, k_h, v_h, dout_h, dlse_h, causal, scale)
             grads[0][start:stop, n] = dq
             grads[1][start:stop, g] += dk
             grads[2][start:stop, g] += dv
@@ -129,10 +132,10 @@ def latent_attention_gradients(inputs, upstream) -> list[torch.Tensor]:
     return [torch.stack(grads, dim=1).to(inputs[0].dtype) for grads in per_head]
 
 
-def _head_gradients(q, k, v, dout, dlse=0.0, causal: bool = False) -> Tensors:
+def _head_gradients(q, k, v, dout, dlse=0.0, causal: bool = False, scale: float | None = None) -> Tensors:
     """dq, dk, dv of one head in fp32: q and dout [S, H], k and v [L, H], dlse [S, 1]."""
     q_SH, k_LH, v_LH, dout_SH = (t.float() for t in (q, k, v, dout))
-    scale = q.shape[1] ** -0.5
+    scale = q.shape[1] ** -0.5 if scale is None else scale
     scores = scale * q_SH @ k_LH.mT
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)

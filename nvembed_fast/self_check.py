@@ -106,7 +106,7 @@ def _attention(
 
         def low(tensors, upstream):
             dlse = q.new_zeros(q.shape[1], q.shape[0])
-            return testing.attention_gradients(tensors, [*upstream, dlse][:2], layout, case.causal)
+            return testing.attention_gradients(tensors, [*upstream, dlse][:2], layout, case.causal, scale)
 
         rounds = dtype != torch.float32
         return Problem(f"{name} {case.lengths}", (q, k, v), call, low if rounds else None, **more)
@@ -122,7 +122,7 @@ def _attention(
     yield problem("causal by pointers", causal, gap=ODD, upstream_gap=ODD)
     yield problem("short", ATTENTION_SHORT)
     yield problem("without the lse", pack, lse=False)
-    yield problem("scaled", ATTENTION_SHORT, scale=0.3, directions=("forward",))
+    yield problem("scaled", ATTENTION_SHORT, scale=0.3)
     yield problem("peaked", dataclasses.replace(pack, peak=2.0))
     yield problem("many blocks of keys", dataclasses.replace(pack, lengths=(300,)))
     yield problem("whole blocks of keys", dataclasses.replace(pack, lengths=(256, 129)))

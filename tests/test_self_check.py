@@ -11,7 +11,7 @@ import torch
 import triton
 
 from nvembed_fast import ops, self_check
-from nvembed_fast.kernels import _common, gated, reference
+from nvembed_fast.kernels import _common, flash_attention, gated, reference
 from nvembed_fast.verdicts import DIRECTIONS
 
 
@@ -91,6 +91,17 @@ def test_a_wrong_gradient_is_found_and_the_forward_stays_right(device, monkeypat
     monkeypatch.setattr(gated, "_launch_bwd", lambda *args: 1.01 * launch(*args))
     backward, forward = (self_check.check(("swiglu", "float16", d), device) for d in ("backward", "forward"))
     assert forward.ok and not backward.ok and "gradient 0" in backward.reason
+
+
+def test_a_scale_that_the_gradients_ignore_is_found(device, monkeypatch):
+    recorded = flash_attention._flash_attention_op
+    monkeypatch.setattr(
+        flash_attention,
+        "_flash_attention_op",
+        lambda q, k, v, lengths, scale, causal: recorded(q, k, v, lengths, q.shape[-1] ** -0.5, causal),
+    )
+    finding = self_check.check(("flash_attention", "float16", "backward"), device)
+    assert not finding.ok and finding.reason.startswith("scaled"), finding
 
 
 def test_a_gradient_that_the_second_call_gets_from_the_first_is_found(device, monkeypatch):
