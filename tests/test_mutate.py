@@ -81,7 +81,7 @@ def test_a_killed_process_is_red_and_a_slow_one_an_error(toy, capsys):
         entry("return 2 * x", "return os.abort()", "test_double", breaks="abort"),
         entry("return 2 * x", "return time.sleep(60)", "test_double", breaks="sleep"),
     )
-    status, out = run(toy, capsys, "--limit", "5")
+    status, out = run(toy, capsys, "--limit", "20")  # on a busy machine a run takes more than 5
     assert status == 1 and "red      toy: abort (killed by SIGABRT)" in out
     assert "error    toy: sleep (beyond the time limit)" in out
 
