@@ -14,13 +14,6 @@ def bound(function: Callable, layout: SeqLayout, causal: bool = False) -> Callab
     return lambda q, k, v: function(q, k, v, layout, causal=causal, return_lse=True)
 
 
-def amid(t: torch.Tensor, around: float) -> torch.Tensor:
-    """A copy of [T, N, H] with a value in rows before and behind it, heads beside and columns right of it."""
-    tokens, heads, width = t.shape
-    wide = t.new_full((tokens + 200, heads + 8, width + 8), around)
-    return wide[100 : 100 + tokens, 4 : 4 + heads, :width].copy_(t)
-
-
 def spy_on_launches(monkeypatch, module, *kernels: str) -> list[tuple[str, dict]]:
     """A list that fills with (kernel, arguments) at every launch of these kernels of a module."""
     launches = []
@@ -93,11 +86,11 @@ def saved_shapes(kernel: Callable, inputs: Tensors, frozen: Sequence[int]) -> li
     return kept
 
 
-def amid_nan(t: torch.Tensor) -> torch.Tensor:
-    """A copy with NaN in the rows before and behind it, and behind every row."""
-    rows, columns = t.shape[0] + 300, t.shape[-1] + 16
-    view = t.new_full((rows, *t.shape[1:-1], columns), float("nan"))[150:-150, ..., : t.shape[-1]]
-    return view.copy_(t)
+def amid(t: torch.Tensor, around: float = float("nan")) -> torch.Tensor:
+    """A copy with a value in rows before and behind it, heads beside and columns right of it."""
+    rows, *heads, columns = t.shape
+    wide = t.new_full((rows + 300, *(n + 8 for n in heads), columns + 16), around)
+    return wide[150:-150, *[slice(4, -4)] * len(heads), :columns].copy_(t)
 
 
 def far_rows(rows: int, step: int, device: str) -> torch.Tensor:

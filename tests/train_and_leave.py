@@ -6,6 +6,7 @@ import sys
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import say
 
 from nvembed_fast import cli
 
@@ -15,7 +16,7 @@ real = dist.destroy_process_group
 
 def destroy() -> None:
     left = [type(thing).__name__ for thing in gc.get_objects() if issubclass(type(thing), SPREAD)]
-    print(f"rank {dist.get_rank()} holds {left}\n", end="", flush=True)  # noqa: T201
+    say(f"rank {dist.get_rank()} holds {left}")
     real()
 
 

@@ -226,9 +226,9 @@ def _make(
             return
         process.say(f"{place}: {cell}")
         folder = arguments.work / cell.made_of
-        # a cell of another table may say the same of other files
-        made_with = cell.made_of, ablation.data_of(cell)
-        row = next((row for row in rows if (row["made_of"], row["data"]) == made_with), None)
+        same = [row for row in rows if row["made_of"] == cell.made_of]
+        # of other files another table's cell may say the same
+        row = next((row for row in same if row["data"] == ablation.data_of(cell)), None)
         if row is None:
             row = ablation.run_cell(cell, loaded, folder, device=arguments.device, say=process.say)
         ablation.write_row(_results(cell.table, arguments), cell, row)

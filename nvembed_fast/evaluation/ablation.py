@@ -139,6 +139,11 @@ class Cell:
         return found
 
     @property
+    def files(self) -> list[str]:
+        """The data files of its stages, each once."""
+        return list(dict.fromkeys(part.file for stage in self.run.stages for part in stage.data))
+
+    @property
     def made_of(self) -> str:
         """The first 12 hexadecimal digits of a sha256 of its recipes and tasks, in JSON.
 
@@ -302,7 +307,7 @@ def check_sets(cells: Iterable[Cell]) -> None:
     Raises:
         ValueError: a data set of a cell is not there.
     """
-    found = {part.file for cell in cells for stage in cell.run.stages for part in stage.data}
+    found = {file for cell in cells for file in cell.files}
     missing = sorted(file for file in found if not Path(file).is_file())
     if missing:
         raise ValueError(
@@ -315,21 +320,17 @@ def changed_sets(table: Table, rows: Iterable[Row]) -> list[str]:
     """The names of the sets of which the table's rows were made with another file than the one here."""
     cells = table.cells()
     done = [row["data"] for cell in cells if (row := row_of(cell, rows))]
-    files = {
-        _name(part.file): part.file for cell in cells for stage in cell.run.stages for part in stage.data
-    }
     found = []
-    for name, file in files.items():
-        known = {data[name] for data in done if name in data}
+    for file in {file for cell in cells for file in cell.files}:
+        known = {data[_name(file)] for data in done if _name(file) in data}
         if known and Path(file).is_file() and known != {_version(file)}:
-            found.append(name)
+            found.append(_name(file))
     return sorted(found)
 
 
 def data_of(cell: Cell) -> dict[str, str]:
     """The start of the fingerprint of each data file, by the name of the set."""
-    sets = dict.fromkeys(part.file for stage in cell.run.stages for part in stage.data)
-    return {_name(file): _version(file) for file in sets}
+    return {_name(file): _version(file) for file in cell.files}
 
 
 def _version(file: str) -> str:
