@@ -1,8 +1,9 @@
 """Triton's interpreter without what it does anew for every call. Imported by conftest; it changes no result.
 
 A quarter of a kernel's time went into replacing the functions of `triton.language`, once more with each call
-of a device function. Much of the rest went into types, though its many thousand tensors are of few. Twenty
-gradients of attention took 8.4 s of CPU time in the place of 19.8 (2026-11-27, AMD EPYC, Triton 3.7.1).
+of a device function. Much of the rest went into types, though its many thousand tensors are of few. A run
+of 20 gradients of attention took 12.3 s of CPU time in the place of 18.3, with its start (2026-11-27, AMD
+EPYC, Triton 3.7.1).
 """
 
 import functools
