@@ -76,9 +76,9 @@ def test_defaults_are_printed_without_torch(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--set", "train.temprature=1"], "no key 'train.temprature': did you mean 'temperature'?"),
+        (["--set", "train.temprature=1"], "no key 'train.temprature': did you mean 'train.temperature'?"),
         (["--set", "train.temperature=0"], "train.temperature must be a number above 0"),
-        (["--set", "train.stepps=3"], "recipe.toml: no key 'train.stepps': did you mean 'steps'?"),
+        (["--set", "train.stepps=3"], "recipe.toml: no key 'train.stepps': did you mean 'train.steps'?"),
         (["--set", "model.pooling_head=mean"], "model.pooling_head is 'mean', but"),
     ],
 )

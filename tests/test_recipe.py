@@ -87,20 +87,21 @@ def test_a_star_means_every_data_set(file):
     file.write_text(file.read_text() + '[[data]]\nfile = "other.jsonl"\n')
     recipe = Recipe.from_file(file, ["data.*.in_batch=false", "data.*.hard_negatives=3", "data.1.weight=9"])
     assert [(d.in_batch, d.hard_negatives, d.weight) for d in recipe.data] == [(False, 3, 2), (False, 3, 9)]
-    with pytest.raises(RecipeError, match="no key 'data.0.wieght': did you mean 'weight'"):
+    with pytest.raises(RecipeError, match="no key 'data.0.wieght': did you mean 'data.0.weight'"):
         Recipe.from_file(file, ["data.*.wieght=1"])
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"train": {"temprature": 1}}, r"no key 'train.temprature': did you mean 'temperature'\?"),
+        ({"train": {"temprature": 1}}, r"no key 'train.temprature': did you mean 'train.temperature'\?"),
         ({"steps": 3}, r"no key 'steps': did you mean 'train.steps'\?"),
         ({"model": {"start": "x", "lora_rank": 3}}, r"'model.lora_rank': did you mean 'train.lora_rank'"),
-        ({"data": [{"file": "x", "wieght": 2}]}, r"'data.0.wieght': did you mean 'weight'\?"),
-        ({"train": {"learning_rate": 1}}, r"no key 'train.learning_rate': did you mean 'lr'\?"),
-        ({"train": {"batchsize": 1}}, r"'train.batchsize': did you mean 'batch'\?"),
-        ({"train": {"num_epochs": 1}}, r"'train.num_epochs': did you mean 'steps'\?"),
+        ({"data": [{"file": "x", "wieght": 2}]}, r"'data.0.wieght': did you mean 'data.0.weight'\?"),
+        ({"train": {"learning_rate": 1}}, r"no key 'train.learning_rate': did you mean 'train.lr'\?"),
+        ({"model": {"path": "x"}}, r"no key 'model.path': did you mean 'model.start'\?"),
+        ({"train": {"batchsize": 1}}, r"'train.batchsize': did you mean 'train.batch'\?"),
+        ({"train": {"num_epochs": 1}}, r"'train.num_epochs': did you mean 'train.steps'\?"),
         ({"batch_size": 1}, r"'batch_size': did you mean 'train.batch'\?"),
         ({"train": {"model_name_or_path": 1}}, r"did you mean 'model.start'\?"),
         ({"train": {"qqq": 1}}, "no key 'train.qqq': there are steps, batch"),
@@ -129,7 +130,7 @@ def test_what_is_wrong_is_named(change, message):
 
 
 def test_an_error_names_the_file(file, tmp_path):
-    with pytest.raises(RecipeError, match="recipe.toml: no key 'train.stepz': did you mean 'steps'"):
+    with pytest.raises(RecipeError, match="recipe.toml: no key 'train.stepz': did you mean 'train.steps'"):
         Recipe.from_file(file, ["train.stepz=3"])
     for override, message in {
         "train.lr": "--set takes KEY=VALUE",

@@ -311,8 +311,8 @@ def check_sets(cells: Iterable[Cell]) -> None:
     missing = sorted(file for file in found if not Path(file).is_file())
     if missing:
         raise ValueError(
-            f"{len(missing)} data sets are missing: {', '.join(missing)}. docs/ablations.md says which "
-            "commands make them"
+            f"{len(missing)} data sets are missing: {', '.join(missing)}. `make ablation-data` makes all but "
+            "the synthetic one: see docs/ablations.md"
         )
 
 

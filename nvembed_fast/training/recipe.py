@@ -49,6 +49,8 @@ _ELSEWHERE: Mapping[str, str] = MappingProxyType(
         "lora_r": "lora_rank",
         "max_grad_norm": "clip",
         "max_seq_length": "max_length",
+        "model.name": "start",
+        "model.path": "start",
         "model_name_or_path": "start",
         "output_dir": "output",
         "path": "file",
@@ -300,13 +302,14 @@ def _values(part: Any, table: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 def _unknown(prefix: str, name: str, known: Iterable[str]) -> str:
     everywhere = {key: f"{table}.{key}" for table, part in _TABLES.items() for key in _keys(part)}
     everywhere |= {key: f"data.0.{key}" for key in _keys(DataPart)} | {key: key for key in _keys(Recipe)}
-    everywhere |= {key: key for key in known}
-    near = [_ELSEWHERE[word] for word in difflib.get_close_matches(name, _ELSEWHERE, 1, cutoff=0.85)]
+    everywhere |= {key: prefix + key for key in known}
+    near = [_ELSEWHERE[prefix + name]] if prefix + name in _ELSEWHERE else []
+    near += [_ELSEWHERE[word] for word in difflib.get_close_matches(name, _ELSEWHERE, 1, cutoff=0.85)]
     near += difflib.get_close_matches(name, known, 1, cutoff=0.5)
     near += difflib.get_close_matches(name, everywhere, 1, cutoff=0.5)  # it may stand in the wrong table
     close = [everywhere[key] for key in near]
-    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
-    return f"no key {prefix + name!r}: {hint}. `nvembed-fast train --print-defaults` shows them all"
+    hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}."
+    return f"no key {prefix + name!r}: {hint} `nvembed-fast train --print-defaults` shows them all"
 
 
 def _checked(name: str, key: Field, value: Any) -> Any:
