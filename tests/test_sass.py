@@ -91,6 +91,9 @@ def test_no_way_leads_past_a_jump_an_exit_or_a_return():
         ("IMAD.WIDE R7, R40, R41, R42", True),
         ("MOV R20, R40", True),  # an input is written
         ("MOV R24, R40", False),
+        ("SHFL.BFLY PT, R20, R40, 0x1, 0x1f", True),
+        ("LOP3.LUT P2, R20, R40, 0x1, RZ, 0xc0, !PT", True),
+        ("SHFL.BFLY PT, R40, R20, 0x1, 0x1f", False),
         ("FADD R40, R41, -R8", True),  # accumulators are read
         ("FMNMX R40, |R15|, R41, !PT", True),
         ("FADD R40, R41, R16", False),
@@ -161,7 +164,8 @@ QUERIES, PACK = "LDSM.16.M88.4 R20, [R6]", "F2FP.BF16.F32.PACK_AB R21, R41, R40"
 
 @pytest.mark.parametrize(
     "written",
-    [PACK, "HGMMA.64x16x16.F32.BF16 R16, gdesc[UR4], RZ, !UPT, gsb0", "LDS.64 R22, [R6]", "MOV R23, RZ"],
+    [PACK, "HGMMA.64x16x16.F32.BF16 R16, gdesc[UR4], RZ, !UPT, gsb0", "LDS.64 R22, [R6]", "MOV R23, RZ"]
+    + ["SHFL.BFLY PT, R21, R40, 0x1, 0x1f"],
 )
 def test_queries_that_a_round_overwrites_are_mixed(written):
     """As ptxas 12.8 compiles a loop whose products have left operands of one size."""

@@ -20,6 +20,8 @@ _JUMPS = ("BRA", "CALL", "JMP")
 _ENDS = ("EXIT", "RET", "BRX", "JMX")
 _SHARED_WRITES = ("STS", "STSM", "LDGSTS", "UTMALDG", "UBLKCP", "ATOMS")
 _WRITES_NONE = ("ST", "RED", "UTMA", "SYNCS")
+# a predicate may stand before the register
+_MAY_WRITE_BOTH = ("ATOM", "LOP3", "MATCH", "SHFL")
 _UNCOMMITTED = -1
 _OLDEST = 8  # no kernel waits for a group that so many others follow
 _NOWHERE: frozenset[int] = frozenset()
@@ -212,7 +214,10 @@ def _written(instruction: Instruction) -> range:
         return _wgmma_registers(instruction)[0]
     if instruction.name.startswith(_WRITES_NONE) or not instruction.operands:
         return range(0)
-    return _registers(instruction.operands[0], _width(instruction.opcode))
+    written = instruction.operands[0]
+    if instruction.name.startswith(_MAY_WRITE_BOTH) and re.fullmatch(r"P[0-6T]", written):
+        written = instruction.operands[1]
+    return _registers(written, _width(instruction.opcode))
 
 
 def _touches(instruction: Instruction, state: State) -> bool:
