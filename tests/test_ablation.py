@@ -435,6 +435,22 @@ def test_a_difference_counts_beyond_its_spread(file, b, paper, verdict):
     assert found.verdict == verdict and len(found.by_seed) == len(b)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "better_and_worse", "verdict"),
+    [
+        ([(0.81, 0.3), (0.55, 0.4)], [(0.82, 0.4), (0.54, 0.3)], (0, 0), "within the spread"),
+        ([(0.0, 0.8), (0.05, 0.8)], [(0.01, 0.8), (0.08, 0.8)], (1, 0), "within the spread"),
+        ([(0.0, 0.8), (0.05, 0.8)], [(0.01001, 0.8), (0.08, 0.8)], (1, 0), "beyond the spread"),
+        ([(0.0, 0.8), (0.05, 0.8)], [(0.0, 0.8), (0.05, 0.79999)], (0, 1), "within the spread"),
+    ],
+)
+def test_a_tie_stays_one_whatever_the_rounding_of_its_difference(file, a, b, better_and_worse, verdict):
+    file.write_text(TABLE.replace("paper = [69.5]", ""))
+    table = read_table(file)
+    (found,) = ablation_report.differences(table, rows_of(table, a=a, b=b))
+    assert ((found.better, found.worse), found.verdict) == (better_and_worse, verdict)
+
+
 def test_runs_without_rows_and_rows_of_other_data(file):
     table = read_table(file)
     assert ablation_report.differences(table, rows_of(table, a=[(0.5, 0.8)])) == []

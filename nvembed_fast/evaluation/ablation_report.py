@@ -52,7 +52,7 @@ class Difference:
         """What the difference says, and whether the paper's has the same sign."""
         if len(self.by_seed) < 2:
             return "one seed"
-        if abs(self.mean) <= max(self.by_seed) - min(self.by_seed):
+        if _exact(abs(self.mean) - (max(self.by_seed) - min(self.by_seed))) <= 0:
             return "within the spread"
         if not self.paper:
             return "beyond the spread"
@@ -78,7 +78,10 @@ def differences(table: Table, rows: Sequence[Row]) -> list[Difference]:
         seeds = [seed for seed in table.seeds if seed in one and seed in other]
         if not seeds:
             continue
-        of_tasks = [sum(_points(one[s], [t]) - _points(other[s], [t]) for s in seeds) for t in table.tasks]
+        of_tasks = [
+            _exact(math.fsum(_points(one[s], [t]) - _points(other[s], [t]) for s in seeds))
+            for t in table.tasks
+        ]
         both = run.name in paper and run.against in paper
         found.append(
             Difference(
@@ -181,6 +184,14 @@ def _spread(rows: Sequence[Row], names: Sequence[str]) -> str:
 
 def _points(row: Row, names: Sequence[str]) -> float:
     return 100 * math.fsum(row["scores"][name] for name in names) / len(names)
+
+
+def _exact(points: float) -> float:
+    """A difference of points without the rounding errors that would make a tie a win.
+
+    Rows have five digits of a score, so what is no tie is far larger than what this takes away.
+    """
+    return round(points, 9)
 
 
 def _by_run(table: Table, rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
