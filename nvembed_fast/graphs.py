@@ -123,7 +123,7 @@ class _Graph:
     replay: Callable[[], torch.Tensor]
     addresses: list[int]
     state: tuple
-    held: object  # tensors that a replay reads and that nothing else need keep alive
+    held: list[object]  # tensors that a replay reads and that nothing else need keep alive
 
     def __call__(self, ids: np.ndarray, first_pooled: int) -> torch.Tensor:
         self.layout.put(ids, first_pooled)
@@ -222,9 +222,16 @@ class SingleTextGraphs:
 
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        replay = captured(run, self._pool)
-        held = self.model.embedding_model.rotary_tables(bucket), self.model.head.cached()
-        return _Graph(layout, replay, addresses, state, held)
+        while True:
+            held = self._shared(bucket)
+            replay = captured(run, self._pool)
+            # another thread's text may have replaced one meanwhile, such as the tables by longer ones
+            if list(map(id, held)) == list(map(id, self._shared(bucket))):
+                return _Graph(layout, replay, addresses, state, held)
+
+    def _shared(self, bucket: int) -> list[object]:
+        """What a forward reads beside weights and batch."""
+        return [self.model.embedding_model.rotary_tables(bucket), *self.model.head.cached().values()]
 
     def __getstate__(self) -> dict:
         # copies and pickles capture their own

@@ -300,9 +300,27 @@ def test_what_a_graph_reads_is_kept(tiny_directory, captures):
     tables = model.embedding_model.rotary_tables(16)
     model.to("cpu")  # moves nothing, and empties the head's cache
     assert not model.head._cache and constants
-    held_tables, held_cache = run._graphs[16].held
+    held_tables, *held_built = run._graphs[16].held
     assert held_tables is tables
-    assert [t.data_ptr() for built in held_cache.values() for t in built.kept.tensors] == constants
+    assert [t.data_ptr() for built in held_built for t in built.kept.tensors] == constants
+
+
+def test_what_another_thread_replaces_during_a_capture_is_kept(tiny_directory, monkeypatch):
+    model = model_of(tiny_directory, "latent")
+    backbone, read = model.embedding_model, []
+
+    def captured(run, pool):
+        run()
+        read.append(backbone.rotary_tables(16))
+        if len(read) == 1:  # a long text
+            backbone.rotary_tables(2 * len(read[0].cos))
+        return run
+
+    monkeypatch.setattr(graphs, "captured", captured)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    run = SingleTextGraphs(model)
+    run(np.arange(3, 12), 0)
+    assert len(read) == 2 and run._graphs[16].held[0] is read[1] is not read[0]
 
 
 def test_encode_sends_short_texts_alone_through_the_graphs(tiny_directory, captures, monkeypatch):
