@@ -36,6 +36,7 @@ from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from nvembed_fast import verdicts
 from nvembed_fast.kernels import library, reference
@@ -195,6 +196,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"the kernels are not written for {dtype}"
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        return "the kernels have no forward-mode derivatives, and a dual level is open"
     if device.type == "cuda":
         capability = _capability(device.index)
         if capability < (8, 0):

@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -361,13 +362,19 @@ _PROBLEMS: dict[str, Callable[..., Iterator[Problem]]] = {
 }
 
 
-def check(item: Item, device: str | torch.device, path: ops.Impl = "triton") -> Finding:
+def check(
+    item: Item,
+    device: str | torch.device,
+    path: ops.Impl = "triton",
+    begin: Callable[[], None] = lambda: None,
+) -> Finding:
     """Whether an operation in a dtype and a direction is right on a device.
 
     Args:
         item: operation, dtype by name, direction.
         device: where it runs.
         path: the implementation to check.
+        begin: called before each problem.
     """
     operation, dtype_name, direction = item
     device = torch.device(device)
@@ -378,6 +385,7 @@ def check(item: Item, device: str | torch.device, path: ops.Impl = "triton") -> 
             for number, problem in enumerate(problems(operation, device, getattr(torch, dtype_name))):
                 if direction not in problem.directions:
                     continue
+                begin()
                 # the interpreter repeats no launch, so there one second call is enough
                 again = device.type == "cuda" or number == 0
                 for name, found, allowed in _errors(problem, operation, direction, path, again):
@@ -486,12 +494,16 @@ def _unwritten_memory_is_nan() -> Iterator[None]:
 
 
 def run(
-    items: Sequence[Item], device: torch.device, path: ops.Impl, timed: bool = False
+    items: Sequence[Item],
+    device: torch.device,
+    path: ops.Impl,
+    timed: bool = False,
+    begin: Callable[[], None] = lambda: None,
 ) -> Iterator[Finding]:
-    """The findings for items, one by one, in this process."""
+    """The findings for items, one by one, in this process. `begin` is called before each problem."""
     for item in items:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            finding = check(item, device, path)
+            finding = check(item, device, path, begin)
             if timed and finding.ok and device.type == "cuda":
                 one, other = (_milliseconds(item, device, each) for each in (path, "library"))
                 finding = dataclasses.replace(finding, time_ms=one, library_ms=other)
@@ -530,7 +542,11 @@ def _milliseconds(item: Item, device: torch.device, path: ops.Impl) -> float | N
 
 
 def main() -> None:
-    """Answer the request on standard input by a line of JSON for every item begun and every finding."""
+    """Answer the request on standard input by a line of JSON for every finding, and for every item begun.
+
+    Each problem of an item says again that it is begun. So a limit of time is for one of them: an item may
+    compile 50 kernels, which takes minutes where the CPU is busy.
+    """
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
     request = json.loads(sys.stdin.readline())
@@ -549,8 +565,9 @@ def main() -> None:
             sys.exit("this process sees another GPU than the one that started it")
         torch.empty(1, device=device)
     for item in map(tuple, request["items"]):
-        tell({"begun": item})
-        (finding,) = run([item], device, request["path"], request["timed"])
+        begin = partial(tell, {"begun": item})
+        begin()
+        (finding,) = run([item], device, request["path"], request["timed"], begin)
         tell(dataclasses.asdict(finding))
         if device.type == "cuda":
             # an error that stays: the next process goes on

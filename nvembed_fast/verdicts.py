@@ -1,8 +1,8 @@
 """Which kernels are proven on which GPU: the kept verdicts, and the child processes that reach them.
 
-1. A verdict holds for what could change it: the GPU, its driver, torch, triton, and the sources of the
-   kernels and of their cases. It is kept in a file of the cache folder under all of these. If one has
-   changed, there is another file, which is not there yet.
+1. A verdict holds for what could change it: the GPU, its driver, torch, triton with its ptxas, and the
+   sources of the kernels and of their cases. It is kept in a file of the cache folder under all of these.
+   If one has changed, there is another file, which is not there yet.
 2. What the file lacks is checked by a child process that runs `self_check.main`. An operation that hangs, or
    ends its process, is marked. Another child checks the rest.
 3. Of several processes that start at once one checks, and the others wait for its file.
@@ -101,6 +101,7 @@ def facts(device: torch.device) -> dict[str, str]:
         "driver": _driver(),
         "torch": torch.__version__,
         "triton": _version("triton"),
+        "compiler": _compiler(10 * properties.major + properties.minor),
         "sources": _sources(),
     }
 
@@ -113,6 +114,19 @@ def _driver() -> str:
     # a build of torch without CUDA has no such function
     version = getattr(torch._C, "_cuda_getDriverVersion", lambda: "")()
     return f"{version} {module}".strip()
+
+
+def _compiler(part: int) -> str:
+    """What of Triton's compiler is not Triton's: ptxas, its options, and the environment's switches."""
+    try:
+        from triton import knobs
+        from triton._C.libtriton import get_cache_invalidating_env_vars
+        from triton.backends.nvidia.compiler import get_ptxas_version
+
+        version = get_ptxas_version(part).splitlines()[-1]
+        return f"{version} {knobs.nvidia.ptxas_options} {sorted(get_cache_invalidating_env_vars().items())}"
+    except Exception:  # without it nothing compiles either
+        return "none"
 
 
 def _version(package: str) -> str:

@@ -71,7 +71,7 @@ WALLS = {
     "tokenization": (GROUND, {"numpy", "tokenizers"}),
     "topk": (GROUND, {"torch"}),
     "vectors": (GROUND, {"numpy"}),
-    "verdicts": (GROUND, {"filelock", "torch"}),
+    "verdicts": (GROUND, {"filelock", "torch", "triton"}),
     "network": ({"config", "ops", "packing"}, None),
     "checkpoint": ({"config", "files", "network", "packages", "placement", "tokenization"}, None),
     "corpus": (BELOW_ENCODER | INFERENCE, None),

@@ -5,6 +5,7 @@ import threading
 import exact_bf16
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import library, reference
@@ -120,6 +121,26 @@ def test_a_missing_triton_is_said(monkeypatch):
     assert ops.choose(torch.device("cuda", 0), torch.float16) == (
         "library",
         "the package triton is not installed",
+    )
+
+
+def test_no_tangent_is_lost(monkeypatch, device):
+    """The kernels have none, and autograd does not say so where a launcher is called itself."""
+    monkeypatch.setattr(ops, "_capability", lambda index: (9, 0))
+    x, weight = torch.randn(5, 16, device=device), torch.randn(16, device=device)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, torch.ones_like(x))
+        with ops.use_impl("triton"), pytest.raises(ValueError, match="no forward-mode derivatives, and"):
+            ops.rms_norm(dual, weight, 1e-5)
+        for impl in ("torch", "library"):
+            with ops.use_impl(impl):
+                assert forward_ad.unpack_dual(ops.rms_norm(dual, weight, 1e-5)).tangent is not None
+        assert ops.choose(torch.device("cuda", 0), torch.float32)[0] == "library"
+    assert ops.choose(torch.device("cuda", 0), torch.float32)[0] == "triton"
+    tangent = torch.ones_like(x)
+    got = torch.func.jvp(lambda x: ops.rms_norm(x, weight, 1e-5), (x,), (tangent,))[1]
+    torch.testing.assert_close(
+        got, torch.func.jvp(lambda x: reference.rms_norm(x, weight, 1e-5), (x,), (tangent,))[1]
     )
 
 

@@ -198,8 +198,10 @@ def call_where_kernels_fail(how: str, folder: str) -> dict:
     """swiglu on a fake GPU. The other kernels pass: none could, where nothing is launched."""
     check = self_check.check
 
-    def check_swiglu(item, device, path="triton"):
-        return check(item, device, path) if item[0] == "swiglu" else Finding(*item, path, True, 0.0, 1.0)
+    def check_swiglu(item, device, path, begin):
+        if item[0] == "swiglu":
+            return check(item, device, path, begin)
+        return Finding(*item, path, True, 0.0, 1.0)
 
     environment = {"NVEMBED_FAST_SELF_CHECK": "1", "NVEMBED_FAST_CACHE": folder}
     x = torch.randn(3, 64, dtype=HALF)

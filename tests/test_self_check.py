@@ -168,12 +168,27 @@ from nvembed_fast import self_check
 self_check.run = lambda *_: sys.exit(torch.get_float32_matmul_precision())
 self_check.main()
 """
+    _, errors = child(code, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE="1")
+    assert errors.splitlines()[-1] == "highest"
+
+
+def child(code: str, **environment: str) -> tuple[str, str]:
+    """What a child that checks one operation writes."""
     request = {"device": "cpu", "seconds": 100, "items": [("swiglu", "float32", "forward")]}
     request |= {"path": "torch", "timed": False}
+    pipe, env = subprocess.PIPE, os.environ | environment
     command = [sys.executable, "-c", code]
-    env = os.environ | {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env) as child:
-        child.stdin.write(json.dumps(request) + "\n")
-        child.stdin.flush()
-        assert child.stderr.read().splitlines()[-1] == "highest"
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env) as process:
+        process.stdin.write(json.dumps(request) + "\n")
+        process.stdin.flush()
+        # it ends itself when nobody can write to it
+        errors = process.stderr.read()
+        return process.stdout.read(), errors
+
+
+def test_the_child_tells_of_each_problem():
+    output, _ = child("from nvembed_fast import self_check; self_check.main()")
+    *begun, finding = map(json.loads, output.splitlines())
+    count = len(list(self_check.problems("swiglu", torch.device("cpu"), torch.float32)))
+    assert count > 1 and begun == (1 + count) * [{"begun": ["swiglu", "float32", "forward"]}]
+    assert finding["ok"] and finding["path"] == "torch"

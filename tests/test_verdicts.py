@@ -87,6 +87,7 @@ CHANGES = {
     "driver": lambda m: m.setattr(verdicts, "_driver", lambda: "13000 580.1"),
     "torch": lambda m: m.setattr(torch, "__version__", "99.0"),
     "triton": lambda m: m.setattr(verdicts, "_version", lambda package: "99.0"),
+    "compiler": lambda m: m.setenv("DISABLE_PTXAS_OPT", "1"),
     "sources": lambda m: m.setattr(verdicts, "_sources", lambda: "edited"),
 }
 
@@ -101,6 +102,23 @@ def test_a_verdict_is_not_reused_after_a_key_has_changed(key, children, monkeypa
     _prove()
     assert len(children.pids()) == 2
     assert set(CHANGES) == set(after), "a key without a test"
+
+
+def test_another_ptxas_and_its_options_are_another_compiler(monkeypatch, tmp_path):
+    from triton.backends.nvidia.compiler import get_ptxas_version
+
+    ptxas = tmp_path / "ptxas"
+    ptxas.write_text("#!/bin/sh\necho Cuda compilation tools, release 13.1, V13.1.80\n")
+    ptxas.chmod(0o755)
+    seen = [verdicts._compiler(90)]
+    monkeypatch.setenv("PTXAS_OPTIONS", "--opt-level 1")
+    seen.append(verdicts._compiler(90))
+    monkeypatch.setenv("TRITON_PTXAS_PATH", str(ptxas))
+    get_ptxas_version.cache_clear()
+    seen.append(verdicts._compiler(90))
+    monkeypatch.undo()
+    get_ptxas_version.cache_clear()
+    assert len(set(seen)) == 3 and "13.1.80" in seen[2] and verdicts._compiler(90) == seen[0] != "none"
 
 
 @pytest.mark.parametrize("file", ["kernels/gated.py", "kernels/tuned.toml", "self_check.py"])
@@ -137,6 +155,13 @@ def test_an_operation_that_ends_its_process_is_marked_and_the_others_are_checked
     assert reason in found["rotary"].reason
     assert len(children.pids()) == 2 and not any(map(_is_alive, children.pids()))
     assert _prove() == found and len(children.pids()) == 2, "it is kept, too"
+
+
+def test_the_limit_is_for_one_problem_and_not_for_all_of_an_operation(children, monkeypatch):
+    """Each problem is told to begin, as `self_check.main` does."""
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 2.0)
+    children(rotary="for _ in range(4): tell(dict(begun=[name, dtype, direction])); time.sleep(0.7)")
+    assert all(finding.ok for finding in _prove().values()) and len(children.pids()) == 1
 
 
 def test_nothing_waits_for_a_process_that_has_told_all(children):
