@@ -546,6 +546,17 @@ def test_a_judge_makes_a_suspect_a_positive(encoder, tmp_path, capsys):
     assert first["pos"] == ["a b x y", "a b c z"] and "a b c z" not in first["neg"]
     assert len(first["pos_scores"]) == 2 and first["pos_scores"][1] == line["score"]
     assert records(out)[1]["pos"] == ["a b c z"] and encoder.calls == calls
+    again = tmp_path / "again.jsonl"
+    assert run(capsys, out, "-o", again, "--judged", judged, "--rule", "none")[0] == 0
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_a_row_gets_the_judged_positives_that_it_has_not():
+    rows = [Entry("q", ("a", "a")), Entry("q", ("b",)), Entry("o", ("c",))]
+    texts = Texts([Planted(rows)], judged={text_id("q"): ["a", "d"]})
+    assert [texts.row(row)[2].documents for row in range(3)] == [("a", "a", "d"), ("b", "a", "d"), ("c",)]
+    for row in range(3):
+        assert tuple(map(texts.document, texts.positives_of(row))) == texts.row(row)[2].documents
 
 
 def test_verdicts_are_not_replaced(encoder, rows, tmp_path, capsys):

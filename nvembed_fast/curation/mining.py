@@ -164,13 +164,12 @@ class Texts:
         Args:
             rows: whose queries get negatives.
             corpus: whose documents are candidates. Empty: those of the rows.
-            judged: further positives, by the id of their query.
+            judged: further positives, by the id of their query. A row gets those that it has not yet.
 
         Raises:
             ValueError: no row or no document can be used, or a file cannot be read.
         """
         self._sources = [*rows, *corpus]
-        self._judged = judged
         self.skipped: dict[str, tuple[int, str]] = {}
         places, ids, owners = _Numbers(2), _Numbers(1), _Numbers(3)
         queries, counts = _Numbers(2), _Numbers(1)
@@ -200,12 +199,13 @@ class Texts:
         self._sorted = np.argsort(self.document_ids)
         count = counts.array()[:, 0]
         of_rows = numbers[begin : begin + count.sum()]
-        num_extra = np.array([len(judged.get(int(query), ())) for query in self.query_ids]) if judged else 0
-        self.starts = np.concatenate([[0], np.cumsum(count + num_extra)])
         if judged:
             parts = np.split(of_rows, np.cumsum(count)[:-1])
-            more = [self.find(map(text_id, judged.get(int(query), ()))) for query in self.query_ids]
-            of_rows = np.concatenate([part for pair in zip(parts, more, strict=True) for part in pair])
+            for row, query in enumerate(self.query_ids.tolist()):
+                new = self.find(map(text_id, judged.get(query, ())))
+                parts[row] = np.append(parts[row], new[~np.isin(new, parts[row])])
+            of_rows, count = np.concatenate(parts), np.array([*map(len, parts)])
+        self.starts = np.concatenate([[0], np.cumsum(count)])
         self.positives = of_rows
         # rows by their query, so that the positives of all rows with one query are found together
         self._by_query = np.argsort(self.query_ids, kind="stable")
@@ -219,8 +219,8 @@ class Texts:
         """The number of its file, its number in it, and what it says, with judged positives."""
         file, index = self._rows[row].tolist()
         entry = self._sources[file].entry(index)
-        more = tuple(self._judged.get(int(self.query_ids[row]), ()))
-        return file, index, entry._replace(documents=entry.documents + more)
+        judged = self.positives_of(row)[len(entry.documents) :].tolist()
+        return file, index, entry._replace(documents=(*entry.documents, *map(self.document, judged)))
 
     def document(self, number: int) -> str:
         file, index, place = self._owners[number].tolist()
@@ -229,7 +229,8 @@ class Texts:
         return self._sources[file].entry(index).documents[place]
 
     def positives_of(self, row: int) -> np.ndarray:
-        """The documents of a row, in the order of its file. A text that stands twice is there twice."""
+        """The documents of a row, in the order of its file, then judged ones. A text that its file has twice
+        is there twice."""
         return self.positives[self.starts[row] : self.starts[row + 1]]
 
     def passed_over(self, row: int) -> np.ndarray:
