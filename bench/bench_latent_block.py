@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 from bench.baselines import latent_blocks
+from bench.baselines.encoders import BY_LIBRARY
 from bench.measure.comparison import Experiment, Implementation, KernelBench, Work
 from bench.suites import Setting
 from bench.workloads import draw_weights
@@ -65,19 +66,23 @@ def _experiment(setting: Setting, case: LatentBlockCase) -> Experiment:
     # the forms are one in float64; in the dtype parity is that of the form with the same rounded A and B
     oracle, eager = copy.deepcopy(head).double(), latent_blocks.Absorbed(head)
     oracle.mode = "direct"
+    commuted = latent_blocks.Commuted(head, case.num_texts)
     hoisted, layout = latent_blocks.Hoisted(head), SeqLayout((case.length,) * case.num_texts, device)
     h = torch.randn(layout.num_tokens, case.config.hidden_dim, generator=generator()).to(device, dtype)
 
     def pooled(block: Callable) -> Callable:
-        def embed(h):
-            states = block(h).unflatten(0, (case.num_texts, -1))
-            return F.normalize(states.float().mean(1), dim=-1)
+        return lambda h: F.normalize(latent_blocks.mean(block(h), case.num_texts), dim=-1)
 
-        return embed
+    def with_all_algebra(h):
+        return F.normalize(commuted(h), dim=-1)
 
     def original(h):
         batches = rearrange(h, "(b s) d -> b s d", b=case.num_texts).split(ORIGINAL_BATCH)
         return torch.cat([latent_blocks.original(head, batch).flatten(0, 1) for batch in batches])
+
+    def by_library(h):
+        with ops.use_impl("library"):
+            return head(h, layout)
 
     def wanted(h):
         if h.dtype != torch.float64:
@@ -95,6 +100,9 @@ def _experiment(setting: Setting, case: LatentBlockCase) -> Experiment:
             compiled("hoisted, compiled", pooled(hoisted)),
             Implementation("absorbed, library", pooled(eager)),
             compiled("absorbed, library, compiled", pooled(eager)),
+            Implementation("absorbed and commuted, library", with_all_algebra),
+            compiled("absorbed and commuted, library, compiled", with_all_algebra),
+            Implementation(BY_LIBRARY, by_library),
         ],
     )
 

@@ -5,18 +5,23 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import bench_latent_block
+from bench.baselines.encoders import BY_LIBRARY
 from bench.baselines.kernels import Baselines, PaddedLayout
+from bench.bench_latent_block import TINY, LatentBlockCase
 from bench.measure import comparison, results
 from bench.measure.comparison import Experiment, Implementation, KernelBench, Work
 from bench.measure.limits import Limits
 from bench.measure.results import COLUMNS, OURS, Figure, Machine, ResultsFile
 from bench.measure.timing import Times
 from bench.suites import SUITES, Setting, benches
-from nvembed_fast.kernels import reference
+from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import ATTENTION_CASES, ROTARY_CASES, assert_parity, skewed_lengths
 
@@ -311,6 +316,25 @@ def test_the_library_path_is_a_baseline_where_it_is_no_function_of_the_reference
             if any(baseline.name == "library" for baseline in each.experiment().baselines):
                 found.add(suite)
     assert found == {"flash_attention", "mean_pool", "rms_norm", "rotary"}
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_every_baseline_of_the_latent_block_is_right_and_one_does_the_minimal_work(backward):
+    case = LatentBlockCase("tiny-4x32", 4, 32, TINY)
+    made = bench_latent_block._experiment(Setting("cpu", smallest=True), case)
+    baselines = {baseline.name: baseline for baseline in made.baselines if not baseline.obstacle}
+    strongest = "absorbed and commuted, library"
+    assert list(baselines) == ["original", "hoisted", "absorbed, library", strongest, BY_LIBRARY]
+    ready = bench(made, WORK, backward).prepare()
+    assert set(ready.calls) == {OURS, *baselines}, ready.skipped
+    done = {}
+    for name, baseline in baselines.items():
+        pool = mock.patch.object(library, "mean_pool_geglu", wraps=library.mean_pool_geglu)
+        with FlopCounterMode(display=False) as counter, torch.no_grad(), pool as by_library:
+            baseline(*made.tensors)
+        done[name] = counter.get_total_flops()
+        assert by_library.called == (name == BY_LIBRARY)
+    assert done[strongest] == case.flops(backward=False) < done["absorbed, library"] < done["hoisted"]
 
 
 def test_skewed_lengths():
