@@ -100,8 +100,8 @@ def read_vectors(path: Path) -> tuple[np.ndarray, Record | None]:
     """Read vectors and their record.
 
     Returns:
-        [N, D] finite vectors in the file's float dtype, and None for a file without a record. Vectors of
-        another precision come back in float32, as exact as they are.
+        [N, D] finite vectors in the file's float dtype and the machine's byte order, and None for a file
+        without a record. Vectors of another precision come back in float32, as exact as they are.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -116,6 +116,7 @@ def read_vectors(path: Path) -> tuple[np.ndarray, Record | None]:
             record = _record(file, path) if file.tell() < size else None
         if vectors.dtype.kind != "f":
             vectors = _restored(vectors, record, path)
+        vectors = vectors.astype(vectors.dtype.newbyteorder("="), copy=False)
     except FileNotFoundError:
         raise FileNotFoundError(f"no file {path}: {_AGAIN.replace('it anew', 'it')}") from None
     except OSError as error:
