@@ -28,11 +28,11 @@ __all__ = [
     "kind_of",
     "parse_json",
     "read_records",
-    "read_table",
+    "read_rows",
     "read_texts",
-    "suffix_of",
     "text_id",
     "text_of",
+    "way_out",
 ]
 
 Format = Literal["text", "jsonl", "json", "csv", "tsv"]
@@ -49,6 +49,7 @@ _DEFAULT_FIELD = "text"
 _OTHER_KINDS = {
     codecs.BOM_UTF16_LE: "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8",
     codecs.BOM_UTF16_BE: "It is UTF-16. Convert it: iconv -f UTF-16 -t UTF-8",
+    b"\x1f\x8b": "It is compressed by gzip. Decompress it: gzip -dc",
     b"PK\x03\x04": "It is a zip archive, as .xlsx files are. Unpack it, or save it as CSV",
     b"\x28\xb5\x2f\xfd": "It is compressed by zstd. Decompress it: zstd -dc",
     b"\xfd7zXZ": "It is compressed by xz. Decompress it: xz -dc",
@@ -103,7 +104,7 @@ def read_records(
     if format == "text" and (field is not None or ids is not None):
         key = ids if field is None else field
         raise ValueError(f"lines of text have no field {key!r}: choose another format, or no field")
-    suffix = suffix_of(file)
+    suffix = _suffix_of(file)
     kind = format or _SUFFIXES.get(suffix) or ("text" if field is None and ids is None else "jsonl")
     found: list[str] = []
     with _opened(file, name) as stream:
@@ -130,7 +131,7 @@ def read_records(
     return texts, found
 
 
-def suffix_of(file: str) -> str:
+def _suffix_of(file: str) -> str:
     """The suffix of a file in small letters, which of a gzipped one stands before .gz."""
     return PurePath(file.lower().removesuffix(".gz")).suffix
 
@@ -166,13 +167,13 @@ def _lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
             if number == 1:
                 first, line = line, line.removeprefix(codecs.BOM_UTF8)
             if b"\0" in line:
-                raise ValueError(f"{name} is no text: line {number} has a NUL. {_way_out(first, _NUL)}")
+                raise ValueError(f"{name} is no text: line {number} has a NUL. {way_out(first, _NUL)}")
             yield line.decode()
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise ValueError(
             f"{name} is not UTF-8: byte {error.start + 1} of line {number} is 0x{byte:02x}. "
-            f"{_way_out(first, _NOT_UTF8)}"
+            f"{way_out(first, _NOT_UTF8)}"
         ) from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
@@ -181,7 +182,8 @@ def _lines(stream: Iterable[bytes], name: str) -> Iterator[str]:
         ) from error
 
 
-def _way_out(first_line: bytes, default: str) -> str:
+def way_out(first_line: bytes, default: str = "") -> str:
+    """What to do about a file that begins so, if it is of a kind that holds no plain text."""
     found = (hint for magic, hint in _OTHER_KINDS.items() if first_line.startswith(magic))
     return next(found, default)
 
@@ -304,15 +306,20 @@ def _absent(place: str, unit: str, key: str, keys: list[str], option: str) -> Va
     )
 
 
-def read_table(file: str) -> Records:
-    """(place, cells by column) of every row of a .csv or .tsv file, gzipped or not, as `read_texts` reads it.
+def read_rows(file: str) -> Records:
+    """(place, row) of a file as `read_texts` reads it, gzipped or not: the cells by column of a .csv or .tsv
+    file, and the values of any other, which holds JSON lines.
 
     Raises:
         ValueError: it cannot be read. Names the file and the line.
     """
-    kind = _SUFFIXES[suffix_of(file)]
-    with _opened(file, file) as stream, closing(_rows(_lines(stream, file), file, None, kind)) as rows:
-        yield from rows
+    name = "standard input" if file == "-" else file
+    kind = _SUFFIXES.get(_suffix_of(file))
+    with _opened(file, name) as stream:
+        lines = _lines(stream, name)
+        rows = _rows(lines, name, None, kind) if kind in ("csv", "tsv") else _json_lines(lines, name, False)
+        with closing(rows):
+            yield from rows
 
 
 def _rows(lines: Iterator[str], name: str, keys: list[str] | None, kind: Format) -> Records:

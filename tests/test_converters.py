@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 
 import pytest
@@ -61,6 +62,22 @@ def test_a_table_is_read_as_texts_are(tmp_path):
         file.write(f"text;label\n{text};b\n\n")
     counts, rows = converted(tmp_path / "x.csv.gz", "labels")
     assert counts == (1, 0) and rows == [{"text": text, "label": "b"}]
+
+
+def test_json_lines_are_read_as_texts_are(tmp_path, monkeypatch):
+    """Gzipped, with blank lines, and from standard input."""
+    content = b'\xef\xbb\xbf{"text": "a", "label": "b"}\n\n{"text": "c", "label": "d"}\n'
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(content))
+    wanted = (2, 0), [{"text": "a", "label": "b"}, {"text": "c", "label": "d"}]
+    assert converted(tmp_path / "x.jsonl.gz", "labels") == wanted
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert convert("-", tmp_path / "rows.jsonl", "labels") == wanted[0]
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(content)[:-9])
+    with pytest.raises(ValueError, match=r"x\.jsonl\.gz: its gzip stream is cut short"):
+        converted(tmp_path / "x.jsonl.gz", "labels")
+    (tmp_path / "x.jsonl").write_text("anchor,positive\n")
+    with pytest.raises(ValueError, match=r"x\.jsonl, line 1: not JSON \(.*\)$"):
+        converted(tmp_path / "x.jsonl", "labels")
 
 
 def test_tevatron(tmp_path):

@@ -1,5 +1,6 @@
 """Rows of a file by their number: any chunk length, bounded memory, and one test per error."""
 
+import gzip
 import json
 import sys
 import threading
@@ -154,6 +155,21 @@ def test_files_that_are_none(tmp_path):
     (tmp_path / "x.jsonl").write_text("")
     with pytest.raises(ValueError, match="became shorter"):
         rows.row(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (gzip.compress(b'{"query": "a", "pos": "b"}\n'), "compressed by gzip. Decompress it: gzip -d"),
+        (b"\x28\xb5\x2f\xfd", "compressed by zstd. Decompress it"),
+        ('{"query": "a"}\n'.encode("utf-16"), "UTF-16. Convert it"),
+    ],
+    ids=["gzip", "zstd", "utf-16"],
+)
+def test_a_file_of_another_kind_is_told_when_it_is_opened(content, message, tmp_path):
+    (tmp_path / "x.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"x\.jsonl holds no JSON lines\. It is {message}"):
+        open_rows(tmp_path / "x.jsonl")
 
 
 def test_a_missing_library_is_named_with_its_extra(tmp_path, monkeypatch):

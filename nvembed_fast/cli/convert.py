@@ -15,7 +15,10 @@ _FORMS = ("triplets", "tevatron", "labels", "scores")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "file", type=options.path, help="JSON lines, .csv or .tsv (also gzipped), .arrow or .parquet"
+        "file",
+        type=options.path,
+        help="JSON lines, .csv or .tsv (also gzipped), .arrow or .parquet; - reads JSON lines from standard "
+        "input",
     )
     parser.add_argument(
         "-o", "--output", required=True, type=options.path, metavar="FILE", help="JSON lines, replaced"

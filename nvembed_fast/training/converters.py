@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nvembed_fast import files
-from nvembed_fast.texts import read_table, suffix_of
-from nvembed_fast.training.rows import open_rows, to_labelled, to_row
+from nvembed_fast.texts import read_rows
+from nvembed_fast.training.rows import ARROW_SUFFIXES, open_rows, to_labelled, to_row
 
 __all__ = ["FIELDS", "Form", "convert"]
 
@@ -33,7 +33,6 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "labels": ("text", "label"),
     "scores": ("sentence1", "sentence2", "score"),
 }
-_TABLES = (".csv", ".tsv")
 
 
 def convert(
@@ -47,7 +46,8 @@ def convert(
     """Write the records of a file as rows for training, as JSON lines.
 
     Args:
-        source: JSON lines, .csv or .tsv (gzipped or not), .arrow or .parquet.
+        source: JSON lines, .csv or .tsv (gzipped or not), .arrow or .parquet. "-" for JSON lines from
+            standard input.
         output: replaced if it is there.
         form: of the records.
         fields: names of `FIELDS` to those that the file has instead.
@@ -88,8 +88,8 @@ def convert(
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """(place, record) of a file."""
-    if suffix_of(path.name) in _TABLES:
-        yield from read_table(str(path))
+    if path.suffix.lower() not in ARROW_SUFFIXES:
+        yield from read_rows(str(path))
         return
     rows = open_rows(path)
     for index, record in enumerate(rows.records()):

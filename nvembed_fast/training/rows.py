@@ -30,14 +30,25 @@ from pathlib import Path
 from typing import Any
 
 from nvembed_fast import files
-from nvembed_fast.texts import kind_of, parse_json, text_of
+from nvembed_fast.texts import kind_of, parse_json, text_of, way_out
 
-__all__ = ["ArrowRows", "JsonRows", "Labelled", "Row", "Rows", "open_rows", "to_labelled", "to_row"]
+__all__ = [
+    "ARROW_SUFFIXES",
+    "ArrowRows",
+    "JsonRows",
+    "Labelled",
+    "Row",
+    "Rows",
+    "open_rows",
+    "to_labelled",
+    "to_row",
+]
 
 MAX_ENTRIES = 2**18
 _CHUNK_BYTES = 2**14
 _ARROW_ROWS = 128  # of a Parquet file at once
-_ARROW, _PARQUET = (".arrow", ".feather", ".ipc"), (".parquet",)
+_PARQUET = ".parquet"
+ARROW_SUFFIXES = (".arrow", ".feather", ".ipc", _PARQUET)
 
 
 @dataclass(frozen=True)
@@ -74,8 +85,7 @@ def open_rows(file: str | PathLike) -> "Rows":
     path = files.expanded(file)
     if not path.is_file():
         raise ValueError(f"{path} is no file: a data set is one file of JSON lines, Arrow or Parquet")
-    suffix = path.suffix.lower()
-    rows: Rows = ArrowRows(path) if suffix in (*_ARROW, *_PARQUET) else JsonRows(path)
+    rows: Rows = ArrowRows(path) if path.suffix.lower() in ARROW_SUFFIXES else JsonRows(path)
     if not len(rows):
         raise ValueError(f"{path} holds no row")
     return rows
@@ -126,6 +136,9 @@ class JsonRows(Rows):
     def __init__(self, file: str | PathLike):
         self.file = Path(file)
         self._source = open(self.file, "rb", buffering=0)  # noqa: SIM115 - open as long as the rows
+        if hint := way_out(os.pread(self._source.fileno(), 8, 0)):
+            self._source.close()
+            raise ValueError(f"{self.file} holds no JSON lines. {hint}")
         digest = hashlib.blake2b(digest_size=16)
         chunk_bytes, offset, num_lines = _CHUNK_BYTES, 0, 0
         self._lines, self._offsets = array("q", [0]), array("q", [0])
@@ -216,7 +229,7 @@ class ArrowRows(Rows):
                 self.fingerprint = digest.hexdigest()
                 source.seek(0)
                 is_file = source.read(6) == b"ARROW1"  # else a stream, as `datasets` writes it
-            if self.file.suffix.lower() in _PARQUET:
+            if self.file.suffix.lower() == _PARQUET:
                 source, is_file = _as_arrow(self.file), True
             else:
                 source = pyarrow.memory_map(str(self.file))
