@@ -51,6 +51,7 @@ __all__ = [
     "sha256",
     "unfinished",
     "unmixed",
+    "write_all",
 ]
 
 MAX_JSON_BYTES = 16 * 2**20
@@ -327,6 +328,21 @@ def unmixed(directory: Path, key: str, read: Callable[[], T]) -> T:
     raise OSError(
         f"another process saved to {directory} each of the {_TRIES} times that it was read: load again later"
     )
+
+
+def write_all(handle: int, content: bytes, place: int) -> None:
+    """Write to a place of an open file without a buffer: all of it, also where a call takes a part.
+
+    Raises:
+        OSError: the disk is full, or another reason. The file ends at `place` then.
+    """
+    try:
+        done = 0
+        while done < len(content):
+            done += os.pwrite(handle, content[done:], place + done)
+    except BaseException:
+        os.truncate(handle, place)
+        raise
 
 
 def identity(file: Path) -> tuple[int, int, int] | None:

@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -175,17 +174,13 @@ def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch, where):
     assert small.load(checkpoints.newest(tmp_path)).step == 5
 
 
-def test_a_limit_on_files_leaves_the_last_one(tmp_path):
+def test_a_limit_on_files_leaves_the_last_one(tmp_path, limited_files):
     """As with a quota: safetensors meets it in its own code."""
     small = Small(1)
     small.save(tmp_path, 5)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
-    try:
-        with pytest.raises(OSError, match="File too large.*: checkpoint-000005 stays"):
-            small.save(tmp_path, 10)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    stays = pytest.raises(OSError, match="File too large.*: checkpoint-000005 stays")
+    with limited_files(100), stays:
+        small.save(tmp_path, 10)
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-000005"]
 
 

@@ -65,6 +65,19 @@ def test_another_error_keeps_the_rows_and_says_so(tmp_path, capsys):
         assert len(rows) == 1
 
 
+def test_rows_that_are_all_there_stay_where_the_disk_is_full(tmp_path, limited_files):
+    interrupted(tmp_path, [0, 1, 2, 3, 4])
+    path = tmp_path / "o.npy.partial"
+    whole = path.stat().st_size - len(ROWS)
+    os.truncate(path, whole)  # as a kill in `finish` leaves it
+    with limited_files(whole + 2), pytest.raises(OSError, match=r"cannot write .*o\.npy: File too large"):
+        opened(tmp_path)
+    assert path.stat().st_size == whole
+    with opened(tmp_path) as rows:
+        assert len(rows) == len(ROWS)
+        rows.finish()
+
+
 def test_rows_count_only_when_they_are_on_the_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(partial, "MARK_EVERY_S", 0.0)
     with opened(tmp_path) as rows:

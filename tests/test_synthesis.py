@@ -284,6 +284,25 @@ def test_a_line_that_a_kill_cut_off_is_asked_again(fake, tmp_path):
     assert sorted(file.read_bytes().splitlines()) == sorted(content.splitlines())
 
 
+def test_a_full_disk_loses_no_answer_that_is_there(fake, tmp_path, limited_files):
+    made(tmp_path / "whole", endpoint(fake))
+    made(tmp_path / "cut", endpoint(fake), rows=3)
+    file = tmp_path / "cut/answers/synthetic.jsonl"
+    before = file.read_bytes()
+    limit = len(before) + 100  # in the midst of a line, which has more
+    with limited_files(limit), pytest.raises(OSError, match=r"synthetic\.jsonl \(File too large\).*goes on"):
+        made(tmp_path / "cut", endpoint(fake))
+    assert file.read_bytes() == before
+    with synthesis.Journal(file) as journal:
+        with limited_files(limit), pytest.raises(OSError, match="File too large"):
+            journal.add("key", "answered", 200 * "x")
+        assert "key" not in journal
+        journal.add("key", "answered", "y")
+        assert journal.answer("key") == "y"
+    made(tmp_path / "cut", endpoint(fake))
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+
+
 def test_a_journal_of_something_else_is_refused(fake, tmp_path):
     made(tmp_path, endpoint(fake))
     file = tmp_path / "answers/synthetic.jsonl"

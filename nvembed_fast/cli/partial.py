@@ -73,7 +73,7 @@ class Partial:
                     "command that made it, remove it, or choose another output"
                 )
             if size == self._whole:  # its process died when all rows were there
-                os.pwrite(self._file.fileno(), b"\1" * shape[0], size)
+                files.write_all(self._file.fileno(), b"\1" * shape[0], size)
             self.rows = np.memmap(self._file, dtype, "r+", len(head), shape)
             self._is_there: np.ndarray = np.memmap(self._file, np.uint8, "r+", self._whole, shape[:1])
         except FileExistsError:
@@ -162,9 +162,9 @@ class Partial:
             os.truncate(handle, size)
             if hasattr(os, "posix_fallocate"):  # a full disk would end a process that writes to a mapping
                 os.posix_fallocate(handle, 0, size)
-            os.pwrite(handle, tail, tail_at)
+            files.write_all(handle, tail, tail_at)
             os.fsync(handle)
-            os.pwrite(handle, head, 0)  # last: it says that the file is made
+            files.write_all(handle, head, 0)  # last: it says that the file is made
         except BaseException:
             self.path.unlink(missing_ok=True)
             raise

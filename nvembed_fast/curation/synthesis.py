@@ -85,7 +85,8 @@ class Journal:
                         self._count(key, outcome, self._end, len(line))
                     case _:
                         raise ValueError(
-                            f"{path}, line {number} is no answer of an engine: move the file away"
+                            f"{path}, line {number} is no answer of an engine: remove the line, or move the "
+                            "file away"
                         )
                 self._end += len(line)
         self._file.truncate(self._end)
@@ -115,9 +116,20 @@ class Journal:
         return json.loads(os.pread(self._file.fileno(), length, start))["answer"]
 
     def add(self, key: str, outcome: Outcome, answer: str) -> None:
+        """
+        Raises:
+            OSError: the disk is full, or another reason. The file is as it was.
+        """
         line = json.dumps({"request": key, "outcome": outcome, "answer": answer}).encode() + b"\n"
         with self._lock:
-            self._file.write(line)
+            try:
+                files.write_all(self._file.fileno(), line, self._end)
+            except OSError as error:
+                raise OSError(
+                    error.errno,
+                    f"cannot write {self.path} ({error.strerror}): answers that came before stay, and the "
+                    "same command goes on",
+                ) from error
             self._count(key, outcome, self._end, len(line))
             self._end += len(line)
             if time.monotonic() - self._synced >= SYNC_EVERY_S:
