@@ -84,8 +84,9 @@ GPU = Scale(
         Workload("all 4096", (4096,) * 16),
         Workload("skewed", skewed_lengths(4096)),
     ),
-    batch_sizes=(1, 8, 32, 128),
-    search_texts=128,
+    # 512 short texts are the 16,384 tokens that ours takes at once
+    batch_sizes=(1, 8, 32, 128, 512),
+    search_texts=512,
     search_tokens=65536,
     parity_lengths=(41, 700, 128, 41, 300, 41, 129, 41, 40),
 )
@@ -111,7 +112,7 @@ SMALL = Scale(
         Workload("skewed", skewed_lengths(64, 48, 16, 256)),
     ),
     batch_sizes=(1, 4, 16),
-    search_texts=16,
+    search_texts=64,
     search_tokens=1024,
     parity_lengths=(21, 100, 64, 21, 90, 21, 33, 21, 20),
 )
@@ -139,7 +140,7 @@ SMALLEST = Scale(
         Workload("skewed", skewed_lengths(6, 8, 2, 32), rounds=1),
     ),
     batch_sizes=(1, 2, 4),
-    search_texts=4,
+    search_texts=16,
     search_tokens=64,
     parity_lengths=(7, 23, 11, 7, 13, 7, 9, 7, 6),
 )

@@ -213,7 +213,16 @@ def test_a_search_pads_as_much_as_the_whole_workload():
         whole = [ranked[i : i + size] for i in range(0, len(ranked), size)]
         assert padding(searched) == pytest.approx(padding(whole), rel=0.5), size
     [first] = search_runs(workload, texts, GPU, by_length=False)
-    assert first == texts[: len(first)]
+    assert first == texts[: len(first)] and len(first) == 128
+
+
+@pytest.mark.parametrize("workload", GPU.workloads[1:3], ids=lambda workload: workload.name)
+@pytest.mark.parametrize("by_length", [True, False])
+def test_a_baseline_may_take_as_many_tokens_at_once_as_ours(workload, by_length):
+    runs = search_runs(workload, ["text"] * len(workload.lengths), GPU, by_length)
+    device = Device(per_batch=10.0, per_text=0.0, most_texts=10000)
+    largest = fitting_batch_sizes(device.encode, runs, GPU.batch_sizes, device.clock)[0]
+    assert largest * workload.lengths[0] >= stream.BATCH_TOKENS["cuda"]
 
 
 def test_texts_are_sorted_over_all_windows(fp32, monkeypatch):

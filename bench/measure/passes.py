@@ -24,14 +24,17 @@ def warm_up(encode: Callable[[list[str], int], object], texts: list[str]) -> Non
 def search_runs(workload: Workload, texts: list[str], scale: Scale, by_length: bool) -> list[list[str]]:
     """Texts of a workload on which the best batch size is that of all of it.
 
-    For an encoder that sorts: neighbours from four places of the order, because a few texts sorted alone
-    would be far more ragged than the whole. Otherwise: the first texts.
+    Texts of one length: the first ones. Of unequal lengths a quarter as many, because short batches are as
+    full as they get there. For an encoder that sorts they are neighbours from four places of the order: a few
+    texts sorted alone would be far more ragged than the whole.
     """
     count = scale.search_texts
-    if by_length and len(texts) > count and len(set(workload.lengths)) > 1:
-        ranked = sorted(range(len(texts)), key=workload.lengths.__getitem__)
-        firsts = [len(texts) * eighth // 8 - count // 2 for eighth in (1, 3, 5, 7)]
-        return [[texts[index] for index in ranked[first : first + count]] for first in firsts]
+    if len(set(workload.lengths)) > 1:
+        count //= 4
+        if by_length and len(texts) > count:
+            ranked = sorted(range(len(texts)), key=workload.lengths.__getitem__)
+            firsts = [len(texts) * eighth // 8 - count // 2 for eighth in (1, 3, 5, 7)]
+            return [[texts[index] for index in ranked[first : first + count]] for first in firsts]
     seen = itertools.accumulate(workload.lengths[:count])
     return [texts[: max(sum(tokens <= scale.search_tokens for tokens in seen), 1)]]
 
