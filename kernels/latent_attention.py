@@ -283,7 +283,8 @@ def _launch_config(
     use_tma = dtype.itemsize == 2 and use_descriptors(capability)
     if dtype.itemsize == 4:
         block_t = block_l = 32 if block_h <= 128 else 16
-        num_warps, num_stages = 4, 2
+        # at 128 columns 4 warps spill on sm_90 where they also write the lse
+        num_warps, num_stages = 8 if block_h == 128 else 4, 2
     elif use_tma:
         block_t, block_l = 128, 128 if block_h <= 128 else 64
         num_warps, num_stages = 8, 3 if block_h <= 64 else 2

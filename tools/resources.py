@@ -186,7 +186,7 @@ def _gated() -> Iterator[Example]:
 
 def _latent_attention() -> Iterator[Example]:
     m = latent_attention
-    for width in (64, 256):
+    for width in (64, 128, 256):
         for name, dtype in DTYPES.items():
             q, out, dout = (_empty(TOKENS, LATENT_HEADS, width, dtype=dtype) for _ in range(3))
             k, v = _empty(LATENTS, 2, LATENT_HEADS, width, dtype=dtype).unbind(1)
