@@ -200,7 +200,7 @@ class _Run:
         is_sharded = any(hasattr(weight, "device_mesh") for weight in head.parameters())
         devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
         with (
-            torch.random.fork_rng(devices, device_type=device.type if devices else None),
+            torch.random.fork_rng(devices, device_type=device.type),
             contextlib.nullcontext() if is_sharded else head.built_once(),
         ):
             yield
