@@ -4,8 +4,8 @@
 
 Both take the same tokens, the same frozen weights, rank 16 on the seven projections without dropout, mean
 pooling, `contrastive_loss`, and chunks of the same budget. The baseline pads each chunk to its longest text,
-and computes attention by SDPA. On a GPU it also runs under torch.compile, layer by layer, and all keep of a
-layer its input alone. The optimizer's step is the same for all, and is not timed.
+and computes attention by SDPA. On a GPU both keep of a layer its input alone. The optimizer's step is the
+same for both, and is not timed.
 
 1. "in batch": every document is a candidate. Both cache gradients. The baseline sorts its texts by length.
 2. "own": rows with their own documents alone (stage 2). Both go forward and backward at once, the baseline
@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 
 from bench.baselines.encoders import mistral_model, pad
-from bench.measure.comparison import Prepared, obstacle
+from bench.measure.comparison import Prepared
 from bench.measure.limits import Limits
 from bench.measure.results import OURS, SKIPPED, TIMES, Figure
 from bench.measure.timing import interleaved, peak_memory
@@ -46,7 +46,6 @@ from nvembed_fast.training.loss import Candidates, LossResult, contrastive_loss
 RANK, ALPHA, TEMPERATURE = 16, 32, 0.05
 PARITY = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the loss, relative
 HUGGING_FACE = "Hugging Face + PEFT"
-COMPILED = f"{HUGGING_FACE}, compiled"
 
 
 @dataclass(frozen=True)
@@ -136,14 +135,10 @@ class TrainBench:
             steps = {OURS: direct, "cached": cached}
         # the tests run without PEFT
         if not only_ours and not (self.setting.smallest and find_spec("peft") is None):
-            compiles = self.setting.device == "cuda" or self.setting.compiles
-            for name in (HUGGING_FACE, COMPILED) if compiles else (HUGGING_FACE,):
-                try:
-                    step = _hugging_face(model, batch, self.of.max_tokens, self.setting, name == COMPILED)
-                    step()
-                    steps[name] = step
-                except Exception as error:
-                    skipped[name] = obstacle(error)
+            try:
+                steps[HUGGING_FACE] = _hugging_face(model, batch, self.of.max_tokens, self.setting)
+            except ImportError as error:
+                skipped[HUGGING_FACE] = f"needs peft ({error})"
         losses = {name: step().loss.item() for name, step in steps.items()}
         for name, loss in losses.items():
             far = abs(loss - losses["cached" if self.of.is_own else OURS]) / abs(losses[OURS])
@@ -181,7 +176,7 @@ def _own_loss(vectors: torch.Tensor, part: TrainingBatch) -> LossResult:
 
 
 def _hugging_face(
-    model: NVEmbed, batch: TrainingBatch, max_tokens: int, setting: Setting, is_compiled: bool
+    model: NVEmbed, batch: TrainingBatch, max_tokens: int, setting: Setting
 ) -> Callable[[], LossResult]:
     """The baseline's step. Raises ImportError without PEFT."""
     from peft import LoraConfig, get_peft_model
@@ -193,11 +188,6 @@ def _hugging_face(
     if setting.device == "cuda":
         mistral.gradient_checkpointing_enable({"use_reentrant": False})
         mistral.enable_input_require_grads()
-    if is_compiled:
-        # one graph for all layers. Beyond the limit they would silently run uncompiled
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
-        for layer in mistral.layers:
-            layer.compile(dynamic=True)
 
     def embed(rows: list[int]) -> torch.Tensor:
         texts = [batch.texts.ids[row] for row in rows]

@@ -171,7 +171,7 @@ class KernelBench:
             except Exception as error:
                 if name == OURS:
                     raise
-                skipped[name] = obstacle(error)
+                skipped[name] = _obstacle(error)
                 continue
             calls[name] = call
             if forward is not None:
@@ -251,7 +251,7 @@ def _parity(case: str, experiment: Experiment, backward: bool) -> tuple[dict[str
         try:
             error = _error(_results(baseline, experiment.tensors, upstream, backward), high)
         except Exception as theirs:
-            skipped[baseline.name] = obstacle(theirs)
+            skipped[baseline.name] = _obstacle(theirs)
             continue
         if error <= bound:
             errors[baseline.name] = error
@@ -260,7 +260,7 @@ def _parity(case: str, experiment: Experiment, backward: bool) -> tuple[dict[str
     return errors, skipped
 
 
-def obstacle(error: Exception) -> str:
+def _obstacle(error: Exception) -> str:
     """Why a baseline has no time. It is the code of others on any machine, so it may raise anything."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
