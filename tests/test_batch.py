@@ -4,7 +4,7 @@ import collections
 import json
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -268,14 +268,50 @@ def test_classes_that_teach_nothing(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"a\.jsonl: all rows have one label"):
         build([{"text": "t1", "label": "x"}] * 3)
     lonely = [*CLASSES, {"text": "t50", "label": "new"}]
-    with pytest.raises(ValueError, match=r"a\.jsonl, line 13: no other row has the label 'new'"):
-        build(lonely)
-    assert build(lonely, "texts")
-    same = [{"text": "t1", "label": "x"}] * 3 + [{"text": "t2", "label": "y"}] * 2
-    with pytest.raises(ValueError, match=r"line 2: all other rows of the label 'x' .* have the same text"):
+    same = [{"text": "t1", "label": "x"}] * 3 + [{"text": f"t{i}", "label": "y"} for i in (2, 3)]
+    for records, line, label in ((lonely, 13, "new"), (same, 1, "x")):
+        with pytest.raises(ValueError, match=f"line {line}: no other text has the label '{label}'"):
+            build(records).check({})
+        build(records, "texts").check({})
+    build(CLASSES).check({})
+    # a run that was begun goes on up to such a row
+    assert build(same).build(0, [("a", 3)])
+    with pytest.raises(ValueError, match="line 2: no other text has the label 'x'"):
         build(same).build(0, [("a", 1)])
     with pytest.raises(ValueError, match="line 1: no 'text'"):
         build(pairs())
+
+
+@pytest.mark.parametrize("place", [0, 250, 499])
+def test_an_example_is_found_among_many_of_the_same_text(place, tmp_path, tokenizer):
+    records = [{"text": "t1", "label": "x"} for _ in range(500)] + [{"text": "t3", "label": "y"}] * 2
+    records[place] = {"text": "t2", "label": "x"}
+    data = data_set(tmp_path, records, labels="examples", hard_negatives=1)
+    builder = BatchBuilder([data], tokenizer, max_length=9, seed=0)
+    for index in range(7, 500, 40):
+        ((query, positives, _),) = parts_of(builder.build(0, [("a", index)]))
+        assert (query, positives) == ("t1", ["t2"]), "no positive that differs was drawn"
+    assert parts_of(builder.build(0, [("a", place)]))[0][:2] == ("t2", ["t1"])
+
+
+def test_each_instruction_is_tokenized_once_before_the_first_step(tmp_path, tokenizer):
+    records = pairs()
+    for index, prompt in ((3, "find"), (5, "find it it it"), (6, "find"), (7, "find it it it")):
+        records[index]["prompt"] = prompt
+    instructions = data_set(tmp_path, records, instruction="it").check()
+    file = tmp_path / "a.jsonl"
+    wanted = [f"Instruct: {task}\nQuery: " for task in ("it", "find", "find it it it")]
+    assert instructions == {w: f"{file}, line {n}" for w, n in zip(wanted, (1, 4, 6), strict=True)}
+    labelled = data_set(tmp_path, CLASSES, "b", labels="texts", instruction="it").check()
+    assert labelled == {wanted[0]: f"{tmp_path / 'b.jsonl'}, line 1"}
+    for max_length, is_right in ((9, True), (8, False)):  # "Instruct : find it it it Query :" and a text
+        builder = BatchBuilder([], tokenizer, max_length=max_length, seed=0)
+        with (
+            nullcontext()
+            if is_right
+            else pytest.raises(ValueError, match="line 6: the instruction uses up all 8")
+        ):
+            builder.check(instructions)
 
 
 def test_what_a_builder_refuses(tmp_path, tokenizer):

@@ -379,6 +379,21 @@ def test_bad_rows_are_named_before_anything_is_written(folder, start, line, mess
     assert not (folder / "out").exists()
 
 
+@pytest.mark.parametrize("is_labelled", [False, True])
+def test_a_row_that_a_late_step_cannot_use_is_refused_before_the_first(folder, start, is_labelled):
+    """Its prompt fills max_length, or its class has one text."""
+    lines = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    lines[30]["prompt"] = "w1 " * 60
+    if is_labelled:
+        lines = [{"text": line["query"], "label": "a"} for line in lines]
+        lines[30:32] = [{"text": "w1", "label": "b"}] * 2
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    message = "no other text has the label 'b'" if is_labelled else "the instruction uses up all 48 tokens"
+    with pytest.raises(ValueError, match=f"pairs.jsonl, line 31: {message}"):
+        train(recipe_of(folder, start, steps=1, data={"labels": "examples" if is_labelled else "none"}))
+    assert not (folder / "out" / "metrics.jsonl").exists()
+
+
 def test_a_data_set_smaller_than_a_batch_is_refused(folder, start):
     write_pairs(folder / "pairs.jsonl", 3)
     with pytest.raises(ValueError, match="pairs.jsonl has 3 rows, fewer than a batch of 4"):

@@ -98,12 +98,19 @@ class DataSet:
         """
         return instruction_of(self.settings.instruction if prompt is None else prompt)
 
-    def check(self, *, needs_scores: bool = False, teacher: TeacherVectors | None = None) -> None:
-        """Read every row. Raises ValueError naming the file and the line of one that cannot be used."""
+    def check(self, *, needs_scores: bool = False, teacher: TeacherVectors | None = None) -> dict[str, str]:
+        """Read every row. Raises ValueError naming the file and the line of one that cannot be used.
+
+        Returns:
+            Each instruction of the queries -> the place of its first row, for `Batches.check`.
+        """
         has_negatives = self.settings.in_batch or self.settings.labels != "none"
+        instructions: dict[str, str] = {}
         for index, record in enumerate(self.rows.records()):
             parse = to_row if self.settings.labels == "none" else to_labelled
             row = parse(record, self.rows.place(index))
+            prompt = None if isinstance(row, Labelled) else row.prompt
+            instructions.setdefault(self.instruction(prompt), self.rows.place(index))
             has_negatives = has_negatives or isinstance(row, Labelled) or bool(row.negatives)
             if needs_scores:
                 check_scores(row, self.rows.place(index))
@@ -118,6 +125,7 @@ class DataSet:
                 f"{self.name}: no row has negatives, so with in_batch = false there is nothing to learn: add "
                 '"neg" to its rows, or set in_batch = true'
             )
+        return instructions
 
 
 def open_sets(parts: Sequence[DataPart]) -> list[DataSet]:
@@ -168,6 +176,9 @@ class _Pairs:
     def __init__(self, data: DataSet, needs_scores: bool):
         self._data, self._needs_scores = data, needs_scores
 
+    def check(self) -> None:
+        """Each row says all of itself, so `DataSet.check` has it."""
+
     def pick(self, index: int, draws: Draws) -> _Picked:
         row = self._data.rows.row(index)
         of_positives = draws.sample(len(row.positives), self._data.settings.positives)
@@ -185,15 +196,25 @@ class _Pairs:
 
 
 class _Classes:
-    """Rows {text, label}. Their classes are read once, which takes 8 bytes a row."""
+    """Rows {text, label}. Their classes are read once, which takes 8 bytes a row.
+
+    Of each class the first row is known, and the first one with another text than that.
+    """
 
     def __init__(self, data: DataSet):
         self._data, rows = data, data.rows
         known: dict[str, int] = {}
         classes = np.empty(len(rows), dtype=np.int32)
+        self._two: list[list[int]] = []
+        ids: list[int] = []  # of the first rows' texts
         for index, record in enumerate(rows.records()):
-            label = to_labelled(record, rows.place(index)).label
-            classes[index] = known.setdefault(label, len(known))
+            row = to_labelled(record, rows.place(index))
+            classes[index] = own = known.setdefault(row.label, len(known))
+            if own == len(ids):
+                self._two.append([index])
+                ids.append(text_id(row.text))
+            elif len(self._two[own]) == 1 and text_id(row.text) != ids[own]:
+                self._two[own].append(index)
         if len(known) < 2:
             raise ValueError(f"{rows.file}: all rows have one label, so there is nothing to tell apart")
         self._labels = list(known)
@@ -201,14 +222,20 @@ class _Classes:
         self._classes = classes
         # rows of class c stand from starts[c] to starts[c + 1]
         self._members = np.argsort(classes, kind="stable").astype(np.uint32)
-        counts = np.bincount(classes)
-        self._starts = np.concatenate([[0], np.cumsum(counts)])
-        if data.settings.labels == "examples" and (counts < 2).any():
-            lonely = int(self._members[self._starts[counts.argmin()]])
-            raise ValueError(
-                f"{rows.place(lonely)}: no other row has the label {rows.labelled(lonely).label!r:.80}, so "
-                'it has no positive: remove the row, or use labels = "texts"'
-            )
+        self._starts = np.concatenate([[0], np.cumsum(np.bincount(classes))])
+
+    def check(self) -> None:
+        """ValueError if a class has no two texts, so that one has no positive."""
+        if self._data.settings.labels == "examples":
+            for own, rows in enumerate(self._two):
+                if len(rows) < 2:
+                    raise self._without_positive(own, rows[0])
+
+    def _without_positive(self, own: int, index: int) -> ValueError:
+        return ValueError(
+            f"{self._data.rows.place(index)}: no other text has the label {self._labels[own]!r:.80}, so it "
+            'has no positive: remove the rows of the label, or use labels = "texts"'
+        )
 
     def pick(self, index: int, draws: Draws) -> _Picked:
         return (self._texts if self._data.settings.labels == "texts" else self._examples)(index, draws)
@@ -235,10 +262,10 @@ class _Classes:
             if len(positives) == self._data.settings.positives:
                 break
         if not positives:
-            raise ValueError(
-                f"{self._data.rows.place(index)}: all other rows of the label {self._labels[own]!r:.80} that "
-                "were drawn have the same text: remove duplicates"
-            )
+            others = [self._data.rows.labelled(row).text for row in self._two[own]]
+            positives = [other for other in others if other != text][:1]
+        if not positives:
+            raise self._without_positive(own, index)
         # those of other classes stand in front of the class and behind it
         num_others = len(self._members) - int(end - first)
         negatives, keys = [], [self._keys[own]] * len(positives)
@@ -249,7 +276,7 @@ class _Classes:
         return _Picked(text, positives, negatives, [text_id(text), self._keys[own]], keys)
 
 
-_TRIES = 8  # further texts that are looked at if one equals the query
+_TRIES = 8  # further texts that are looked at if one equals the query. Behind them one that differs is known
 
 
 class BatchBuilder:
@@ -289,6 +316,26 @@ class BatchBuilder:
         }
         self._tokenizer, self._max_length, self._seed = tokenizer, max_length, seed
         self._teacher = teacher
+
+    def check(self, instructions: Mapping[str, str]) -> None:
+        """Raise ValueError for what would end a run in the step that draws it.
+
+        Args:
+            instructions: of the queries -> a place of each, by `DataSet.check`.
+        """
+        for source in self._sources.values():
+            source.check()
+        for instruction, place in instructions.items():
+            # the end mark stands where a text would begin
+            found = self._tokenizer([""], instruction, self._max_length)
+            self._check_left(found.ids[0], found.first_pooled[0], place)
+
+    def _check_left(self, ids: np.ndarray, first_pooled: int, place: str) -> None:
+        if first_pooled >= len(ids):
+            raise ValueError(
+                f"{place}: the instruction uses up all {self._max_length} tokens of max_length, so nothing "
+                "of the text is pooled: raise max_length, or shorten it"
+            )
 
     def build(
         self, step: int, rows: Sequence[tuple[str, int]], rank: int = 0, num_ranks: int = 1
@@ -372,11 +419,7 @@ class BatchBuilder:
             found = self._tokenizer([texts[i] for i in members], prefix, self._max_length)
             num_cut += found.num_cut
             for i, text_ids, first in zip(members, found.ids, found.first_pooled, strict=True):
-                if first >= len(text_ids):
-                    raise ValueError(
-                        f"{origins[i]}: the instruction uses up all {self._max_length} tokens of "
-                        "max_length, so nothing of the text is pooled: raise max_length"
-                    )
+                self._check_left(text_ids, first, origins[i])
                 ids[i], first_pooled[i] = text_ids, first
         return TokenizedTexts(ids, first_pooled, num_cut)
 
@@ -431,6 +474,10 @@ class Batches:
         )
         self._rank, self._num_ranks = rank, num_ranks
         self.fingerprints = {data.name: data.rows.fingerprint for data in self.sets}
+
+    def check(self, instructions: Mapping[str, str]) -> None:
+        """See `BatchBuilder.check`. For a run that begins: one that goes on may never draw such a row."""
+        self._builder.check(instructions)
 
     def start(self) -> dict[str, int]:
         """The rows taken before the first step, which a checkpoint keeps."""

@@ -110,10 +110,11 @@ def _train(
         raise RecipeError(f"train.batch is {part.batch}, fewer rows than the {ranks.size} ranks")
     sets = open_sets(recipe.data)
     teacher = _teacher(part)
+    instructions: dict[str, str] = {}
     if ranks.is_first and checkpoints.newest(output) is None:
         _check_new(output)
         for data in sets:
-            data.check(needs_scores=_needs_scores(part), teacher=teacher)
+            instructions |= data.check(needs_scores=_needs_scores(part), teacher=teacher)
     with _alone(output, ranks):
         if not ranks.is_first:
             ranks.wait()
@@ -123,7 +124,7 @@ def _train(
         path = checkpoints.newest(output)
         known = {} if path is None else checkpoints.identity_of(path)
         sets = _named(sets, known)
-        run = _Run(recipe, ranks, sets, teacher, start, say)
+        run = _Run(recipe, ranks, sets, teacher, start, say, instructions)
         if part.warmup > part.steps:
             say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
         state = State(0, run.batches.start())
@@ -158,6 +159,7 @@ class _Run:
         teacher: TeacherVectors | None,
         directory: Path,
         say: Callable[[str], None],
+        instructions: Mapping[str, str],
     ):
         self.recipe, self.ranks, self.directory, self.say = recipe, ranks, directory, say
         place = files.current(directory)
@@ -174,6 +176,8 @@ class _Run:
             needs_scores=_needs_scores(recipe.train),
             teacher=teacher,
         )
+        if instructions:  # the rows were read, because the run begins
+            self.batches.check(instructions)
         self.network = load_network(directory, recipe, ranks.device)
         self.model = spread(self.network, ranks, recipe.train.sharding)
         self.parameters = trained(self.network)  # behind `spread`, which may replace them
