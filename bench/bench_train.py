@@ -79,7 +79,7 @@ class TrainCase:
             row_scopes=2**32 + rows if self.is_own else torch.zeros_like(rows),
             column_scopes=torch.stack([shared, 2**32 + own], 1),
             row_keys=keys[positives[:, 1:]],
-            column_keys=keys,
+            column_keys=keys[:, None],
         )
         texts = TokenizedTexts(ids, [0] * len(ids))
         return TrainingBatch(

@@ -160,7 +160,7 @@ def own_batch() -> TrainingBatch:
         row_scopes=2**32 + rows,
         column_scopes=torch.stack([torch.full((12,), -2), 2**32 + torch.arange(12) // 2], 1),
         row_keys=torch.stack([100 + rows, 200 + 2 * rows], 1),
-        column_keys=200 + torch.arange(12),
+        column_keys=200 + torch.arange(12)[:, None],
     )
     return TrainingBatch(make_texts(), 6, candidates, [("set", row) for row in range(6)])
 

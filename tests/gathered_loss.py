@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from test_loss import PRIVATE, problem
 from two_ranks import leave, say
 
@@ -29,6 +30,7 @@ def check(rank: int, ranks: int, scopes: str, both_directions: bool) -> None:
     own = c.part(rows, columns)
     # a rank knows as many keys as its own rows have
     own = replace(own, row_keys=own.row_keys[:, : int((own.row_keys != 0).sum(1).max())])
+    own = replace(own, column_keys=F.pad(own.column_keys, (0, rank)))
     got = gathered_loss(q_here, d_here, own, **options)
     got.loss.backward()
     # as DDP does

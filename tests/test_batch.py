@@ -77,6 +77,19 @@ def parts_of(batch) -> list[tuple[str, list[str], list[str]]]:
     ]
 
 
+def are_keys(candidates, row) -> torch.Tensor:
+    """[M] whether a column shares a key with a row."""
+    keys = candidates.row_keys[row]
+    return torch.isin(candidates.column_keys, keys[keys != 0]).any(1)
+
+
+def negatives_of(batch) -> list[set[str]]:
+    """The documents that the loss takes as negatives of each row."""
+    c, documents = batch.candidates, words_of(batch)[batch.num_queries :]
+    kept = [(c.column_scopes == scope).any(1) & ~are_keys(c, row) for row, scope in enumerate(c.row_scopes)]
+    return [{text for text, is_kept in zip(documents, row, strict=True) if is_kept} for row in kept]
+
+
 def losses(batch) -> list[float]:
     """The loss of each row in float64, by the definition, on vectors that follow from the tokens."""
     vectors = []
@@ -87,7 +100,7 @@ def losses(batch) -> list[float]:
     candidates, found = batch.candidates, []
     for row, scope in enumerate(candidates.row_scopes):
         is_candidate = (candidates.column_scopes == scope).any(1)
-        is_key = (candidates.column_keys[:, None] == candidates.row_keys[row]).any(1)
+        is_key = are_keys(candidates, row)
         z = np.log(np.exp(scores[row][(is_candidate & ~is_key).numpy()]).sum())
         columns = [column for r, column in candidates.positives.tolist() if r == row]
         found.append(np.mean([np.logaddexp(0, z - scores[row, column]) for column in columns]))
@@ -145,7 +158,7 @@ def test_symmetric_texts_carry_the_instruction_on_both_sides(tmp_path, tokenizer
     assert words_of(batch)[:2] == ["Instruct : it : q0", "Instruct : it : p0"]
     assert batch.texts.first_pooled == [4, 4, 4]
     # the text alone makes the key
-    assert batch.candidates.column_keys[0] == text_id("p0")
+    assert batch.candidates.column_keys[0, 0] == text_id("p0")
 
 
 def test_a_row_may_have_a_task_of_its_own(tmp_path, tokenizer):
@@ -241,10 +254,69 @@ def test_examples_stand_for_a_class(tmp_path, tokenizer):
         # in the batch no text of the own class is a negative
         candidates = batch.candidates
         for i in range(12):
-            is_key = (candidates.column_keys[:, None] == candidates.row_keys[i]).any(1).tolist()
             documents = words_of(batch)[12:]
-            assert is_key == [int(text[1:]) % 3 == i % 3 for text in documents]
+            assert are_keys(candidates, i).tolist() == [int(text[1:]) % 3 == i % 3 for text in documents]
     assert len(seen) == 12 * 11
+
+
+@pytest.mark.parametrize("is_symmetric", [False, True])
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_texts_of_several_labels_are_no_negatives_of_themselves(in_batch, is_symmetric, tmp_path, tokenizer):
+    records = [{"text": f"t{i % 20}", "label": "ab"[i // 20]} for i in range(40)]
+    settings = {"in_batch": in_batch, "symmetric": is_symmetric, "hard_negatives": 3, "positives": 2}
+    data = data_set(tmp_path, records, labels="examples", **settings)
+    builder, num_met = BatchBuilder([data], tokenizer, max_length=9, seed=0), 0
+    for step in range(9):
+        batch = builder.build(step, [("a", i) for i in range(40)])
+        batch.candidates.check(40, 200)
+        for (query, positives, own), negatives in zip(parts_of(batch), negatives_of(batch), strict=True):
+            assert len(own) == 3 and not {query, *positives} & {*own}
+            assert {*own} <= negatives and not {query, *positives} & negatives
+            num_met += len(negatives) > 3
+    assert (num_met > 0) == in_batch
+
+
+def test_labelled_texts_and_pairs_know_each_others_texts(tmp_path, tokenizer):
+    labelled = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(4)]
+    sets = [
+        data_set(tmp_path, labelled, labels="examples", hard_negatives=1),
+        data_set(tmp_path, [{"query": "t0", "pos": "p1"}, {"query": "q1", "pos": "t2"}], "b"),
+    ]
+    rows = [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
+    batch = BatchBuilder(sets, tokenizer, max_length=9, seed=0).build(0, rows)
+    assert [row[:2] for row in parts_of(batch)] == [
+        ("t0", ["t2"]),
+        ("t1", ["t3"]),
+        ("t0", ["p1"]),
+        ("q1", ["t2"]),
+    ]
+    own = [negatives for _, _, (*negatives,) in parts_of(batch)[:2]]
+    others = {*own[0], *own[1]} - {"t0", "t2"}
+    # t0 and t2 are of one class, and the two rows of t0 share their positives
+    assert negatives_of(batch)[0] == {"t3", *others}
+    assert negatives_of(batch)[2:] == [
+        {"t3", *own[0], *own[1]} - {"t0"},
+        {"t3", "p1", *own[0], *own[1]} - {"t2"},
+    ]
+
+
+def test_positives_of_a_query_are_no_negatives_of_its_other_rows(tmp_path, tokenizer):
+    records = [{"query": "q1", "pos": f"p{i}", "neg": f"n{i}"} for i in range(4)]
+    records += [{"query": "q2", "pos": "p9"}]
+    for num_ranks in (1, 2):
+        batches = [
+            BatchBuilder([data_set(tmp_path, records)], tokenizer, max_length=9, seed=0).build(
+                0, [("a", i) for i in range(5)], rank, num_ranks
+            )
+            for rank in range(num_ranks)
+        ]
+        queries = [row for batch in batches for row in batch.candidates.row_keys.tolist()]
+        columns = [keys for batch in batches for keys in batch.candidates.column_keys.tolist()]
+        masked = [[bool({*keys} & {*row} - {0}) for keys in columns] for row in queries]
+        # p0 n0 p1 n1 p2 n2 p3 n3 p9: a negative of one row stays one for the others
+        assert masked == [[True, False] * 4 + [False]] * 4 + [[False] * 8 + [True]]
+        for batch in batches:
+            batch.candidates.check(batch.num_queries, len(batch.texts.ids) - batch.num_queries)
 
 
 def test_label_texts_are_documents(tmp_path, tokenizer):
@@ -256,7 +328,7 @@ def test_label_texts_are_documents(tmp_path, tokenizer):
         rows = parts_of(batch)
         assert [row[:2] for row in rows] == [("t0", ["n1"]), ("t3", ["n1"]), ("t1", ["n2"])]
         seen |= {negative for _, _, negatives in rows[:1] for negative in negatives}
-        assert batch.candidates.column_keys[0] == text_id("n1")
+        assert batch.candidates.column_keys[0, 0] == text_id("n1")
     assert seen == {"n2", "<unk>"}
 
 

@@ -20,8 +20,9 @@ LIMITS = ({}, {"limit": 0.95}, {"margin": 0.05}, {"limit": 1.3, "margin": -0.2})
 def problem(num_rows, num_hard, width, scopes="everybody", duplicates=True, seed=0):
     """(queries, documents, candidates) in float64: 1 to 3 positives and some hard negatives to each row.
 
-    With duplicates a positive of row 0 stands again among the positives of row 3 and the columns of row 4.
-    Half of the rows of "mixed" see their own candidates only, the others those of their set.
+    With duplicates a positive of row 0 stands again among the positives of row 3 and the columns of row 4,
+    and row 6 has its query. Half of the rows of "mixed" see their own candidates only, the others
+    those of their set.
     """
     g = torch.Generator().manual_seed(seed)
     q = torch.randn(num_rows, width, generator=g, dtype=torch.float64)
@@ -32,7 +33,8 @@ def problem(num_rows, num_hard, width, scopes="everybody", duplicates=True, seed
         "own": [PRIVATE + i for i in range(num_rows)],
         "mixed": [PRIVATE + i if i % 2 else 1 + i % 3 for i in range(num_rows)],
     }[scopes]
-    documents, owners, pairs, keys = [], [], [], [[10**6 + i] for i in range(num_rows)]
+    documents, owners, pairs = [], [], []
+    keys = [[10**6 + (i if i != 6 or not duplicates else 0)] for i in range(num_rows)]
     column_keys = []
     for i in range(num_rows):
         for is_positive in [True] * (1 + i % 3) + [False] * num_hard:
@@ -45,7 +47,7 @@ def problem(num_rows, num_hard, width, scopes="everybody", duplicates=True, seed
                 keys[i].append(key)
             documents.append(document)
             owners.append(i)
-            column_keys.append(key)
+            column_keys.append((key, keys[i][0] if is_positive else 0))
     shared = [row_scopes[i] if row_scopes[i] < PRIVATE else -1 for i in owners]
     padded = [k + [0] * (4 - len(k)) for k in keys]
     candidates = Candidates(
@@ -65,7 +67,7 @@ def oracle(q, d, c, temperature, limit=None, margin=None, both_directions=False,
 
     def is_negative(i, j):
         shares = int(c.row_scopes[i]) in c.column_scopes[j].tolist()
-        return shares and int(c.column_keys[j]) not in c.row_keys[i].tolist()
+        return shares and not {*c.column_keys[j].tolist()} & {*c.row_keys[i].tolist()} - {0}
 
     def pair_loss(positive, negatives, lowest):
         bound = lowest.detach()
@@ -225,7 +227,7 @@ def test_metrics_of_known_cosines():
         torch.tensor([0, 0, 7]),
         torch.tensor([(0, -1), (0, -1), (0, 7), (0, -1)]),
         torch.tensor([[1, 0], [2, 1], [3, 0]]),
-        1 + torch.arange(4),
+        1 + torch.arange(4)[:, None],
     )
     m = {k: v.item() for k, v in contrastive_loss(q, d, c, temperature=0.1, margin=0.0).metrics.items()}
     wanted = {
@@ -268,6 +270,7 @@ def test_vectors_of_any_length_count_as_directions():
         ({"positives": torch.zeros(0, 2, dtype=torch.int64)}, "name each of the 7 rows"),
         ({"positives": torch.tensor([(0, 99)])}, "positives must name columns from 0 to 26, got others"),
         ({"row_keys": torch.full((7, 1), 5)}, "row 0 lacks one"),
+        ({"row_keys": torch.zeros(7, 1).long(), "column_keys": torch.zeros(27, 1).long()}, "row 0 lacks one"),
     ],
 )
 def test_rejects(change, message):
@@ -307,7 +310,7 @@ def test_under_autocast_the_gradient_stays_within_5e_3_of_float64(planted, dtype
         torch.zeros(64, dtype=torch.int64),
         torch.zeros(128, 2, dtype=torch.int64),
         1 + own[:, None],
-        1 + torch.arange(128),
+        1 + torch.arange(128)[:, None],
     )
     loss = partial(loss_of, c=c, temperature=0.02)
     wanted = value_and_gradients(loss, q.double(), d.double(), torch.float64)
@@ -328,7 +331,7 @@ def test_a_limit_is_below_the_lowest_positive_also_when_it_is_negative():
         torch.tensor([0, 9]),
         torch.tensor([(0, -1), (9, -1), (0, -1)]),
         torch.tensor([[1], [2]]),
-        torch.tensor([1, 2, 3]),
+        torch.tensor([[1], [2], [3]]),
     )
     kept = [
         contrastive_loss(q, d, c, temperature=0.1, limit=share).metrics["negative_cosine"]
@@ -344,7 +347,7 @@ def test_metrics_know_the_lowest_positive():
     d = torch.stack([angles.cos(), angles.sin()], 1)
     zero = torch.zeros(3, 2, dtype=torch.int64)
     c = Candidates(
-        torch.tensor([(0, 0), (0, 1)]), zero[0, :1], zero, torch.tensor([[1, 2]]), torch.tensor([1, 2, 3])
+        torch.tensor([(0, 0), (0, 1)]), zero[0, :1], zero, torch.tensor([[1, 2]]), torch.arange(1, 4)[:, None]
     )
     metrics = contrastive_loss(q, d, c, temperature=0.1).metrics
     assert metrics["accuracy"] == metrics["hard_negative_wins"] == 1

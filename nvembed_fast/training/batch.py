@@ -6,9 +6,10 @@
    classes ("examples"), or the positive is the label itself and the negatives are other labels ("texts").
 3. Queries carry the data set's instruction. Documents carry it where both sides are of one kind
    (`symmetric`).
-4. Scopes and keys tell the loss which documents may be negatives (`loss.Candidates`). A document's key is
-   the hash of its text, or of its class among texts with a label. All positives of a row are among its
-   keys, also those that were not drawn.
+4. Scopes and keys tell the loss which documents may be negatives (`loss.Candidates`). A document's keys are
+   the hashes of its text, of its class among texts with a label, and of the row's query if it is a positive.
+   The keys of a row are its query, its class and its positives, also those of {query, pos} that were not
+   drawn.
 5. Ranks take neighbouring slots of the same batch. So what a step learns from does not depend on their
    number.
 
@@ -165,7 +166,7 @@ class _Picked(NamedTuple):
     positives: list[str]
     negatives: list[str]
     row_keys: list[int]  # never negatives of this row
-    column_keys: list[int]  # of the positives, then of the negatives
+    classes: list[int] | None = None  # keys of the positives, then of the negatives
     prompt: str | None = None
     scores: list[float] | None = None  # a teacher's, of the positives, then of the negatives
 
@@ -191,8 +192,7 @@ class _Pairs:
             scores = [(row.positive_scores or ())[i] for i in of_positives]
             scores += [(row.negative_scores or ())[i] for i in of_negatives]
         keys = [text_id(text) for text in dict.fromkeys((row.query, *row.positives))]
-        column_keys = [text_id(text) for text in positives + negatives]
-        return _Picked(row.query, positives, negatives, keys, column_keys, row.prompt, scores)
+        return _Picked(row.query, positives, negatives, keys, prompt=row.prompt, scores=scores)
 
 
 class _Classes:
@@ -245,8 +245,7 @@ class _Classes:
         others = draws.sample(len(self._labels) - 1, self._data.settings.hard_negatives)
         negatives = [self._labels[other + (other >= own)] for other in others]
         text, label = self._data.rows.labelled(index).text, self._labels[own]
-        keys = [text_id(t) for t in (label, *negatives)]
-        return _Picked(text, [label], negatives, [text_id(text), keys[0]], keys)
+        return _Picked(text, [label], negatives, [text_id(text), text_id(label)])
 
     def _examples(self, index: int, draws: Draws) -> _Picked:
         own = int(self._classes[index])
@@ -267,16 +266,22 @@ class _Classes:
         if not positives:
             raise self._without_positive(own, index)
         # those of other classes stand in front of the class and behind it
-        num_others = len(self._members) - int(end - first)
-        negatives, keys = [], [self._keys[own]] * len(positives)
-        for other in draws.sample(num_others, self._data.settings.hard_negatives):
+        num_others, wanted = len(self._members) - int(end - first), self._data.settings.hard_negatives
+        negatives: list[str] = []
+        classes = [self._keys[own]] * len(positives)
+        for other in draws.sample(num_others, wanted + _TRIES if wanted else 0):
             member = int(self._members[other if other < first else other + end - first])
-            negatives.append(self._data.rows.labelled(member).text)
-            keys.append(self._keys[self._classes[member]])
-        return _Picked(text, positives, negatives, [text_id(text), self._keys[own]], keys)
+            found = self._data.rows.labelled(member).text
+            if found not in (text, *positives):
+                negatives.append(found)
+                classes.append(self._keys[self._classes[member]])
+            if len(negatives) == wanted:
+                break
+        keys = [self._keys[own], *map(text_id, dict.fromkeys((text, *positives)))]
+        return _Picked(text, positives, negatives, keys, classes)
 
 
-_TRIES = 8  # further texts that are looked at if one equals the query. Behind them one that differs is known
+_TRIES = 8  # further texts that are looked at if one may not be taken
 
 
 class BatchBuilder:
@@ -374,7 +379,7 @@ class BatchBuilder:
 
     def _candidates(self, picked: list[_Picked], sets: list[DataSet], slots: range) -> Candidates:
         positives, row_scopes, column_scopes = [], [], []
-        column_keys: list[int] = []
+        column_keys: list[list[int]] = []
         for row, (texts, data, slot) in enumerate(zip(picked, sets, slots, strict=True)):
             private = PRIVATE + slot
             shared = (
@@ -384,18 +389,20 @@ class BatchBuilder:
             )
             row_scopes.append(shared if data.settings.in_batch else private)
             positives += [(row, len(column_keys) + i) for i in range(len(texts.positives))]
-            column_keys += texts.column_keys
-            column_scopes += [(shared, private)] * len(texts.column_keys)
-        width = max((len(texts.row_keys) for texts in picked), default=1)
+            documents = texts.positives + texts.negatives
+            query = text_id(texts.query)
+            for place, text in enumerate(documents):
+                keys = [text_id(text), query if place < len(texts.positives) else 0]
+                column_keys.append(keys + ([] if texts.classes is None else [texts.classes[place]]))
+            column_scopes += [(shared, private)] * len(documents)
         scores = [score for texts in picked for score in texts.scores or ()]
         own = [row for row, texts in enumerate(picked) for _ in texts.scores or ()]
-        row_keys = [texts.row_keys + [0] * (width - len(texts.row_keys)) for texts in picked]
         return Candidates(
             positives=torch.tensor(positives, dtype=torch.int64).view(-1, 2),
             row_scopes=torch.tensor(row_scopes, dtype=torch.int64),
             column_scopes=torch.tensor(column_scopes, dtype=torch.int64).view(-1, 2),
-            row_keys=torch.tensor(row_keys, dtype=torch.int64).view(-1, width),
-            column_keys=torch.tensor(column_keys, dtype=torch.int64),
+            row_keys=_padded([texts.row_keys for texts in picked]),
+            column_keys=_padded(column_keys),
             # with scores every document has one
             scored=torch.tensor([*enumerate(own)], dtype=torch.int64).flip(1) if scores else None,
             teacher_scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
@@ -422,6 +429,13 @@ class BatchBuilder:
                 self._check_left(text_ids, first, origins[i])
                 ids[i], first_pooled[i] = text_ids, first
         return TokenizedTexts(ids, first_pooled, num_cut)
+
+
+def _padded(keys: list[list[int]]) -> torch.Tensor:
+    width = max(map(len, keys), default=1)
+    return torch.tensor([some + [0] * (width - len(some)) for some in keys], dtype=torch.int64).view(
+        -1, width
+    )
 
 
 class Batches:

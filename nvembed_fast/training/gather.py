@@ -63,16 +63,17 @@ def gathered_loss(
         return contrastive_loss(queries, documents, candidates, both_directions=both_directions, **options)
     candidates.check(len(queries), len(documents))
     num_ranks = dist.get_world_size(group)
-    sizes = [len(queries), len(documents), candidates.row_keys.shape[1]]
+    widths = [candidates.row_keys.shape[1], candidates.column_keys.shape[1]]
+    sizes = [len(queries), len(documents), *widths]
     all_sizes = _all_gather(torch.tensor([sizes], device=queries.device), group)
     num_rows, *_ = zip(*all_sizes.tolist(), strict=True)
     if 0 in num_rows:
         raise ValueError(f"every rank must have rows, got none on rank {num_rows.index(0)}")
-    max_rows, max_columns, max_keys = all_sizes.amax(0).tolist()
+    max_rows, max_columns, max_keys, max_column_keys = all_sizes.amax(0).tolist()
     with torch.autocast(queries.device.type, enabled=False):
         q, d = unit_vectors(queries), unit_vectors(documents)
         here = candidates.to(q.device)
-        all_documents = _gather(document_columns(d, here), max_columns, 1, group)
+        all_documents = _gather(document_columns(d, here), max_columns, max_column_keys, group)
         all_queries = _gather(query_columns(q, here), max_rows, max_keys, group) if both_directions else None
     result = loss_of_unit_vectors(
         q,
@@ -115,10 +116,10 @@ def gathered_distillation(
     here = candidates.to(queries.device)
     with torch.autocast(queries.device.type, enabled=False):
         d = unit_vectors(documents)
-        # side by side, so that they travel together
-        both = document_columns(torch.cat([d, teacher.to(d)], 1), here)
+        # side by side, so that they travel together. No key is asked for
+        both = document_columns(torch.cat([d, teacher.to(d)], 1), here)._replace(keys=here.column_scopes)
         count = _all_gather(torch.tensor([len(d)], device=d.device), group)
-        vectors, scopes, _ = _gather(both, int(count.max()), 1, group)
+        vectors, scopes, _ = _gather(both, int(count.max()), both.keys.shape[1], group)
     all_documents, all_teachers = vectors.split([d.shape[1], teacher.shape[1]], 1)
     whole = replace(here, column_scopes=scopes, teacher_documents=all_teachers.detach())
     return candidate_distillation(queries, all_documents, whole, **temperatures)

@@ -10,8 +10,8 @@ one of its positives, K keys of a row.
 3. The loss is the mean over the rows of weight times the mean over their pairs.
    A row without negatives has the loss 0 and the gradient 0.
 
-A negative of a row is a column in its scope, with a text that is none of the row's
-keys, and with a cosine up to its limit. In-batch negatives, a switch for each data
+A negative of a row is a column in its scope that shares none of the row's keys, and
+with a cosine up to its limit. In-batch negatives, a switch for each data
 set and rows with their own candidates only are all one rule: see `Candidates`.
 
 Everything is computed in fp32 (float64 for float64), also under autocast: scores
@@ -38,15 +38,16 @@ class Candidates:
     """Which columns are positives, negatives or nothing to a row.
 
     Column j is a candidate of row i if row_scopes[i] is one of column_scopes[j]. Scope 0 is everybody's.
-    The data sets have numbers from 1 on, the rows themselves from 2**32 on. Keys are 64-bit ids of texts. The
-    keys of a row are its positives and its own query. A candidate with one of them is no negative.
+    The data sets have numbers from 1 on, the rows themselves from 2**32 on. Keys are 64-bit ids of texts
+    and of classes. The keys of a row are its positives and its own query. Those of a column are its text, and
+    of a positive also the query of its row. A candidate that shares a key with the row is no negative.
 
     Attributes:
         positives: [P, 2] int64 (row, column), sorted by row. Every row has one or more.
         row_scopes: [B] int64, not negative.
         column_scopes: [M, 2] int64 (shared, private). A negative number matches nothing.
         row_keys: [B, K] int64. 0 pads.
-        column_keys: [M] int64, never 0.
+        column_keys: [M, L] int64. 0 pads.
         weights: [B] fp32. None: all are 1. They should have a mean of 1.
         scored: [S, 2] int64 (row, column), sorted by row: a row's own texts that have a teacher's score. The
             contrastive loss does not read them (`auxiliary_losses.score_distillation`).
@@ -77,7 +78,7 @@ class Candidates:
         of_rows, of_columns = (torch.tensor(list(n), dtype=torch.int64) for n in (rows, columns))
         row_at, column_at = (
             torch.full((len(t),), -1).scatter_(0, of, torch.arange(len(of)))
-            for t, of in ((self.row_scopes, of_rows), (self.column_keys, of_columns))
+            for t, of in ((self.row_scopes, of_rows), (self.column_scopes, of_columns))
         )
 
         def renumbered(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,13 +107,13 @@ class Candidates:
 
         On a GPU the values are not looked at, because that would wait for it.
         """
-        num_pairs, num_keys = len(self.positives), self.row_keys.shape[-1]
+        num_pairs = len(self.positives)
         shapes = {
             "positives": (num_pairs, 2),
             "row_scopes": (num_rows,),
             "column_scopes": (num_columns, 2),
-            "row_keys": (num_rows, num_keys),
-            "column_keys": (num_columns,),
+            "row_keys": (num_rows, self.row_keys.shape[-1]),
+            "column_keys": (num_columns, self.column_keys.shape[-1]),
             "weights": (num_rows,),
             "scored": (0 if self.scored is None else len(self.scored), 2),
             "teacher_scores": (0 if self.scored is None else len(self.scored),),
@@ -129,10 +130,11 @@ class Candidates:
             raise ValueError(f"positives must name columns from 0 to {num_columns - 1}, got others")
         if not torch.equal(rows.unique_consecutive(), torch.arange(num_rows)):
             raise ValueError(f"positives must be sorted by row and name each of the {num_rows} rows")
-        lacking = ~(self.row_keys[rows] == self.column_keys[columns, None]).any(1)
+        keys = self.column_keys[columns][:, :, None]
+        lacking = ~((self.row_keys[rows][:, None] == keys) & (keys != 0)).any((1, 2))
         if lacking.any():
             raise ValueError(
-                f"row_keys must hold the keys of the row's positives, row {int(rows[lacking][0])} lacks one"
+                f"row_keys must hold a key of each positive of the row, row {int(rows[lacking][0])} lacks one"
             )
 
 
@@ -242,7 +244,7 @@ def loss_of_unit_vectors(
         metrics = _metrics(cosines, lowest, rows, len(documents_side.vectors), temperature, *statistics)
         if both_directions:
             queries_side = of_rows if all_queries is None else all_queries
-            of_pairs = Columns(d[columns], c.column_scopes[columns], c.column_keys[columns, None])
+            of_pairs = Columns(d[columns], c.column_scopes[columns], c.column_keys[columns])
             lowest = _lowest(cosines, columns, len(d))[columns]
             z, *_ = _negatives(of_pairs, queries_side, lowest, temperature, limit, margin)
             terms = (terms + _pair_losses(cosines / temperature, z)) / 2
@@ -290,7 +292,7 @@ def unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
 
 def document_columns(documents: torch.Tensor, candidates: Candidates) -> Columns:
     """[M, D] unit vectors with their scopes and keys."""
-    return Columns(documents, candidates.column_scopes, candidates.column_keys[:, None])
+    return Columns(documents, candidates.column_scopes, candidates.column_keys)
 
 
 def query_columns(queries: torch.Tensor, candidates: Candidates) -> Columns:
