@@ -417,6 +417,23 @@ def test_data_sets_of_a_recipe(tmp_path):
         data_set(tmp_path, alone, "e", in_batch=False).check()
 
 
+def test_rows_alone_in_their_steps_need_negatives_of_their_own(tmp_path):
+    with_own = [{"query": "q", "pos": "p", "neg": "n"}]
+    for records, settings, way in (
+        ([{"query": "q", "pos": "p"}], {}, 'add "neg" to its rows'),
+        (with_own, {"hard_negatives": 0}, "raise hard_negatives"),
+        (CLASSES, {"hard_negatives": 0, "labels": "examples"}, "raise hard_negatives"),
+    ):
+        data = data_set(tmp_path, records, **settings)
+        data.check()
+        with pytest.raises(
+            ValueError, match=f"with train.batch = 1 .* to learn: {way}, or raise train.batch"
+        ):
+            data.check(is_alone=True)
+    data_set(tmp_path, with_own).check(is_alone=True)
+    data_set(tmp_path, CLASSES, labels="texts").check(is_alone=True)
+
+
 def test_the_next_batch_is_made_while_a_step_runs(tmp_path, tokenizer):
     sets = open_sets([data_set(tmp_path, pairs()).settings])
     made = Batches(sets, tokenizer, batch=4, seed=0, max_length=9)

@@ -280,6 +280,37 @@ def test_a_run_of_another_recipe_or_other_data_does_not_go_on(tmp_path, start):
     assert len(losses(tmp_path / "out")) == 2
 
 
+def test_a_run_whose_only_checkpoint_is_damaged_does_not_begin_anew(tmp_path, start):
+    write_pairs(tmp_path / "pairs.jsonl")
+    recipe = recipe_of(tmp_path, start, keep_checkpoints=1)
+    with pytest.raises(ZeroDivisionError):
+        train(recipe, evaluate=lambda *_: {"none": 1 / 0}, evaluate_every=2)
+    path = tmp_path / "out" / "checkpoint-000002"
+    os.truncate(path / "weights.safetensors", 99)
+    with pytest.raises(
+        ValueError, match="checkpoint-000002 is damaged, and there is no other checkpoint: bring"
+    ):
+        train(recipe)
+    assert [step for step, _ in losses(tmp_path / "out")] == [1, 2]
+    shutil.rmtree(path)
+    train(recipe)
+    assert len(losses(tmp_path / "out")) == 6
+
+
+def test_a_checkpoint_in_16_bits_goes_on_in_fp32(tmp_path):
+    """As versions before 0.2 left one where all weights were trained with dtype = "bfloat16"."""
+    old, new = Small(1), Small()
+    old.parameters = {name: nn.Parameter(p.detach().bfloat16()) for name, p in old.parameters.items()}
+    old.optimizer = torch.optim.AdamW([*old.parameters.values()], lr=0.1, fused=True)
+    for parameter in old.parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    old.optimizer.step()
+    old.save(tmp_path, 5)
+    assert new.load(checkpoints.newest(tmp_path)).step == 5
+    for ours, theirs in zip(new.content(), old.content(), strict=True):
+        assert ours.dtype == torch.float32 and torch.equal(ours, theirs.float())
+
+
 def test_a_moved_run_goes_on(tmp_path, start):
     (tmp_path / "a").mkdir()
     write_pairs(tmp_path / "a" / "pairs.jsonl")
@@ -304,9 +335,11 @@ def test_a_run_goes_on_with_renamed_files_of_data(tmp_path, start):
     train(recipe("whole", "a.jsonl", "b.jsonl"))
     with pytest.raises(ZeroDivisionError):  # behind the checkpoint of step 2
         train(recipe("out", "a.jsonl", "b.jsonl"), evaluate=lambda *_: {"none": 1 / 0}, evaluate_every=2)
+    with pytest.raises(ValueError, match="the data sets stood in another order, a.jsonl, b.jsonl: put them"):
+        train(recipe("out", "b.jsonl", "a.jsonl"))
     (tmp_path / "a.jsonl").rename(tmp_path / "c.jsonl")
     (tmp_path / "b.jsonl").rename(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="content of a.jsonl was '.*' and is '.*'"):
+    with pytest.raises(ValueError, match="the data sets stood in another order, a.jsonl, b.jsonl: put them"):
         train(recipe("out", "a.jsonl", "c.jsonl"))
     train(recipe("out", "c.jsonl", "a.jsonl"))
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")

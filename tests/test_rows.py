@@ -28,12 +28,14 @@ def test_both_forms_of_a_list_and_the_scores_of_a_teacher(tmp_path):
         {"query": "a", "pos": "b"},
         GOOD | {"pos_scores": [0.5], "neg_scores": [1, 0.25], "id": 7},
         {"query": "caf\u00e9\u2028", "pos": ["p", "q"], "neg": None},
+        {"query": "a", "pos": ["a", "b", "a", "c"], "pos_scores": [4, 1, 3, 2]},
     )
     rows = open_rows(file)
     assert [rows.row(i) for i in range(len(rows))] == [
         Row("a", ("b",)),
         Row("a", ("b",), ("c", "d"), (0.5,), (1.0, 0.25)),
         Row("caf\u00e9\u2028", ("p", "q")),
+        Row("a", ("b", "c"), (), (1.0, 2.0)),  # without those that equal the query
     ]
     assert write(tmp_path / "y.jsonl", {"text": "t", "label": 3}) and open_rows(
         tmp_path / "y.jsonl"

@@ -23,6 +23,7 @@ from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.training import ranks, trainer
 from nvembed_fast.training.recipe import Recipe, RecipeError
 from nvembed_fast.training.run_log import read_metrics
+from nvembed_fast.training.start import load_network
 from nvembed_fast.training.trainer import Diverged, Stopped, train
 
 
@@ -103,6 +104,34 @@ def test_a_frozen_table_of_embeddings_keeps_its_bytes_and_is_in_no_checkpoint(fo
     for file in ("weights", "optimizer"):
         stored = load_file(folder / "out" / "checkpoint-000006" / f"{file}.safetensors")
         assert any("embed_tokens" in name for name in stored) != is_frozen
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_trained_weights_are_float32_whatever_the_dtype(folder, start, dtype):
+    """In 16 bits most of them would stay: a step of 1e-5 is below half a unit of their last place."""
+    said = []
+    recipe = recipe_of(folder, start, steps=1, warmup=0, lr=1e-5, dtype=dtype)
+    train(recipe, say=said.append)
+    stored = load_file(folder / "out" / "checkpoint-000001" / "weights.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float32}
+    assert sum("with lora_rank = 0 all are float32" in line for line in said) == 1
+    before, after = weights(start), weights(folder / "out")
+    matrix = next(name for name in after if name.endswith("layers.0.mlp.up_proj.weight"))
+    assert (after[matrix] != before[matrix]).float().mean() > 0.9
+    network = load_network(start, recipe_of(folder, start, dtype=dtype, lora_rank=2), torch.device("cpu"))
+    dtypes = {value.dtype for value in network.parameters() if value.requires_grad}
+    assert dtypes == {torch.float32} != {value.dtype for value in network.parameters()}
+
+
+def test_a_step_without_negatives_is_told_once(folder, start):
+    (folder / "pairs.jsonl").write_text('{"query": "w1", "pos": "w2"}\n' * 40)
+    said = []
+    train(recipe_of(folder, start, steps=3), say=said.append)
+    assert [line for line in said if "no negative" in line] == [
+        "step 1 had no negative for any row, so its contrastive loss is 0"
+    ]
+    with pytest.raises(ValueError, match="no row has negatives, so with train.batch = 1 there is nothing"):
+        train(recipe_of(folder, start, output="other", batch=1))
 
 
 def test_the_rate_rises_and_falls(folder, start):

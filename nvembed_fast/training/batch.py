@@ -99,20 +99,27 @@ class DataSet:
         """
         return instruction_of(self.settings.instruction if prompt is None else prompt)
 
-    def check(self, *, needs_scores: bool = False, teacher: TeacherVectors | None = None) -> dict[str, str]:
+    def check(
+        self, *, is_alone: bool = False, needs_scores: bool = False, teacher: TeacherVectors | None = None
+    ) -> dict[str, str]:
         """Read every row. Raises ValueError naming the file and the line of one that cannot be used.
+
+        Args:
+            is_alone: a step has one row, so there are no documents of others.
+            needs_scores, teacher: see `BatchBuilder`.
 
         Returns:
             Each instruction of the queries -> the place of its first row, for `Batches.check`.
         """
-        has_negatives = self.settings.in_batch or self.settings.labels != "none"
+        sees_others, takes_own = self.settings.in_batch and not is_alone, self.settings.hard_negatives > 0
+        has_negatives = sees_others or (takes_own and self.settings.labels != "none")
         instructions: dict[str, str] = {}
         for index, record in enumerate(self.rows.records()):
             parse = to_row if self.settings.labels == "none" else to_labelled
             row = parse(record, self.rows.place(index))
             prompt = None if isinstance(row, Labelled) else row.prompt
             instructions.setdefault(self.instruction(prompt), self.rows.place(index))
-            has_negatives = has_negatives or isinstance(row, Labelled) or bool(row.negatives)
+            has_negatives = has_negatives or (takes_own and isinstance(row, Row) and bool(row.negatives))
             if needs_scores:
                 check_scores(row, self.rows.place(index))
             if teacher is not None:
@@ -122,9 +129,14 @@ class DataSet:
                 _vectors(teacher, "queries", [query])
                 _vectors(teacher, "documents", documents)
         if not has_negatives:
+            why, way = (
+                ("train.batch = 1", "raise train.batch")
+                if is_alone
+                else ("in_batch = false", "set in_batch = true")
+            )
+            own = 'add "neg" to its rows' if takes_own else "raise hard_negatives"
             raise ValueError(
-                f"{self.name}: no row has negatives, so with in_batch = false there is nothing to learn: add "
-                '"neg" to its rows, or set in_batch = true'
+                f"{self.name}: no row has negatives, so with {why} there is nothing to learn: {own}, or {way}"
             )
         return instructions
 

@@ -7,6 +7,7 @@ any number of ranks.
 
 1. The files are written aside, synced, and renamed (`files.new_folder`). A full disk leaves the last one.
 2. `state.json` names the size of every file, so a checkpoint that a hand or a disk has damaged is not taken.
+   Without another one the run is refused.
 3. Older ones are removed when the new one is in its place.
 
 A checkpoint of another recipe, of other data or of another start is refused. HARMLESS keys may differ, and a
@@ -31,7 +32,7 @@ from nvembed_fast import files
 from nvembed_fast.files import brief
 from nvembed_fast.training.recipe import differing
 
-__all__ = ["HARMLESS", "State", "identity_of", "load", "load_weights", "newest", "save"]
+__all__ = ["HARMLESS", "State", "check_none", "identity_of", "load", "load_weights", "newest", "save"]
 
 # a run may go on with other values of them. `train.steps` moves the end of the learning rate's decay, and
 # `train.max_tokens` draws other dropout masks
@@ -113,6 +114,15 @@ def save(
 def newest(output: Path) -> Path | None:
     """The whole checkpoint of the highest step in a directory, if there is one."""
     return next((path for path in _all(output) if _is_whole(path)), None)
+
+
+def check_none(output: Path) -> None:
+    """ValueError if all checkpoints are damaged: a run would begin anew and cut the metrics."""
+    if newest(output) is None and (found := _all(output)):
+        raise ValueError(
+            f"{found[0]} is damaged, and there is no other checkpoint: bring its files back, or remove it to "
+            "begin anew"
+        )
 
 
 def identity_of(path: Path) -> dict[str, Any]:

@@ -270,7 +270,10 @@ def _as_arrow(file: Path) -> Any:
 
 
 def to_row(record: Any, place: str) -> Row:
-    """A parsed record as a query with its documents. Raises ValueError naming the place."""
+    """A parsed record as a query with its documents. Raises ValueError naming the place.
+
+    A positive that equals the query is left out, because it teaches nothing.
+    """
     if isinstance(record, dict) and "query" not in record and "label" in record:
         raise ValueError(
             f"{place}: no 'query', the row has a label: say how it is used, by labels = \"examples\" or "
@@ -284,6 +287,9 @@ def to_row(record: Any, place: str) -> Row:
     if set(positives) == {query}:
         raise ValueError(f"{place}: the only positive equals the query: remove the row")
     positive_scores = _scores(record.get("pos_scores"), "pos_scores", positives, place)
+    kept = [i for i, text in enumerate(positives) if text != query]
+    positives = tuple(positives[i] for i in kept)
+    positive_scores = positive_scores and tuple(positive_scores[i] for i in kept)
     negative_scores = _scores(record.get("neg_scores"), "neg_scores", negatives, place)
     prompt = record.get("prompt")
     if prompt not in (None, ""):

@@ -112,9 +112,14 @@ def _train(
     teacher = _teacher(part)
     instructions: dict[str, str] = {}
     if ranks.is_first and checkpoints.newest(output) is None:
+        checkpoints.check_none(output)
         _check_new(output)
         for data in sets:
-            instructions |= data.check(needs_scores=_needs_scores(part), teacher=teacher)
+            instructions |= data.check(
+                is_alone=part.batch == 1 and data.settings.in_batch,
+                needs_scores=_needs_scores(part),
+                teacher=teacher,
+            )
     with _alone(output, ranks):
         if not ranks.is_first:
             ranks.wait()
@@ -127,6 +132,11 @@ def _train(
         run = _Run(recipe, ranks, sets, teacher, start, say, instructions)
         if part.warmup > part.steps:
             say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
+        if not part.lora_rank and part.dtype not in ("auto", "float32"):
+            say(
+                f"train.dtype {part.dtype} is of weights beside adapters, and with lora_rank = 0 all are "
+                "float32. train.autocast computes in bfloat16"
+            )
         state = State(0, run.batches.start())
         if path is not None:
             state = checkpoints.load(path, run.parameters, run.optimizer, run.identity)
@@ -208,9 +218,14 @@ class _Run:
             is_missing = state.step > 0 and log is not None and not log.has_note(state.step)
             if ranks.total([float(is_missing)])[0]:
                 evaluate_at(state.step)
+            is_told = False
             for step, batch, counters in steps:
                 metrics = self.step(step, batch)
                 done = step + 1
+                # a mean over the ranks is rounded
+                if not is_told and metrics["rows_without_negatives"] > 1 - 1e-9:
+                    is_told = True
+                    self.say(f"step {done} had no negative for any row, so its contrastive loss is 0")
                 is_last = done == part.steps
                 if log is not None:
                     log.write(done, metrics)
@@ -315,7 +330,12 @@ class _Run:
 def _named(sets: list[DataSet], identity: Mapping[str, Any]) -> list[DataSet]:
     """The data sets under the names that the run knows, where only their files' names are others."""
     was = {key.removeprefix(_CONTENT): value for key, value in identity.items() if key.startswith(_CONTENT)}
-    if [*was.values()] != [data.rows.fingerprint for data in sets]:
+    contents = [data.rows.fingerprint for data in sets]
+    if [*was.values()] != contents:
+        if sorted(was.values()) == sorted(contents):
+            raise RecipeError(
+                f"the data sets stood in another order, {', '.join(was)}: put them back into it"
+            )
         return sets  # the run is new, or `checkpoints.load` refuses them
     return [dataclasses.replace(data, name=name) for data, name in zip(sets, was, strict=True)]
 
