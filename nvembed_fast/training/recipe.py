@@ -118,7 +118,9 @@ class TrainPart:
     lora_alpha: float = _key(32.0, "adapters are scaled by lora_alpha / lora_rank", above=0, high=1e6)
     lora_dropout: float = _key(0.0, "in front of the adapters; its masks depend on ranks and chunks", 0, 0.99)
     head: HeadTraining = _key("full", "the pooling head beside adapters: full, lora or frozen")
-    dtype: Dtype = _key("auto", "of the weights; auto: float32, and frozen ones on a GPU in bfloat16")
+    dtype: Dtype = _key(
+        "auto", "of weights beside adapters; auto: bfloat16 on a GPU. Trained ones are float32"
+    )
     autocast: Autocast = _key("auto", "auto: bfloat16 on a GPU, none on a CPU. The loss is in float32")
     checkpoint_layers: bool = _key(False, "keep of a layer its input alone: less memory, slower")
     sharding: Sharding = _key("ddp", "on several ranks: ddp copies the model, fsdp cuts it up")

@@ -128,10 +128,12 @@ def load_network(directory: Path, recipe: Recipe, device: torch.device) -> NVEmb
     """The model of a directory, its trained weights with gradients and in fp32, ready to be trained."""
     part = recipe.train
     is_frozen = part.lora_rank > 0
-    if part.dtype != "auto":
+    if not is_frozen:
+        dtype = "float32"  # in 16 bits an optimizer's small steps would be rounded away
+    elif part.dtype != "auto":
         dtype = part.dtype
     else:
-        dtype = "bfloat16" if is_frozen and device.type == "cuda" else "float32"
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
     network = checkpoint.load_model(directory, device=device, dtype=dtype)
     ops.prove(device, getattr(torch, dtype), training=True)
     _choose_trained(network, recipe)
