@@ -146,6 +146,14 @@ def test_the_scores_of_the_model_card_are_compared(name, more, ok, findings, cap
     assert ("not compared, because there are no published scores of 'other'" in printed) == (ok is None)
 
 
+def test_the_directory_at_work_has_the_name_of_the_model_card(findings, tmp_path, capsys, monkeypatch):
+    (tmp_path / "NV-Embed-v2").mkdir()
+    monkeypatch.chdir(tmp_path / "NV-Embed-v2")
+    monkeypatch.setattr(NVEmbed, "from_pretrained", lambda path, **options: Card(0))
+    words = ("check", "--device", "cpu", "--operations", "swiglu", "--model", ".", "--json")
+    assert json.loads(run(capsys, *words)[1])["model"]["ok"] is True
+
+
 def test_a_real_model_is_encoded(tiny_directory, findings, capsys):
     arguments = ("check", "--device", "cpu", "--operations", "swiglu", "--model", tiny_directory, "--json")
     status, printed, _ = run(capsys, *arguments)

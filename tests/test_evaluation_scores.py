@@ -101,6 +101,14 @@ def test_rows_are_read_by_model_and_task_and_others_are_told(tmp_path):
             scores.read_rows(tmp_path)
 
 
+@pytest.mark.parametrize("model", ["", ".", ".."])
+def test_rows_do_not_lie_outside_a_folder_of_their_own(model, tmp_path):
+    with pytest.raises(ValueError, match="cannot be the name of a model's rows: give it another one"):
+        scores.row_path(tmp_path, model, "squad", False)
+    with pytest.raises(ValueError, match="cannot be the name of a model's rows: give it another one"):
+        scores.check_name(tmp_path, model, "f")
+
+
 def test_another_model_of_the_same_name_is_refused(tmp_path):
     scores.check_name(tmp_path, "stage2", "f")
     for task in ("squad", "nave"):

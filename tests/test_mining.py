@@ -640,6 +640,8 @@ def test_huge_and_duplicate_texts_are_mined_once(encoder, tmp_path, capsys):
         (["--random"], "a random choice needs the end of its range"),
         (["--judged", "rows"], 'must have "query" and "candidate"'),
         (["-o", "rows"], "--output would replace"),
+        (["-o", "."], "--output is a folder, and a file is wanted: ."),
+        (["--suspects", ".."], "--suspects is a folder"),
     ],
 )
 def test_bad_input_is_one_line(encoder, rows, tmp_path, capsys, change, message):

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import json
 from collections.abc import Sequence
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from nvembed_fast.cli import info, options, process
@@ -176,7 +175,7 @@ def _model(arguments: argparse.Namespace, device: "torch.device") -> dict[str, A
         model = NVEmbed.from_pretrained(arguments.model, device=device, **options.hub_options(arguments))
     queries = model.encode_query(QUERIES, TASK, output="numpy")
     scores = 100 * np.asarray(queries) @ np.asarray(model.encode_document(PASSAGES, output="numpy")).T
-    name = PurePath(arguments.model).name
+    name = options.model_name(arguments.model)
     published, is_same = SCORES.get(name), None
     comparison = f"not compared, because there are no published scores of {name!r}"
     if published is not None:

@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> None:
     is_float = precision in ("float32", "float16")
     record = Record(
         # of a directory the name alone: the array may be passed on
-        model=os.path.basename(os.path.abspath(named)) if named.is_dir() else arguments.model,
+        model=options.model_name(arguments.model) if named.is_dir() else arguments.model,
         fingerprint=model.fingerprint,
         texts=fingerprint.of_texts(texts),
         instruction=instruction,

@@ -103,7 +103,8 @@ class _Model:
         from nvembed_fast.evaluation import scores
 
         self.arguments = arguments
-        name = arguments.name or Path(arguments.model).name
+        name = options.model_name(arguments.model) if arguments.name is None else arguments.name
+        scores.folder_of(arguments.output, name)  # before minutes of loading
         self.name, self.max_length = name, 0
         self.is_baseline = arguments.model in baselines.NAMES
         facts: dict[str, Any]

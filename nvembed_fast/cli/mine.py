@@ -224,6 +224,8 @@ def _check_output(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None and path.resolve() in taken:
             raise ValueError(f"--{name} would replace {path}, which is read: choose another name")
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"--{name} is a folder, and a file is wanted: {path}")
         if path is not None and not path.resolve().parent.is_dir():
             raise FileNotFoundError(f"the directory of --{name} does not exist: {path.resolve().parent}")
         taken += [] if path is None else [path.resolve()]

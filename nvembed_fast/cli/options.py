@@ -24,6 +24,7 @@ __all__ = [
     "encode_options",
     "hub_options",
     "load",
+    "model_name",
     "note_cut",
     "note_download",
     "note_empty",
@@ -119,6 +120,11 @@ def load(arguments: argparse.Namespace) -> "NVEmbed":
             latents=arguments.latents,
             **hub_options(arguments),
         )
+
+
+def model_name(model: str) -> str:
+    """The last part of a hub id or of a directory, also of one that is written as . or .. is."""
+    return os.path.basename(os.path.abspath(os.path.expanduser(model)))
 
 
 def hub_options(arguments: argparse.Namespace) -> dict[str, Any]:

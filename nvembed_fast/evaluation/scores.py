@@ -29,6 +29,7 @@ __all__ = [
     "NDCG_AT",
     "check_name",
     "finished",
+    "folder_of",
     "interval",
     "ndcg",
     "read_rows",
@@ -102,7 +103,18 @@ def interval(rows: Sequence[Mapping[str, Any]], draws: int = _DRAWS) -> tuple[fl
 
 def row_path(folder: Path, model: str, task: str, is_quick: bool) -> Path:
     """Where a row lies. A quick sample's row has a name of its own."""
-    return folder / _file_name(model) / f"{_file_name(task)}{'.quick' * is_quick}.json"
+    return folder_of(folder, model) / f"{_file_name(task)}{'.quick' * is_quick}.json"
+
+
+def folder_of(folder: Path, model: str) -> Path:
+    """Where the rows of a model lie.
+
+    Raises:
+        ValueError: a folder cannot have this name.
+    """
+    if model in ("", ".", ".."):
+        raise ValueError(f"{model!r} cannot be the name of a model's rows: give it another one (--name)")
+    return folder / _file_name(model)
 
 
 def _file_name(name: str) -> str:
@@ -112,9 +124,9 @@ def _file_name(name: str) -> str:
 def check_name(folder: Path, model: str, fingerprint: str) -> None:
     """
     Raises:
-        ValueError: a row of another model lies under this name.
+        ValueError: a row of another model lies under this name. Or see `folder_of`.
     """
-    rows = folder / _file_name(model)
+    rows = folder_of(folder, model)
     for path in sorted(rows.glob("*.json")):
         other = files.read_json(path).get("made_by", {}).get("fingerprint")
         if other != fingerprint:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,25 @@ def test_rows_are_written_and_a_finished_one_is_not_computed_again(
         lambda name, cache=None: replace(RETRIEVAL, queries={"q0": "bread"}, relevant={"q0": {"d0"}}),
     )
     assert "squad" in evaluate(capsys, *words[:2], *words[5:])[1]
+
+
+@pytest.mark.parametrize(("model", "name"), [(".", "inner"), ("..", "outer"), ("../../outer/", "outer")])
+def test_rows_of_the_directory_at_work_have_its_name(
+    planted, tiny_directory, tmp_path, capsys, monkeypatch, model, name
+):
+    inner = tmp_path / "outer" / "inner"
+    shutil.copytree(tiny_directory, inner)
+    shutil.copytree(tiny_directory, tmp_path / "outer", dirs_exist_ok=True)
+    monkeypatch.chdir(inner)
+    assert evaluate(capsys, "--tasks", "squad", "--model", model, "-o", tmp_path / "rows")[0] == 0
+    assert [row["model"] for row in scores.read_rows(tmp_path / "rows")] == [name]
+
+
+@pytest.mark.parametrize("words", [("--name", ""), ("--name", "."), ("--name", ".."), ("--model", "/")])
+def test_a_name_that_is_no_folder_is_told_before_the_model_is_loaded(planted, tmp_path, capsys, words):
+    status, _, err = evaluate(capsys, "--tasks", "squad", "--model", "absent", "-o", tmp_path / "rows", *words)
+    assert status == 1 and "cannot be the name of a model's rows: give it another one (--name)" in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_interrupted_run_keeps_its_rows_and_goes_on(
