@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvembed_fast import cli
+from nvembed_fast import NVEmbed, cli
 from nvembed_fast.cli import mine
 from nvembed_fast.curation import mining as module
 from nvembed_fast.curation.mining import Entry, Mining, Rule, Texts, choose
@@ -316,6 +316,7 @@ def encoder(monkeypatch) -> FakeEncoder:
     """The teacher of every command, in chunks of eight texts."""
     fake = FakeEncoder()
     monkeypatch.setattr(mine, "encoder_loader", lambda name, **_: lambda: fake)
+    monkeypatch.setattr(mine, "_is_own", lambda name: False)
     monkeypatch.setattr(mine, "_CHUNK", 8)
     monkeypatch.setattr(mine, "_TEXTS", 8)
     return fake
@@ -617,6 +618,32 @@ def test_rows_that_cannot_be_mined_are_counted(encoder, rows, tmp_path, capsys):
     assert f"2 skipped, first {rows}, line 31: 'pos' is empty" in error
     assert f"1 skipped, first {rows}, line 34: the only positive equals the query" in error
     assert f"1 skipped, first {rows}, line 35: no 'query', the row has a label" in error
+
+
+def test_a_prompt_without_room_for_its_query_is_counted_before_any_work(
+    rows, tiny_directory, tmp_path, capsys, monkeypatch
+):
+    long = " ".join(f"w{i}" for i in range(60))
+    bad = [{"query": "q", "pos": ["d"], "prompt": prompt} for prompt in ("find", long, f"Instruct: {long}")]
+    with open(rows, "a") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in bad))
+    words = ["mine", str(rows), "-o", str(tmp_path / "out.jsonl"), "--teacher", str(tiny_directory)]
+    words += ["--device", "cpu", "--max-length", "32"]
+    assert cli.main(words) == 0
+    shown = capsys.readouterr()
+    assert ": 31 rows," in shown.out and len(records(tmp_path / "out.jsonl")) == 31
+    reason = "'prompt' takes all 32 tokens of --max-length, so that nothing of the query is left"
+    assert f"2 skipped, first {rows}, line 32: {reason}" in shown.err
+    monkeypatch.setattr(NVEmbed, "encode", lambda *_, **__: pytest.fail("texts are encoded"))
+    assert cli.main([*words, "--symmetric", "--task", long]) == 1
+    assert (
+        capsys.readouterr()
+        .err.splitlines()[-1]
+        .endswith(": --task takes all 32 tokens of --max-length, so that nothing of the query is left")
+    )
+    rows.write_text(json.dumps(bad[1]) + "\n")
+    assert cli.main(words) == 1
+    assert f"no row can be mined: {rows}, line 1: {reason}" in capsys.readouterr().err
 
 
 def test_huge_and_duplicate_texts_are_mined_once(encoder, tmp_path, capsys):

@@ -6,6 +6,7 @@ output is written last, whole or not at all.
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import re
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from nvembed_fast.curation.mining import Choice, Entry, Mining, Texts
     from nvembed_fast.curation.teachers import Dense, Encoder, Teacher
+    from nvembed_fast.tokenization import TextTokenizer
     from nvembed_fast.training.rows import Rows
 
 SUMMARY = "Find hard negatives for rows of training data, with their teacher's scores."
@@ -130,7 +132,8 @@ def run(arguments: argparse.Namespace) -> None:
     from nvembed_fast.training.rows import open_rows
 
     _check_output(arguments)
-    rows = [_Rows(open_rows(file)) for file in arguments.file]
+    complaint = _complaint_of(arguments.teacher, arguments.max_length)
+    rows = [_Rows(open_rows(file), complaint) for file in arguments.file]
     corpus = [_Documents(open_rows(file)) for file in arguments.corpus]
     judged = _judged(arguments.judged)
     # importing torch takes seconds: first what fails at once
@@ -157,6 +160,8 @@ def run(arguments: argparse.Namespace) -> None:
             f"the query {texts.row(row)[2].query!r:.80} stands in rows with different prompts, and "
             "--vectors keeps one vector of each text: give these rows one prompt, or run without --vectors"
         )
+    if arguments.task and (reason := complaint(arguments.task)):
+        raise ValueError(f"--task {reason}")
     folder = arguments.output.with_name(arguments.output.name + ".mining")
     folder.mkdir(exist_ok=True)
     with (
@@ -178,10 +183,10 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 class _Rows:
-    """Rows of training data as entries."""
+    """Rows of training data as entries. `complaint` says what is wrong with a prompt, or nothing."""
 
-    def __init__(self, rows: "Rows"):
-        self.rows = rows
+    def __init__(self, rows: "Rows", complaint: Callable[[str], str] = lambda prompt: ""):
+        self.rows, self._complaint = rows, complaint
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -198,6 +203,8 @@ class _Rows:
             row = to_row(record, place)
         except ValueError as error:
             raise Unusable(str(error).removeprefix(f"{place}: ")) from error
+        if row.prompt and (reason := self._complaint(row.prompt)):
+            raise Unusable(f"'prompt' {reason}")
         return Entry(row.query, row.positives, row.prompt)
 
 
@@ -288,16 +295,13 @@ def encoder_loader(
     """What loads a teacher's model. None: it is bm25. What is missing is told now, before any work."""
     import importlib.util
 
-    from nvembed_fast import baselines, checkpoint
+    from nvembed_fast import baselines
 
     if name == "bm25":
         if importlib.util.find_spec("bm25s") is None:
             raise ImportError("the teacher bm25 needs bm25s: pip install 'nvembed-fast[data]'")
         return None
-    is_own = name == "demo"
-    if not is_own and name not in baselines.NAMES:
-        config = checkpoint.resolve(name, config_only=True) / "config.json"
-        is_own = files.is_file(config) and files.read_json(config).get("model_type") == "nvembed"
+    is_own = _is_own(name)
 
     def load() -> "Encoder":
         import torch
@@ -320,6 +324,44 @@ def encoder_loader(
             return LibraryEncoder(foreign, dtype=by_autocast, max_length=max_length)
 
     return load
+
+
+def _is_own(name: str) -> bool:
+    """Whether a teacher is a model of this package."""
+    from nvembed_fast import baselines, checkpoint
+
+    if name == "demo" or name in baselines.NAMES:
+        return name == "demo"
+    config = checkpoint.resolve(name, config_only=True) / "config.json"
+    return files.is_file(config) and files.read_json(config).get("model_type") == "nvembed"
+
+
+def _complaint_of(teachers: list[str], max_length: int) -> Callable[[str], str]:
+    """A function of a prompt: what is wrong with it for one of these teachers, or nothing.
+
+    Only models of this package read prompts. Their tokenizers are loaded for the first one.
+    """
+    from nvembed_fast.config import NVEmbedConfig, instruction_of
+
+    @functools.cache
+    def tokenizers() -> "list[TextTokenizer]":
+        from nvembed_fast import checkpoint
+        from nvembed_fast.tokenization import TextTokenizer
+
+        places = [checkpoint.resolve(name) for name in teachers if _is_own(name)]
+        return [
+            TextTokenizer.from_directory(place, NVEmbedConfig.from_file(place / "config.json"))
+            for place in places
+        ]
+
+    @functools.lru_cache(2**16)
+    def complaint(prompt: str) -> str:
+        found = [tokenizer(["a text"], instruction_of(prompt), max_length) for tokenizer in tokenizers()]
+        if any(one.first_pooled[0] >= len(one.ids[0]) for one in found):
+            return f"takes all {max_length} tokens of --max-length, so that nothing of the query is left"
+        return ""
+
+    return complaint
 
 
 def _teacher(

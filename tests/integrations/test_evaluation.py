@@ -168,7 +168,9 @@ def test_rows_of_the_directory_at_work_have_its_name(
 
 @pytest.mark.parametrize("words", [("--name", ""), ("--name", "."), ("--name", ".."), ("--model", "/")])
 def test_a_name_that_is_no_folder_is_told_before_the_model_is_loaded(planted, tmp_path, capsys, words):
-    status, _, err = evaluate(capsys, "--tasks", "squad", "--model", "absent", "-o", tmp_path / "rows", *words)
+    status, _, err = evaluate(
+        capsys, "--tasks", "squad", "--model", "absent", "-o", tmp_path / "rows", *words
+    )
     assert status == 1 and "cannot be the name of a model's rows: give it another one (--name)" in err
     assert not list(tmp_path.iterdir())
 
