@@ -121,6 +121,7 @@ def draw(tables: Iterable[Table], rows: Sequence[Row], path: Path) -> None:
         raise ValueError("there is nothing to draw: no two runs that are compared have a seed in common")
     heights = [1 + 0.4 * len(part) for _, part in found]
     figure = report.new_figure(7, sum(heights))
+    entries: dict[str, Any] = {}
     panels = figure.subplots(len(found), squeeze=False, gridspec_kw={"height_ratios": heights})
     for axes, (table, part) in zip(panels[:, 0], found, strict=True):
         for place, one in enumerate(part):
@@ -132,8 +133,9 @@ def draw(tables: Iterable[Table], rows: Sequence[Row], path: Path) -> None:
         axes.set_yticks(range(len(part)), [f"{one.run.name} against {one.run.against}" for one in part])
         axes.set_ylim(len(part) - 0.5, -0.5)
         axes.set_title(table.title, fontsize="medium")
-        entries = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.legend(entries.values(), entries.keys(), fontsize="small", frameon=False)
+        entries |= zip(*reversed(axes.get_legend_handles_labels()), strict=True)
+    # above all panels: in one of them it would look like a difference
+    figure.legend(entries.values(), entries.keys(), loc="outside upper center", ncols=2, frameon=False)
     panels[-1, 0].set_xlabel("difference in points")
     figure.savefig(path, dpi=150)
 
