@@ -48,6 +48,7 @@ __all__ = [
     "read_toml",
     "replacing",
     "replacing_together",
+    "reserve",
     "sha256",
     "unfinished",
     "unmixed",
@@ -328,6 +329,16 @@ def unmixed(directory: Path, key: str, read: Callable[[], T]) -> T:
     raise OSError(
         f"another process saved to {directory} each of the {_TRIES} times that it was read: load again later"
     )
+
+
+def reserve(handle: int, size: int) -> None:
+    """Take the disk space of an open file. A full disk would end a process that writes to a mapping of it.
+
+    Raises:
+        OSError: there is not so much.
+    """
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(handle, 0, size)
 
 
 def write_all(handle: int, content: bytes, place: int) -> None:

@@ -1,5 +1,6 @@
 """Hard negatives: every rule beside a brute-force oracle. The command killed, resumed, wrong and large."""
 
+import errno
 import itertools
 import json
 import os
@@ -418,6 +419,25 @@ def test_vectors_of_a_killed_run_are_the_old_or_the_new_ones(encoder, tmp_path, 
     assert run(capsys, rows, "-o", tmp_path / "out.jsonl", "--vectors", folder)[0] == 0
     assert TeacherVectors(folder).fingerprint == whole[12]
     assert {path.name for path in folder.iterdir()} == {path.name for path in (tmp_path / "whole").iterdir()}
+
+
+def test_on_a_full_disk_the_vectors_stay_as_they_were(encoder, tmp_path, capsys, monkeypatch):
+    """The space is taken first: a mapping that finds none would end the process."""
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "t"
+    words = rows, "-o", tmp_path / "out.jsonl", "--vectors", folder
+    run(capsys, write_rows(rows, 9), *words[1:])
+    before = TeacherVectors(folder).fingerprint
+    write_rows(rows, 12)
+
+    def full(handle: int, place: int, size: int) -> None:
+        there = {path.stat().st_ino: path for path in tmp_path.rglob("*")}
+        if there[os.fstat(handle).st_ino].suffix == ".npy":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    status, _, error = run(capsys, *words)
+    assert status == 1 and "No space left" in error
+    assert TeacherVectors(folder).fingerprint == before
 
 
 def test_bm25_alone_has_no_vectors_to_keep(rows, tmp_path, capsys):

@@ -521,6 +521,8 @@ def _add_vectors(directory: Path, texts: "Texts", made_by: str, teacher: "Dense"
             np.save(of_keys, keys)
             shape = (len(keys), vectors.shape[1])
             written = np.lib.format.open_memmap(of_vectors, mode="w+", dtype=np.float16, shape=shape)
+            with open(of_vectors, "r+b") as file:
+                files.reserve(file.fileno(), of_vectors.stat().st_size)
             for of_part, values in parts:
                 for start in range(0, len(of_part), _CHUNK):
                     places = np.searchsorted(keys, of_part[start : start + _CHUNK])

@@ -160,8 +160,7 @@ class Partial:
             if size > free:
                 raise OSError(f"it needs {options.size(size)}, {options.size(free)} are free there")
             os.truncate(handle, size)
-            if hasattr(os, "posix_fallocate"):  # a full disk would end a process that writes to a mapping
-                os.posix_fallocate(handle, 0, size)
+            files.reserve(handle, size)
             files.write_all(handle, tail, tail_at)
             os.fsync(handle)
             files.write_all(handle, head, 0)  # last: it says that the file is made
