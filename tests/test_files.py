@@ -340,3 +340,18 @@ def test_one_process_is_alone(tmp_path):
         again.__enter__()
     with files.alone(tmp_path, ".lock"):
         pass
+
+
+def test_the_cache_folder_is_where_the_user_says(monkeypatch):
+    """Whatever names it may begin with ~, which only a shell expands."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("NVEMBED_FAST_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert files.cache_folder() == Path("/home/me/.cache/nvembed_fast")
+    for given, wanted in (("/cache", "/cache/nvembed_fast"), ("~/c", "/home/me/c/nvembed_fast")):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert files.cache_folder() == Path(wanted)
+    for given, wanted in (("/own", "/own"), ("~/own", "/home/me/own")):
+        monkeypatch.setenv("NVEMBED_FAST_CACHE", given)
+        assert files.cache_folder() == Path(wanted)
+        assert files.cache_folder("~/mine") == files.cache_folder(Path("~/mine")) == Path("/home/me/mine")

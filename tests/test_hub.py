@@ -62,6 +62,21 @@ def test_only_weights_config_and_tokenizer_are_fetched(monkeypatch, tmp_path):
     assert not any(map(fetched, refused))
 
 
+def test_a_cache_may_begin_with_the_home_directory(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    asked = {}
+    (tmp_path / "model.safetensors").touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **k: asked.update(k) or tmp_path)
+    monkeypatch.setattr(demo, "is_shipped", lambda: True)
+    monkeypatch.setattr(demo, "_name", lambda: "x")
+    monkeypatch.setattr(demo, "_is_whole", lambda target: True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    resolve("a/b", cache_dir="~/own")
+    assert asked["cache_dir"] == tmp_path / "own"
+    assert resolve("demo", cache_dir="~/own") == tmp_path / "own" / "demo-x"
+
+
 def test_a_hub_out_of_reach(tmp_path):
     # HF_HUB_OFFLINE is set for all tests: nothing is asked
     for options in ({}, {"local_files_only": True}):

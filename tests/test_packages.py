@@ -171,14 +171,6 @@ def test_a_file_of_a_wheel_has_its_own_hash(index, tmp_path, no_downloads):
     assert packages.wheel_file("planted==1.0", "planted/a.txt", digest, cache) == path
 
 
-def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("NVEMBED_FAST_CACHE", raising=False)
-    assert packages.default_cache() == tmp_path / "nvembed_fast"
-    monkeypatch.setenv("NVEMBED_FAST_CACHE", str(tmp_path / "own"))
-    assert packages.default_cache() == tmp_path / "own"
-
-
 APT_GET = """#!/bin/sh
 echo "$*" >> {log}
 case "$*" in

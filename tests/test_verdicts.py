@@ -11,7 +11,7 @@ import filelock
 import pytest
 import torch
 
-from nvembed_fast import self_check, verdicts
+from nvembed_fast import files, self_check, verdicts
 from nvembed_fast.verdicts import Finding
 
 GPU = torch.device("cuda", 0)
@@ -228,7 +228,7 @@ def test_what_was_not_decided_is_tried_here_and_not_kept(children, monkeypatch):
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"facts": {}}', "NAN", "KEYS"])
 def test_a_damaged_file_is_checked_anew(content, children):
     first = _prove()
-    (path,) = (verdicts.cache_folder() / "self_check").glob("*.json")
+    (path,) = (files.cache_folder() / "self_check").glob("*.json")
     kept = path.read_text()
     path.write_text(
         {"NAN": kept.replace("0.5", "NaN"), "KEYS": kept.replace('"ok"', '"fine"')}.get(content, content)
@@ -240,13 +240,13 @@ def test_a_damaged_file_is_checked_anew(content, children):
 @pytest.mark.parametrize("folder", ["file/below", "file"])
 def test_a_folder_that_cannot_be_written_is_no_error(folder, children, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
-    monkeypatch.setattr(verdicts, "cache_folder", lambda: tmp_path / folder)
+    monkeypatch.setenv("NVEMBED_FAST_CACHE", str(tmp_path / folder))
     assert _prove() == _prove() and len(children.pids()) == 2
 
 
 def test_one_of_several_processes_checks_and_the_others_wait_for_it(children):
     _prove()
-    (path,) = (verdicts.cache_folder() / "self_check").glob("*.json")
+    (path,) = (files.cache_folder() / "self_check").glob("*.json")
     kept = path.read_text()
     path.unlink()
     held, found = filelock.FileLock(f"{path}.lock"), []
@@ -287,17 +287,6 @@ def test_check_anew_asks_no_file_and_replaces_it(children):
     findings, _ = verdicts.check_anew(GPU, ITEMS, told.append)
     assert [finding.ok for finding in findings] == [True] * 3 and told == findings
     assert _prove()["rotary"].ok and len(children.pids()) == 2
-
-
-def test_the_cache_folder_is_the_one_of_the_project(monkeypatch):
-    monkeypatch.setenv("NVEMBED_FAST_CACHE", "/somewhere")
-    assert str(verdicts.cache_folder()) == "/somewhere"
-    monkeypatch.delenv("NVEMBED_FAST_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    assert str(verdicts.cache_folder()) == "/cache/nvembed_fast"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/me")
-    assert str(verdicts.cache_folder()) == "/home/me/.cache/nvembed_fast"
 
 
 def test_a_forked_process_is_not_locked_out(children):

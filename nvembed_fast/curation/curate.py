@@ -48,7 +48,7 @@ def curate(
     Args:
         directory: created if it is not there. Sets in it that are not in `names` stay.
         names: keys of `TEXT_SETS`.
-        cache: where packages are kept. None: `packages.default_cache()`.
+        cache: where packages are kept. None: `files.cache_folder()`.
         evaluation: what no training text may stand in. None: `EvaluationTexts.load`.
         without: evaluation tasks that are not compared with.
         say: gets a line for each step.

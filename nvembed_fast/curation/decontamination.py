@@ -51,7 +51,7 @@ class EvaluationTexts:
         A task of Debian packages that cannot be had here stands in `missing`.
 
         Args:
-            cache: where packages are kept. None: `packages.default_cache()`.
+            cache: where packages are kept. None: `files.cache_folder()`.
             without: tasks that are not read. They stand in `missing`, too.
 
         Raises:

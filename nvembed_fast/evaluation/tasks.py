@@ -132,7 +132,7 @@ def load(name: str, cache: Path | None = None) -> LocalTask:
 
     Args:
         name: one of `names()`.
-        cache: where packages are kept. None: `packages.default_cache()`.
+        cache: where packages are kept. None: `files.cache_folder()`.
 
     Raises:
         ValueError: there is no such task.
