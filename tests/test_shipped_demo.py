@@ -177,6 +177,20 @@ def test_a_half_expanded_model_is_never_used(shipped, tmp_path, monkeypatch):
     assert NVEmbed.from_pretrained("demo").encode(TEXTS).shape == (3, WIDTH)
 
 
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"]
+)
+@pytest.mark.parametrize("num_bytes", [-3, 0, None])
+def test_a_damaged_model_is_expanded_anew(name, num_bytes, shipped):
+    """Cut short by a full disk, or without a file that a cleaner of caches has removed."""
+    wanted = NVEmbed.from_pretrained("demo").fingerprint
+    file = demo.expanded() / name
+    whole = file.read_bytes()
+    file.unlink() if num_bytes is None else file.write_bytes(whole[:num_bytes])
+    assert NVEmbed.from_pretrained("demo").fingerprint == wanted
+    assert (demo.expanded() / name).read_bytes() == whole
+
+
 def test_other_shipped_files_have_a_directory_of_their_own(shipped):
     before = demo.expanded()
     weights = load_file(shipped / "model.safetensors")

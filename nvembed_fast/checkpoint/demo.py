@@ -8,10 +8,12 @@ of the wheel that carries them. `expanded` puts both together, once:
 2. All become float16, in a model directory like any other, in the cache. Its name is made of the sha256 of
    the shipped files and of the decoder, so a newer package expands a directory of its own.
 3. The directory is there whole or not at all, because it is saved like every model (`save.save_tensors`).
+   One that was damaged later, a file cut short or removed, is made anew.
 """
 
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,6 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from nvembed_fast import files, packages
+from nvembed_fast.checkpoint.load import check_tensors, stored_tensors
 from nvembed_fast.checkpoint.names import CONFIG_FILE, SINGLE_FILE, Slot, published_tensors
 from nvembed_fast.checkpoint.save import save_tensors
 from nvembed_fast.config import NVEmbedConfig
@@ -100,7 +103,16 @@ def _name() -> str:
 
 
 def _is_whole(target: Path) -> bool:
-    return (files.current(target) / CONFIG_FILE).is_file()
+    """Whether its files are there, and end where they should."""
+    directory = files.current(target)
+    try:
+        config = NVEmbedConfig.from_file(directory / CONFIG_FILE)
+        check_tensors(directory, stored_tensors(directory), published_tensors(config))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            files.read_json(directory / name)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _kept(cache: Path) -> Path:
@@ -135,6 +147,7 @@ def _expand(cache: Path, target: Path, local_files_only: bool) -> None:
     own, table = opened.load(torch.float16), published_tensors(config)
     with tempfile.TemporaryDirectory() as aside:
         beside = [*opened.write_tokenizer(Path(aside)), SHIPPED / CARD_FILE]
+        shutil.rmtree(target, ignore_errors=True)  # a save replaces no damaged model
         save_tensors(
             lambda name: _value(stored, own, name, table[name]),
             config,
