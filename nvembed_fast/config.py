@@ -56,22 +56,25 @@ MAX_SIZE, MAX_LAYERS = 2**31 - 1, 1024
 
 
 def query_instruction(task: str) -> str:
-    """The published query template: "Instruct: {task}", a new line, "Query: "."""
+    """The published query template: "Instruct: {task}", a new line, "Query: ".
+
+    A whole instruction, which begins with "Instruct: ", is taken as it is.
+
+    Raises:
+        TypeError, ValueError: there is no task.
+    """
     if not isinstance(task, str):
         raise TypeError(
             f"task must be a string, got {type(task).__name__}: without a task use encode_document"
         )
     if not task.strip():
         raise ValueError("task is empty: describe it, or embed without an instruction (encode_document)")
-    return f"Instruct: {task}\nQuery: "
+    return task if task.startswith("Instruct: ") else f"Instruct: {task}\nQuery: "
 
 
 def instruction_of(task: str) -> str:
-    """What stands in front of a query: the template around a task, or nothing where there is none.
-
-    A whole instruction, which begins with "Instruct: ", is taken as it is.
-    """
-    return task if not task.strip() or task.startswith("Instruct: ") else query_instruction(task)
+    """What stands in front of a query: `query_instruction`, or nothing where there is no task."""
+    return query_instruction(task) if task.strip() else task
 
 
 def check_integer(name: str, value: Any, low: int = 1, high: int = MAX_SIZE) -> int:

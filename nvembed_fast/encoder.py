@@ -477,7 +477,7 @@ class NVEmbed(nn.Module):
     def encode_query(
         self, queries: str | Iterable[str], task: str | None = None, **kwargs: Any
     ) -> torch.Tensor | np.ndarray:
-        """`encode` behind the published query template with this task description.
+        """`encode` behind `query_instruction` of this task.
 
         Raises:
             TypeError: there is no task, or an instruction beside it.

@@ -34,10 +34,11 @@ def run(capsys, *arguments) -> tuple[int, str, str]:
     return status, *capsys.readouterr()
 
 
-def test_encode_writes_what_the_encoder_gives(tiny_directory, texts_file, tmp_path, capsys):
+@pytest.mark.parametrize("task", ["find", r"Instruct: find\nQuery: "])
+def test_encode_writes_what_the_encoder_gives(task, tiny_directory, texts_file, tmp_path, capsys):
     out = tmp_path / "out.npy"
     status, printed, _ = run(
-        capsys, "encode", texts_file, "-o", out, "--model", tiny_directory, "--task", "find"
+        capsys, "encode", texts_file, "-o", out, "--model", tiny_directory, "--task", task
     )
     assert status == 0 and "float32 [4, 64]" in printed
     wanted = NVEmbed.from_pretrained(tiny_directory).encode(TEXTS, query_instruction("find"), output="numpy")

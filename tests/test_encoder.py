@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from nvembed_fast import NVEmbed, files, query_instruction
 from nvembed_fast.checkpoint import load
+from nvembed_fast.config import instruction_of
 from nvembed_fast.tokenization import TextTokenizer
 
 TINY = Path(__file__).parent / "golden" / "tiny_a"
@@ -134,6 +135,13 @@ def test_what_gives_texts_in_an_order_is_taken(model):
         assert relative(model.encode(texts), wanted) < 1e-6
     with pytest.raises(TypeError, match="must be a list of texts, got one string"):
         model.stream("a b")
+
+
+def test_a_whole_instruction_in_the_place_of_a_task_is_wrapped_once(model):
+    whole = query_instruction("find it")
+    assert query_instruction(whole) == instruction_of(whole) == whole == instruction_of("find it")
+    assert instruction_of("") == "" and instruction_of(" ") == " "
+    assert torch.equal(model.encode_query(["q"], whole), model.encode_query(["q"], "find it"))
 
 
 @pytest.mark.parametrize(

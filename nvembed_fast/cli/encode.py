@@ -64,7 +64,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=r"put in front of every text and not pooled; \n in it is a new line, \\n a backslash and an n",
     )
     prefix.add_argument(
-        "--task", type=options.with_new_lines, help=r'the same as --instruction "Instruct: TASK\nQuery: "'
+        "--task",
+        type=options.with_new_lines,
+        help=r'the same as --instruction "Instruct: TASK\nQuery: ". One that begins with "Instruct: " is '
+        "taken as it is",
     )
     options.add_text_options(parser, ids_help="they are written to OUT.ids.txt, one a line")
     options.add_model_options(parser)
