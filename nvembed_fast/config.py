@@ -23,6 +23,7 @@ __all__ = [
     "LatentConfig",
     "LatentForm",
     "Latents",
+    "DEFAULT_LENGTH",
     "DEFAULT_TASK",
     "NVEmbedConfig",
     "PoolingHeadName",
@@ -41,6 +42,8 @@ PoolingStart = Literal["token_count", "text_offset"]
 PoolingHeadName = Literal["latent", "mean", "eos", "self_attention"]
 # of a fresh head: as mean pooling, or with every product drawn
 HeadStart = Literal["mean", "random"]
+# tokens of a text whose model names none
+DEFAULT_LENGTH = 4096
 # of queries whose caller names none
 DEFAULT_TASK = "Given a question, retrieve passages that answer the question"
 # how the latent head computes: see `network.latent_head`

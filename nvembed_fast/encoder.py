@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import os
 import tempfile
 import threading
@@ -26,7 +27,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nvembed_fast import checkpoint, files, fingerprint, legacy, ops
-from nvembed_fast.config import Latents, NVEmbedConfig, Precision, instruction_of, query_instruction
+from nvembed_fast.checkpoint.pipeline import LENGTH_FILE
+from nvembed_fast.config import (
+    DEFAULT_LENGTH,
+    Latents,
+    NVEmbedConfig,
+    Precision,
+    instruction_of,
+    query_instruction,
+)
 from nvembed_fast.graphs import MAX_TOKENS, MIN_BUCKET, SingleTextGraphs
 from nvembed_fast.network.latent_head import LatentHead
 from nvembed_fast.network.mistral import MistralBackbone
@@ -35,7 +44,7 @@ from nvembed_fast.network.pooling_heads import PoolingHead
 from nvembed_fast.packing import PackedBatch
 from nvembed_fast.placement import Placement
 from nvembed_fast.precision import check_precision, check_ranges, quantized
-from nvembed_fast.stream import Progress, Result, TextStream
+from nvembed_fast.stream import Progress, Result, TextStream, check_counts
 from nvembed_fast.tokenization import TextTokenizer, text_list
 from nvembed_fast.warm_up import batches
 
@@ -61,8 +70,10 @@ class NVEmbed(nn.Module):
         model: the model on packed tokens.
         text_tokenizer: texts to ids.
         graphs: runs a short text that comes alone. None runs it like all others.
-        max_seq_length: tokens per text where a call names no max_length. May be set.
+        max_seq_length: tokens per text where a call names no max_length. May be set, and is saved.
     """
+
+    _others_run = False  # behind the model, such as the modules of sentence-transformers
 
     def __init__(
         self, model: NVEmbedModel, text_tokenizer: TextTokenizer, placement: Placement | None = None
@@ -86,7 +97,7 @@ class NVEmbed(nn.Module):
         if placement.latents is not None and isinstance(model.head, LatentHead):
             model.head.mode = placement.latents
         self.graphs = SingleTextGraphs(model) if placement.cuda_graphs else None
-        self.max_seq_length = 4096
+        self.max_seq_length = DEFAULT_LENGTH
         self._transformers_tokenizer = None
         self._tells_untrained = model.config.is_untrained
         # names of the weights, if loading rounded or merged them: as they were loaded, and of their files
@@ -163,6 +174,7 @@ class NVEmbed(nn.Module):
         Raises:
             TypeError: a keyword is unknown, or asks for quantised or offloaded weights.
             FileNotFoundError, ValueError: something is missing or wrong. The message names it.
+            ValueError: sentence-transformers has saved a module behind the model, which does not run here.
         """
         device, dtype = legacy.loading_place(cls.from_pretrained, device, dtype, old_keywords)
         path_or_id = legacy.loading_source(path_or_id, old_keywords)
@@ -188,6 +200,8 @@ class NVEmbed(nn.Module):
         placement = Placement.decide(config, **compute)
         # a snapshot's folder is named by its commit, so the weights are of the same commit as the config
         directory = checkpoint.resolve(path_or_id, revision=directory.name, **hub)
+        checkpoint.check_modules(directory, others_run=cls._others_run)
+        max_seq_length = checkpoint.max_seq_length(directory)
         tokenizer = TextTokenizer.from_directory(directory, config)
         model = checkpoint.load_model(
             directory, config, device=placement.device, dtype=placement.dtype, progress=show_progress
@@ -207,6 +221,7 @@ class NVEmbed(nn.Module):
             model.config = dataclasses.replace(config, is_untrained=False)
             stored.append(checkpoint.adapter_samples(adapter))
         encoder = cls(model, tokenizer, placement).eval().requires_grad_(False)
+        encoder.max_seq_length = max_seq_length
         if stored or checkpoint.loses_digits(directory, config, placement.dtype):
             stored.append(checkpoint.stored_samples(directory, config))
             loaded = fingerprint.of_weights(checkpoint.model_samples(model))
@@ -220,7 +235,7 @@ class NVEmbed(nn.Module):
         dtype: torch.dtype | None = None,
         beside: Iterable[str | PathLike] = (),
     ) -> None:
-        """Write weights, config and tokenizer in the published layout, for `from_pretrained`.
+        """Write weights, config, tokenizer and max_seq_length in the published layout, for `from_pretrained`.
 
         The tokenizer is written as it was loaded, even if its files are gone. See `save_model`.
 
@@ -234,6 +249,10 @@ class NVEmbed(nn.Module):
         """
         with tempfile.TemporaryDirectory() as aside:
             written = self.text_tokenizer.write(Path(aside))
+            length, _ = check_counts(self.max_seq_length, None)
+            if length != DEFAULT_LENGTH or (files.expanded(directory) / LENGTH_FILE).is_file():
+                written.append(Path(aside) / LENGTH_FILE)
+                written[-1].write_text(json.dumps({"max_seq_length": length}), encoding="utf-8")
             checkpoint.save_model(self.model, directory, dtype=dtype, other_files=[*written, *beside])
 
     @property

@@ -344,3 +344,59 @@ def test_a_model_with_other_weights_than_its_config_is_not_saved(tiny_directory,
     with pytest.raises(ValueError, match=f"parameter {message}.* Nothing was saved"):
         model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
+
+
+PUBLISHED = [f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Normalize")]
+
+
+def _set(directory, *types, max_seq_length=64):
+    (directory / "modules.json").write_text(json.dumps([{"type": kind} for kind in types]))
+    (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": max_seq_length}))
+
+
+def test_the_length_of_a_saved_model_is_its_own(model, tiny_directory, tmp_path):
+    copied = NVEmbed.from_pretrained(tiny_directory)
+    assert copied.max_seq_length == 4096
+    copied.max_seq_length = np.int16(16)
+    copied.save_pretrained(tmp_path)
+    again = NVEmbed.from_pretrained(tmp_path)
+    assert again.max_seq_length == 16
+    assert torch.equal(again.encode("word " * 200), model.encode("word " * 200, max_length=16))
+    again.max_seq_length = 4096
+    again.save_pretrained(tmp_path)
+    assert NVEmbed.from_pretrained(tmp_path).max_seq_length == 4096
+
+
+def test_the_published_directories_keep_the_documented_length(tiny_directory, tmp_path):
+    """Theirs is that of other code: 32768."""
+    shutil.copytree(tiny_directory, tmp_path, dirs_exist_ok=True)
+    _set(tmp_path, *PUBLISHED, max_seq_length=32768)
+    published = NVEmbed.from_pretrained(tmp_path)
+    assert published.max_seq_length == 4096
+    published.save_pretrained(tmp_path)
+    assert NVEmbed.from_pretrained(tmp_path).max_seq_length == 4096
+
+
+OURS = "nvembed_fast.integrations.sentence_transformers.NVEmbedModule"
+
+
+@pytest.mark.parametrize("value", ["64", 0, True, 1.5])
+def test_a_length_that_is_none_is_named(value, tiny_directory, tmp_path):
+    shutil.copytree(tiny_directory, tmp_path, dirs_exist_ok=True)
+    _set(tmp_path, OURS, max_seq_length=value)
+    with pytest.raises(ValueError, match=r"sentence_bert_config\.json: max_seq_length must be an integer"):
+        NVEmbed.from_pretrained(tmp_path)
+
+
+def test_modules_that_would_not_run_are_refused(tiny_directory, tmp_path):
+    shutil.copytree(tiny_directory, tmp_path, dirs_exist_ok=True)
+    for types in ([OURS], [OURS, PUBLISHED[2]]):
+        _set(tmp_path, *types)
+        assert NVEmbed.from_pretrained(tmp_path).max_seq_length == 64
+    for types in ([OURS, "sentence_transformers.models.Dense"], [*PUBLISHED, "mine.Whitening"]):
+        _set(tmp_path, *types)
+        with pytest.raises(ValueError, match=rf"modules\.json names {types[-1]}, which does not run here"):
+            NVEmbed.from_pretrained(tmp_path)
+    (tmp_path / "modules.json").write_text("{}{")
+    with pytest.raises(ValueError, match=r"modules\.json is no list of modules"):
+        NVEmbed.from_pretrained(tmp_path)

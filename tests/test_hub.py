@@ -8,7 +8,7 @@ import pytest
 from tiny_checkpoint import copy_tiny
 
 from nvembed_fast import NVEmbed
-from nvembed_fast.checkpoint import demo, download_size, resolve
+from nvembed_fast.checkpoint import demo, download_size, pipeline, resolve
 from nvembed_fast.checkpoint.names import TOKENIZER_FILES
 
 
@@ -56,7 +56,8 @@ def test_only_weights_config_and_tokenizer_are_fetched(monkeypatch, tmp_path):
         return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
     index = json.loads('["model-00001-of-00004.safetensors", "model.safetensors.index.json"]')
-    wanted = ["config.json", "model.safetensors", *index, *TOKENIZER_FILES]
+    wanted = ["config.json", "model.safetensors", *index, *TOKENIZER_FILES, *pipeline.DEFAULTS]
+    wanted += ["sentence_bert_config.json"]
     assert all(map(fetched, wanted))
     refused = ["modeling_nvembed.py", "pytorch_model.bin", "onnx/model.onnx", "x.pt", "adapter.safetensors"]
     assert not any(map(fetched, refused))

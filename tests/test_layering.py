@@ -100,6 +100,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "checkpoint.hub": {"huggingface_hub"},
     "checkpoint.load": {"safetensors", "torch", "tqdm"},
     "checkpoint.names": set(),
+    "checkpoint.pipeline": set(),
     "checkpoint.sampling": {"numpy", "safetensors", "torch"},
     "checkpoint.save": {"safetensors", "torch"},
     "cli.__init__": set(),

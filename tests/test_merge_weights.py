@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_checkpoint import TINY, edit_json, edit_weights, everything
+from tiny_checkpoint import TINY, edit_json, edit_weights, everything, make_pipeline
 
 from nvembed_fast import NVEmbed
 from nvembed_fast.cli import main
@@ -199,6 +199,17 @@ def test_the_average_of_trained_models_is_trained(models, tmp_path):
     for name in ("untrained", "trained"):
         config = json.loads((tmp_path / name / "config.json").read_text())
         assert config.get("is_untrained", False) == (name == "untrained")
+
+
+def test_prompts_and_length_are_those_of_the_first(models, tmp_path):
+    content = make_pipeline(models[0])
+    merge_weights(models[:2], tmp_path / "out")
+    settings = "config_sentence_transformers.json"
+    assert (tmp_path / "out" / settings).read_text() == content[settings]
+    assert NVEmbed.from_pretrained(tmp_path / "out").max_seq_length == 64
+    make_pipeline(models[1], "sentence_transformers.models.Dense")
+    with pytest.raises(ValueError, match=r"model-1/modules\.json names .*Dense, which does not run here"):
+        merge_weights(models[:2], tmp_path / "other")
 
 
 def test_the_command(models, tmp_path, capsys):

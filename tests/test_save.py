@@ -20,11 +20,12 @@ from tiny_checkpoint import (
     copy_tiny,
     everything,
     intercept,
+    make_pipeline,
     save_sharded,
 )
 
 from nvembed_fast import files
-from nvembed_fast.checkpoint import load_model, save, save_model, tokenizer_files
+from nvembed_fast.checkpoint import load_model, pipeline_files, save, save_model, tokenizer_files
 from nvembed_fast.config import DEFAULT_TASK, NVEmbedConfig, query_instruction
 from nvembed_fast.network.model import NVEmbedModel
 
@@ -437,3 +438,35 @@ print(*seen, committed)
     assert done.returncode == 0, done.stderr
     first, second, _ = map(int, done.stdout.split())
     assert first and second, "both models were left"
+
+
+def test_the_settings_of_a_pipeline_stay_where_its_model_is_saved_again(tiny):
+    content = make_pipeline(tiny, "sentence_transformers.models.Dense")
+    save_model(load_model(tiny), tiny)
+    assert {name: (tiny / name).read_text() for name in content} == content
+
+
+@pytest.mark.parametrize(
+    "modules", [None, "{", "[]", '[{"type": "sentence_transformers.models.Transformer"}]']
+)
+def test_the_settings_of_other_code_do_not_stay(modules, tiny):
+    """Those of the published directories would pool by the mean."""
+    make_pipeline(tiny)
+    (tiny / "modules.json").unlink() if modules is None else (tiny / "modules.json").write_text(modules)
+    save_model(load_model(tiny), tiny)
+    assert {path.name for path in tiny.iterdir()} == SAVED
+    assert "NVEmbedModule" in (tiny / "modules.json").read_text()
+    assert "Instruct" in (tiny / "config_sentence_transformers.json").read_text()
+
+
+def test_prompts_and_length_go_where_the_tokenizer_goes(tiny, tmp_path):
+    assert pipeline_files(tiny) == []
+    content = make_pipeline(tiny, "sentence_transformers.models.Normalize")
+    save_model(load_model(tiny), tmp_path / "out", other_files=pipeline_files(tiny))
+    for name in ("config_sentence_transformers.json", "sentence_bert_config.json"):
+        assert (tmp_path / "out" / name).read_text() == content[name]
+    # the folders of other modules are not copied
+    assert len(json.loads((tmp_path / "out" / "modules.json").read_text())) == 1
+    make_pipeline(tiny, "sentence_transformers.models.Dense")
+    with pytest.raises(ValueError, match=r"modules\.json names sentence_transformers\.models\.Dense"):
+        pipeline_files(tiny)

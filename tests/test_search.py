@@ -115,6 +115,19 @@ def test_another_length_and_dtype_are_noted(folder, model, capsys):
     assert status == 0 and f"made with {made}, and the questions are embedded with {asked}" in error
 
 
+def test_without_a_length_the_models_own_counts(folder, model, tmp_path, capsys):
+    own = NVEmbed.from_pretrained(model)
+    own.max_seq_length = 16
+    own.save_pretrained(tmp_path / "own")
+    arguments = ("encode", folder / "texts.txt", "-o", folder / "l.npy", "--model", tmp_path / "own")
+    assert run(capsys, *arguments)[0] == 0
+    assert read_vectors(folder / "l.npy")[1].max_length == 16
+    status, _, error = search(capsys, folder, tmp_path / "own", "--embeddings", folder / "l.npy")
+    assert status == 0 and "was made with" not in error
+    _, _, error = search(capsys, folder, tmp_path / "own", "--embeddings", folder / "e.npy")
+    assert "made with max_length=4096" in error
+
+
 def test_the_record_says_what_encode_was_given(folder, model, capsys, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO((folder / "texts.txt").read_bytes()))
     monkeypatch.setattr(sys, "stdin", stdin)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_checkpoint import make_pipeline
 from training_runs import COMMAND, losses, recipe_of, weights, write_pairs, write_recipe, write_start
 from two_ranks import run_on_two_ranks
 
@@ -337,6 +338,22 @@ def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, monkey
         raw |= {"output": str(folder / "no"), "model": {"start": str(start)} | change}
         with pytest.raises(RecipeError, match=message):
             train(Recipe.from_dict(raw))
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_prompts_and_length_are_those_of_the_start(layers, folder, start):
+    own = shutil.copytree(start, folder / "own")
+    content = make_pipeline(own)
+    raw = recipe_of(folder, own, steps=1).to_dict()
+    raw["model"] |= {} if layers is None else {"layers": layers}
+    train(Recipe.from_dict(raw))
+    settings = "config_sentence_transformers.json"
+    assert (folder / "out" / settings).read_text() == content[settings]
+    assert NVEmbed.from_pretrained(folder / "out").max_seq_length == 64
+    make_pipeline(own, "sentence_transformers.models.Dense")
+    with pytest.raises(ValueError, match="Dense, which does not run here"):
+        train(Recipe.from_dict(raw | {"output": str(folder / "other")}))
+    assert not list((folder / "other").glob("checkpoint-*")), "it was told behind the training"
 
 
 def test_a_start_made_by_another_recipe_is_refused(folder, start, monkeypatch):

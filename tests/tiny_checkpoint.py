@@ -66,3 +66,16 @@ def intercept(patch, before=lambda: None, after=lambda: None) -> None:
     changing = [(os, name) for name in ("replace", "link", "unlink", "rmdir", "fsync")] + [(shutil, "rmtree")]
     for module, name in changing:
         patch.setattr(module, name, wrap(getattr(module, name)))
+
+
+def make_pipeline(directory: Path, *more: str) -> dict[str, str]:
+    """Settings as sentence-transformers writes them beside a model, in front of modules of other classes."""
+    ours = "nvembed_fast.integrations.sentence_transformers.NVEmbedModule"
+    content = {
+        "modules.json": json.dumps([{"idx": i, "type": kind} for i, kind in enumerate((ours, *more))]),
+        "config_sentence_transformers.json": '{"prompts": {"query": "mine"}}',
+        "sentence_bert_config.json": '{"max_seq_length": 64}',
+    }
+    for name, text in content.items():
+        (directory / name).write_text(text)
+    return content

@@ -7,11 +7,13 @@ from pathlib import Path
 from nvembed_fast import files
 from nvembed_fast.checkpoint import demo
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE
+from nvembed_fast.checkpoint.pipeline import LENGTH_FILE, MODULES_FILE, SETTINGS_FILE
 from nvembed_fast.tokenization import TOKENIZER_FILES
 
 __all__ = ["download_size", "resolve"]
 
-_FETCHED = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
+_PIPELINE = [MODULES_FILE, SETTINGS_FILE, LENGTH_FILE]
+_FETCHED = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES, *_PIPELINE]
 _DOWNLOAD = "Where there is a network, run: hf download {} --local-dir DIRECTORY, and pass DIRECTORY"
 _LOGIN = "token=..., or: hf auth login"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -29,8 +31,8 @@ def resolve(
     """The local directory of a model: the path itself, or a snapshot of a hub id.
 
     A path in which a save was killed gives the folder with the whole new model, see `files.current`. Only the
-    config, safetensors and tokenizer files of a hub id are fetched, never code or pickles. With `config_only`
-    only the config is fetched.
+    config, safetensors and tokenizer files of a hub id are fetched, with those of `pipeline`, never code or
+    pickles. With `config_only` only the config is fetched.
 
     Raises:
         FileNotFoundError: no such directory and no such hub id, or the hub is out of reach.

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nvembed_fast import files
-from nvembed_fast.checkpoint import names
+from nvembed_fast.checkpoint import names, pipeline
 from nvembed_fast.checkpoint.load import empty_parameters
 from nvembed_fast.checkpoint.names import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, Slot, published_tensors
-from nvembed_fast.config import DEFAULT_TASK, NVEmbedConfig, query_instruction
+from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.placement import check_dtype, dtype_name
 
@@ -30,23 +30,6 @@ _ANY_MODEL = re.compile(
     r"config\.json|modules\.json|(config_)?sentence_(transformers|bert_config)\.json|.*\.(safetensors|bin|pt|pth|ckpt)(\.index\.json)?"
     r"|tokenizer.*\.(json|model)|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
 )
-# without modules.json that library pools by the plain mean, in silence
-_SENTENCE_TRANSFORMERS: dict[str, dict | list] = {
-    "modules.json": [
-        {
-            "idx": 0,
-            "name": "0",
-            "path": "",
-            "type": "nvembed_fast.integrations.sentence_transformers.NVEmbedModule",
-        }
-    ],
-    "config_sentence_transformers.json": {
-        "model_type": "SentenceTransformer",
-        "prompts": {"query": query_instruction(DEFAULT_TASK), "document": ""},
-        "default_prompt_name": None,
-        "similarity_fn_name": "cosine",
-    },
-}
 
 
 def save_model(
@@ -70,7 +53,8 @@ def save_model(
         dtype: the stored dtype. None keeps the model's.
         max_shard_bytes: the max size of one file's tensors. A single tensor may exceed it.
         other_files: files to copy beside the weights, such as the tokenizer's (`names.tokenizer_files`). The
-            tokenizer's files that lie in the directory stay where none replaces them.
+            tokenizer's files that lie in the directory stay where none replaces them. So do modules, prompts
+            and max_seq_length of sentence-transformers, if they are of a model of this package.
         move_aside: move the files of any model in the directory to a new folder in it, `replaced-*`.
 
     Returns:
@@ -120,7 +104,7 @@ def save_tensors(
     table, dtype = published_tensors(config), check_dtype(dtype)
     config = replace(config, torch_dtype=dtype_name(dtype))
     leaving = {*model_files(directory), *model_files(files.current(directory))} if move_aside else set()
-    outdated = re.compile("|".join([_OWN_WEIGHTS.pattern, *map(re.escape, leaving)]))
+    outdated = re.compile("|".join([_OWN_WEIGHTS.pattern, *map(re.escape, [pipeline.LENGTH_FILE, *leaving])]))
     moved = None
 
     try:
@@ -133,8 +117,10 @@ def save_tensors(
                 weight_map = {name: file for file, stored in shards.items() for name in stored}
                 total = sum(torch.Size(slot.shape).numel() for slot in table.values()) * dtype.itemsize
                 _write_json(aside / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            kept = [] if move_aside else names.tokenizer_files(directory)
-            for name, content in _SENTENCE_TRANSFORMERS.items():
+            kept = []
+            if not move_aside:
+                kept = names.tokenizer_files(directory) + pipeline.pipeline_files(directory, in_place=True)
+            for name, content in pipeline.DEFAULTS.items():
                 _write_json(aside / name, content)
             for path in (*kept, *copies):  # what stays is a part of the whole too
                 shutil.copyfile(path, aside / path.name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from nvembed_fast import files
 from nvembed_fast.cli import process
+from nvembed_fast.config import DEFAULT_LENGTH
 from nvembed_fast.texts import Format
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def add_text_options(parser: argparse.ArgumentParser, *, ids_help: str) -> None:
     )
     parser.add_argument("--field", help="key or column of the texts (default: text)")
     parser.add_argument("--ids", metavar="KEY", help=f"key or column of the texts' ids: {ids_help}")
-    parser.add_argument("--max-length", type=int, default=4096, help="tokens a text (default: 4096)")
+    parser.add_argument("--max-length", type=int, help="tokens a text (default: the model's own, else 4096)")
     parser.add_argument("--max-batch-tokens", type=int, help="tokens a batch (default: by the device)")
 
 
@@ -102,16 +103,18 @@ def with_new_lines(text: str) -> str:
 
 
 def load(arguments: argparse.Namespace) -> "NVEmbed":
-    """The encoder that the model options ask for."""
+    """The encoder that the model options ask for. --max-length becomes its own, where there is none."""
     from nvembed_fast.encoder import NVEmbed
     from nvembed_fast.stream import check_counts
 
-    if "max_length" in arguments:
-        check_counts(arguments.max_length, arguments.max_batch_tokens)
+    has_length = "max_length" in arguments
+    if has_length:
+        length = DEFAULT_LENGTH if arguments.max_length is None else arguments.max_length
+        check_counts(length, arguments.max_batch_tokens)
     process.raise_interrupts()
     note_download(arguments.model, **hub_options(arguments))
     with process.telling(lambda: f"loading {arguments.model}"):
-        return NVEmbed.from_pretrained(
+        model = NVEmbed.from_pretrained(
             arguments.model,
             adapter=arguments.adapter,
             device=arguments.device,
@@ -120,6 +123,9 @@ def load(arguments: argparse.Namespace) -> "NVEmbed":
             latents=arguments.latents,
             **hub_options(arguments),
         )
+    if has_length and arguments.max_length is None:
+        arguments.max_length = model.max_seq_length
+    return model
 
 
 def model_name(model: str) -> str:

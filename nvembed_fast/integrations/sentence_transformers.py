@@ -13,7 +13,6 @@ them, and cannot be called without a prompt.
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -228,11 +227,7 @@ class NVEmbedModule(InputModule):
                 f"first ({_MERGE}), and train with save_strategy='no'"
             )
         written = Path(output_path) / _LIBRARYS_CONFIG
-        with tempfile.TemporaryDirectory() as aside:
-            settings = Path(aside) / _MODULE_CONFIG
-            settings.write_text(json.dumps(self.get_config_dict()), encoding="utf-8")
-            beside = [settings, written] if written.is_file() else [settings]
-            self.encoder.save_pretrained(output_path, beside=beside)
+        self.encoder.save_pretrained(output_path, beside=[written] if written.is_file() else [])
 
     @classmethod
     def load(
@@ -273,7 +268,7 @@ class NVEmbedModule(InputModule):
         source = model_name_or_path
         if subfolder:
             source = str(Path(model_name_or_path) / subfolder)
-        module = cls(NVEmbed.from_pretrained(source, cache_dir=cache_folder, **hub, **model_kwargs))
+        module = cls(_FirstModule.from_pretrained(source, cache_dir=cache_folder, **hub, **model_kwargs))
         module.network.requires_grad_(True)
         asked = [model_kwargs.get("dtype"), model_kwargs.get("torch_dtype")]
         module._takes_dtype_of_device = all(dtype in (None, "auto") for dtype in asked)
@@ -296,6 +291,12 @@ class NVEmbedModule(InputModule):
             "DataParallel cannot cut a packed batch: start one process per GPU (torchrun), or let one GPU be "
             "seen (CUDA_VISIBLE_DEVICES=0)"
         )
+
+
+class _FirstModule(NVEmbed):
+    """A model whose directory may name further modules, because the library runs them."""
+
+    _others_run = True
 
 
 class _Features(dict):

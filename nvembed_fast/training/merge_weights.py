@@ -25,6 +25,7 @@ from safetensors import safe_open
 from nvembed_fast import files
 from nvembed_fast.checkpoint.load import check_tensors, stored_tensors
 from nvembed_fast.checkpoint.names import CONFIG_FILE, published_tensors, tokenizer_files
+from nvembed_fast.checkpoint.pipeline import check_modules, pipeline_files
 from nvembed_fast.checkpoint.save import save_tensors
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.files import brief
@@ -48,7 +49,8 @@ def merge_weights(
     """Write the average of models as a model directory.
 
     Args:
-        models: two or more model directories of one shape, one config and one tokenizer.
+        models: two or more model directories of one shape, one config and one tokenizer. Prompts and
+            max_seq_length of the first are taken.
         output: another directory. An earlier save in it is replaced.
         weights: the share of each model. They are divided by their sum. None: equal shares.
         method: "average", or "slerp" of two models, whose second share is the part of the arc.
@@ -79,6 +81,7 @@ def merge_weights(
     for directory in directories:
         headers = stored_tensors(directory)
         check_tensors(directory, headers, table)
+        check_modules(directory)
         places.append({name: file for file, header in headers.items() for name in header})
 
     # a default device of the caller changes nothing
@@ -106,7 +109,7 @@ def merge_weights(
             output,
             dtype=first.torch_dtype if dtype is None else dtype,
             max_shard_bytes=max_shard_bytes,
-            other_files=tokenizer_files(directories[0]),
+            other_files=[*tokenizer_files(directories[0]), *pipeline_files(directories[0])],
         )
 
 

@@ -57,6 +57,7 @@ def start_directory(recipe: Recipe) -> Path:
         )
         return made
     config = NVEmbedConfig.from_file(source / CONFIG_FILE)
+    checkpoint.check_modules(source)
     if part.pooling_head not in (None, config.pooling_head):
         raise RecipeError(
             f"model.pooling_head is {part.pooling_head!r}, but {start} pools by {config.pooling_head!r}: "
@@ -83,7 +84,7 @@ def start_directory(recipe: Recipe) -> Path:
     text = dataclasses.replace(config.text_config, num_hidden_layers=part.layers)
     network.config = dataclasses.replace(config, text_config=text, is_untrained=True)
     _note_made(made, recipe)
-    checkpoint.save_model(network, made, other_files=checkpoint.tokenizer_files(source))
+    checkpoint.save_model(network, made, other_files=_beside(source))
     return made
 
 
@@ -161,8 +162,12 @@ def export(recipe: Recipe, directory: Path, path: Path) -> None:
         decoder = fingerprint.of_decoder(checkpoint.stored_samples(directory, config))
         checkpoint.save_adapter(network, output / _ADAPTER, base=recipe.model.start, base_weights=decoder)
         checkpoint.merge_adapter(network)
-    tokenizer = checkpoint.tokenizer_files(directory)
-    checkpoint.save_model(network, output, dtype=config.torch_dtype, other_files=tokenizer)
+    checkpoint.save_model(network, output, dtype=config.torch_dtype, other_files=_beside(directory))
+
+
+def _beside(directory: Path) -> list[Path]:
+    """The files of a model that its training leaves as they are."""
+    return checkpoint.tokenizer_files(directory) + checkpoint.pipeline_files(directory)
 
 
 def trained(network: NVEmbedModel) -> dict[str, torch.nn.Parameter]:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense
 
 from nvembed_fast import NVEmbed
 from nvembed_fast.integrations.sentence_transformers import load
@@ -88,7 +89,26 @@ def test_saving_by_the_librarys_own_call_keeps_everything(own_model, tmp_path):
     # and once more over itself
     again.save_pretrained(str(tmp_path / "out"))
     assert load(tmp_path / "out").prompts == own_model.prompts
-    assert NVEmbed.from_pretrained(tmp_path / "out").encode("one").shape == (64,)
+    # and by the encoder, which has the same length
+    encoder = NVEmbed.from_pretrained(tmp_path / "out")
+    got = encoder.encode(long, own_model.prompts["query"], output="numpy")
+    np.testing.assert_allclose(got[:, :48], wanted, rtol=0, atol=1e-6)
+    encoder.max_seq_length = 4096
+    encoder.save_pretrained(tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert again.max_seq_length == 4096 and again.prompts == own_model.prompts
+
+
+def test_modules_behind_the_model_run_and_stay(own_model, tmp_path):
+    own_model.append(Dense(64, 32))
+    for _ in range(2):
+        own_model.save_pretrained(str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="Dense, which does not run here"):
+        NVEmbed.from_pretrained(tmp_path / "out")
+    own_model[0].encoder.save_pretrained(tmp_path / "out")
+    again = load(tmp_path / "out", device="cpu")
+    np.testing.assert_array_equal(again.encode(TEXTS), own_model.encode(TEXTS))
+    assert again.get_embedding_dimension() == 32
 
 
 def test_a_typeerror_in_preprocess_cannot_switch_the_mask_off(model, monkeypatch):

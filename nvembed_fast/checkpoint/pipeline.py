@@ -1,0 +1,104 @@
+"""What sentence-transformers writes beside a model: the pipeline's modules, prompts and max_seq_length.
+
+A directory is such a pipeline if modules.json names ours as the first module. The published directories have
+files of these names for other code, so theirs are neither read nor carried along.
+"""
+
+import json
+from pathlib import Path
+
+from nvembed_fast import files
+from nvembed_fast.config import DEFAULT_LENGTH, DEFAULT_TASK, check_integer, query_instruction
+
+__all__ = [
+    "DEFAULTS",
+    "LENGTH_FILE",
+    "MODULES_FILE",
+    "SETTINGS_FILE",
+    "check_modules",
+    "max_seq_length",
+    "pipeline_files",
+]
+
+MODULES_FILE = "modules.json"
+SETTINGS_FILE = "config_sentence_transformers.json"
+LENGTH_FILE = "sentence_bert_config.json"
+_OURS = "nvembed_fast.integrations.sentence_transformers.NVEmbedModule"
+# without modules.json that library pools by the plain mean, in silence
+DEFAULTS: dict[str, dict | list] = {
+    MODULES_FILE: [{"idx": 0, "name": "0", "path": "", "type": _OURS}],
+    SETTINGS_FILE: {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": query_instruction(DEFAULT_TASK), "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+}
+# of the published directories, whose own code pools otherwise, and what changes no vector of unit norm
+_HARMLESS = ("Transformer", "Pooling", "Normalize")
+
+
+def check_modules(directory: Path, *, others_run: bool = False) -> None:
+    """Refuse a directory whose modules.json names a module that would be left out.
+
+    Args:
+        directory: of a model.
+        others_run: the caller runs the modules behind ours.
+
+    Raises:
+        ValueError: there is one, or modules.json is damaged.
+    """
+    types = _types(directory)
+    others = [kind for kind in types if kind != _OURS and kind.rpartition(".")[2] not in _HARMLESS]
+    if others and not (others_run and types[0] == _OURS):
+        raise ValueError(
+            f"{directory / MODULES_FILE} names {others[0]}, which does not run here, so the vectors would be "
+            "others: use nvembed_fast.integrations.sentence_transformers.load, or remove it from the file"
+        )
+
+
+def max_seq_length(directory: Path) -> int:
+    """The tokens per text that a pipeline was saved with, or the default.
+
+    Raises:
+        ValueError: a file is damaged. The message names it.
+    """
+    file = directory / LENGTH_FILE
+    if _types(directory)[:1] != [_OURS] or not files.is_file(file):
+        return DEFAULT_LENGTH
+    given = files.read_json(file).get("max_seq_length")
+    try:
+        return DEFAULT_LENGTH if given is None else check_integer("max_seq_length", given)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def pipeline_files(directory: Path, *, in_place: bool = False) -> list[Path]:
+    """The files that go with a pipeline's model when it is saved.
+
+    Args:
+        directory: of a model.
+        in_place: into the same directory, where the folders of other modules stay, too.
+
+    Raises:
+        ValueError: see `check_modules`, unless in_place.
+    """
+    if not in_place:
+        check_modules(directory)
+    try:
+        is_pipeline = _types(directory)[:1] == [_OURS]
+    except ValueError:
+        is_pipeline = False
+    names = (SETTINGS_FILE, LENGTH_FILE, *([MODULES_FILE] if in_place else []))
+    return [path for name in names if is_pipeline and files.is_file(path := directory / name)]
+
+
+def _types(directory: Path) -> list[str]:
+    """The classes that modules.json names, none without that file."""
+    file = directory / MODULES_FILE
+    if not files.is_file(file):
+        return []
+    try:
+        return [str(module["type"]) for module in json.loads(files.read(file, files.MAX_JSON_BYTES))]
+    except (ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{file} is no list of modules: {error}") from error
