@@ -13,7 +13,7 @@ import pytest
 from tiny_decoders import write_mistral
 
 from nvembed_fast import NVEmbed, cli
-from nvembed_fast.cli import options, process
+from nvembed_fast.cli import process
 
 TEXTS = ["a judo throw", "", "parse a date", "tabs\tand caf\u00e9"]
 
@@ -33,7 +33,7 @@ def loaded(tiny_directory):
 @pytest.fixture
 def model(loaded, monkeypatch):
     """The model of every command, loaded once."""
-    monkeypatch.setattr(options, "load", lambda _: loaded)
+    monkeypatch.setattr(NVEmbed, "from_pretrained", lambda *_, **__: loaded)
     return loaded
 
 
