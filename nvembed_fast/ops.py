@@ -197,7 +197,7 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in TRITON_DTYPES:
         return f"the kernels are not written for {dtype}"
     if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        return "the kernels have no forward-mode derivatives, and a dual level is open"
+        return "the kernels have no forward-mode derivatives, and a dual level is open in this process"
     if device.type == "cuda":
         capability = _capability(device.index)
         if capability < (8, 0):

@@ -118,15 +118,17 @@ def _driver() -> str:
 
 def _compiler(part: int) -> str:
     """What of Triton's compiler is not Triton's: ptxas, its options, and the environment's switches."""
-    try:
+    version = switches = "unknown"
+    with suppress(ImportError, OSError, RuntimeError, subprocess.CalledProcessError):
         from triton import knobs
-        from triton._C.libtriton import get_cache_invalidating_env_vars
         from triton.backends.nvidia.compiler import get_ptxas_version
 
-        version = get_ptxas_version(part).splitlines()[-1]
-        return f"{version} {knobs.nvidia.ptxas_options} {sorted(get_cache_invalidating_env_vars().items())}"
-    except Exception:  # without it nothing compiles either
-        return "none"
+        version = f"{get_ptxas_version(part).splitlines()[-1]} {knobs.nvidia.ptxas_options}"
+    with suppress(ImportError):
+        from triton._C.libtriton import get_cache_invalidating_env_vars
+
+        switches = str(sorted(get_cache_invalidating_env_vars().items()))
+    return f"{version} {switches}"
 
 
 def _version(package: str) -> str:

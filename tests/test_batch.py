@@ -83,6 +83,11 @@ def are_keys(candidates, row) -> torch.Tensor:
     return torch.isin(candidates.column_keys, keys[keys != 0]).any(1)
 
 
+def asked(data: DataSet, query: str, prompt: str | None = None) -> int:
+    """The key of a query with its instruction."""
+    return text_id("\0".join((data.instruction(prompt), query)))
+
+
 def negatives_of(batch) -> list[set[str]]:
     """The documents that the loss takes as negatives of each row."""
     c, documents = batch.candidates, words_of(batch)[batch.num_queries :]
@@ -127,7 +132,7 @@ def test_a_row_gives_its_query_a_positive_and_some_negatives(tmp_path, tokenizer
         keys = batch.candidates.row_keys
         # also those that were not drawn
         assert [set(row.tolist()) for row in keys] == [
-            {text_id(f"q{i}"), text_id(f"p{i}"), text_id(f"p{i + 30}")} for i in (3, 0, 7)
+            {*map(text_id, (f"q{i}", f"p{i}", f"p{i + 30}")), asked(data, f"q{i}")} for i in (3, 0, 7)
         ]
         firsts = batch.texts.first_pooled
         assert firsts[:3] == [6] * 3 and set(firsts[3:]) == {0}
@@ -148,7 +153,8 @@ def test_several_positives_and_fewer_negatives_than_asked_for(tmp_path, tokenize
     assert len(positives) == 2 and set(positives) < {"p1", "p2", "p3"} and negatives == ["n1"]
     assert (query, lonely, nothing) == ("q2", ["p4"], [])
     assert batch.candidates.positives.tolist() == [[0, 0], [0, 1], [1, 3]]
-    assert batch.candidates.row_keys[1].tolist() == [text_id("q2"), text_id("p4"), 0, 0]
+    keys = [text_id("q2"), text_id("p4"), asked(data, "q2")]
+    assert batch.candidates.row_keys[1].tolist() == [*keys, 0, 0]
     batch.candidates.check(2, 4)
 
 
@@ -317,6 +323,15 @@ def test_positives_of_a_query_are_no_negatives_of_its_other_rows(tmp_path, token
         assert masked == [[True, False] * 4 + [False]] * 4 + [[False] * 8 + [True]]
         for batch in batches:
             batch.candidates.check(batch.num_queries, len(batch.texts.ids) - batch.num_queries)
+
+
+def test_another_task_makes_another_query(tmp_path, tokenizer):
+    """Which document answers depends on the task, so the other one's is a negative."""
+    records = [{"query": "q1", "pos": f"p{i}", "prompt": f"t{i}"} for i in range(2)]
+    batch = BatchBuilder([data_set(tmp_path, records)], tokenizer, max_length=32, seed=0).build(
+        0, [("a", 0), ("a", 1)]
+    )
+    assert negatives_of(batch) == [{"p1"}, {"p0"}]
 
 
 def test_label_texts_are_documents(tmp_path, tokenizer):

@@ -1,7 +1,9 @@
 """The model "demo": its shipped form, its expansion, and its name. With a tiny model in its place."""
 
 import dataclasses
+import errno
 import json
+import os
 import re
 import shutil
 import time
@@ -189,6 +191,18 @@ def test_a_damaged_model_is_expanded_anew(name, num_bytes, shipped):
     file.unlink() if num_bytes is None else file.write_bytes(whole[:num_bytes])
     assert NVEmbed.from_pretrained("demo").fingerprint == wanted
     assert (demo.expanded() / name).read_bytes() == whole
+
+
+def test_a_model_that_cannot_be_read_for_a_moment_stays(shipped, monkeypatch):
+    before = demo.expanded().stat().st_ino
+
+    def too_many_files(directory):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="Too many open files"):
+        patch.setattr(demo, "stored_tensors", too_many_files)
+        demo.expanded()
+    assert demo.expanded().stat().st_ino == before
 
 
 def test_other_shipped_files_have_a_directory_of_their_own(shipped):

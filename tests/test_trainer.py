@@ -133,6 +133,12 @@ def test_a_step_without_negatives_is_told_once(folder, start):
     ]
     with pytest.raises(ValueError, match="no row has negatives, so with train.batch = 1 there is nothing"):
         train(recipe_of(folder, start, output="other", batch=1))
+    # a teacher's scores say which of two positives is nearer
+    scored = '{"query": "w1", "pos": ["w2", "w3"], "pos_scores": [1.0, 0.1]}\n'
+    (folder / "pairs.jsonl").write_text(scored * 40)
+    data = {"positives": 2}
+    train(recipe_of(folder, start, output="other", batch=1, steps=1, distillation=1.0, data=data))
+    assert read_metrics(folder / "other" / "metrics.jsonl")[0]["distillation"] > 0
 
 
 def test_the_rate_rises_and_falls(folder, start):

@@ -110,7 +110,7 @@ def _is_whole(target: Path) -> bool:
         check_tensors(directory, stored_tensors(directory), published_tensors(config))
         for name in ("tokenizer.json", "tokenizer_config.json"):
             files.read_json(directory / name)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
         return False
     return True
 

@@ -7,9 +7,9 @@
 3. Queries carry the data set's instruction. Documents carry it where both sides are of one kind
    (`symmetric`).
 4. Scopes and keys tell the loss which documents may be negatives (`loss.Candidates`). A document's keys are
-   the hashes of its text, of its class among texts with a label, and of the row's query if it is a positive.
-   The keys of a row are its query, its class and its positives, also those of {query, pos} that were not
-   drawn.
+   the hashes of its text, of its class among texts with a label, and, if it is a positive, of the row's
+   query with its instruction. The keys of a row are that, the query's text, its class and its positives,
+   also those of {query, pos} that were not drawn.
 5. Ranks take neighbouring slots of the same batch. So what a step learns from does not depend on their
    number.
 
@@ -391,6 +391,7 @@ class BatchBuilder:
 
     def _candidates(self, picked: list[_Picked], sets: list[DataSet], slots: range) -> Candidates:
         positives, row_scopes, column_scopes = [], [], []
+        row_keys: list[list[int]] = []
         column_keys: list[list[int]] = []
         for row, (texts, data, slot) in enumerate(zip(picked, sets, slots, strict=True)):
             private = PRIVATE + slot
@@ -402,9 +403,10 @@ class BatchBuilder:
             row_scopes.append(shared if data.settings.in_batch else private)
             positives += [(row, len(column_keys) + i) for i in range(len(texts.positives))]
             documents = texts.positives + texts.negatives
-            query = text_id(texts.query)
+            asked = text_id("\0".join((data.instruction(texts.prompt), texts.query)))
+            row_keys.append([*texts.row_keys, asked])
             for place, text in enumerate(documents):
-                keys = [text_id(text), query if place < len(texts.positives) else 0]
+                keys = [text_id(text), asked if place < len(texts.positives) else 0]
                 column_keys.append(keys + ([] if texts.classes is None else [texts.classes[place]]))
             column_scopes += [(shared, private)] * len(documents)
         scores = [score for texts in picked for score in texts.scores or ()]
@@ -413,7 +415,7 @@ class BatchBuilder:
             positives=torch.tensor(positives, dtype=torch.int64).view(-1, 2),
             row_scopes=torch.tensor(row_scopes, dtype=torch.int64),
             column_scopes=torch.tensor(column_scopes, dtype=torch.int64).view(-1, 2),
-            row_keys=_padded([texts.row_keys for texts in picked]),
+            row_keys=_padded(row_keys),
             column_keys=_padded(column_keys),
             # with scores every document has one
             scored=torch.tensor([*enumerate(own)], dtype=torch.int64).flip(1) if scores else None,

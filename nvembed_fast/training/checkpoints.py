@@ -117,8 +117,8 @@ def newest(output: Path) -> Path | None:
 
 
 def check_none(output: Path) -> None:
-    """ValueError if all checkpoints are damaged: a run would begin anew and cut the metrics."""
-    if newest(output) is None and (found := _all(output)):
+    """ValueError if there are checkpoints, all damaged: a run would begin anew and cut the metrics."""
+    if found := _all(output):
         raise ValueError(
             f"{found[0]} is damaged, and there is no other checkpoint: bring its files back, or remove it to "
             "begin anew"

@@ -114,9 +114,11 @@ def _train(
     if ranks.is_first and checkpoints.newest(output) is None:
         checkpoints.check_none(output)
         _check_new(output)
+        # a teacher says something of a row alone
+        is_alone = part.batch == 1 and teacher is None and not _needs_scores(part)
         for data in sets:
             instructions |= data.check(
-                is_alone=part.batch == 1 and data.settings.in_batch,
+                is_alone=is_alone and data.settings.in_batch,
                 needs_scores=_needs_scores(part),
                 teacher=teacher,
             )
