@@ -27,7 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from nvembed_fast import checkpoint, files, fingerprint, legacy, ops
-from nvembed_fast.checkpoint.pipeline import LENGTH_FILE
+from nvembed_fast.checkpoint.pipeline import LENGTH_FILE, MODULES_FILE, SETTINGS_FILE
 from nvembed_fast.config import (
     DEFAULT_LENGTH,
     Latents,
@@ -196,12 +196,12 @@ class NVEmbed(nn.Module):
     ) -> "NVEmbed":
         directory = checkpoint.resolve(path_or_id, revision=revision, config_only=True, **hub)
         config = NVEmbedConfig.from_file(directory / "config.json")
+        checkpoint.check_modules(directory, others_run=cls._others_run)
+        max_seq_length = checkpoint.max_seq_length(directory)
         # validate arguments before fetching and reading gigabytes of weights
         placement = Placement.decide(config, **compute)
         # a snapshot's folder is named by its commit, so the weights are of the same commit as the config
         directory = checkpoint.resolve(path_or_id, revision=directory.name, **hub)
-        checkpoint.check_modules(directory, others_run=cls._others_run)
-        max_seq_length = checkpoint.max_seq_length(directory)
         tokenizer = TextTokenizer.from_directory(directory, config)
         model = checkpoint.load_model(
             directory, config, device=placement.device, dtype=placement.dtype, progress=show_progress
@@ -237,7 +237,8 @@ class NVEmbed(nn.Module):
     ) -> None:
         """Write weights, config, tokenizer and max_seq_length in the published layout, for `from_pretrained`.
 
-        The tokenizer is written as it was loaded, even if its files are gone. See `save_model`.
+        The tokenizer is written as it was loaded, even if its files are gone. Prompts of a pipeline that lies
+        there stay, and modules.json then names this model alone. See `save_model`.
 
         Args:
             directory: created if it is not there.
@@ -250,10 +251,12 @@ class NVEmbed(nn.Module):
         with tempfile.TemporaryDirectory() as aside:
             written = self.text_tokenizer.write(Path(aside))
             length, _ = check_counts(self.max_seq_length, None)
-            if length != DEFAULT_LENGTH or (files.expanded(directory) / LENGTH_FILE).is_file():
+            if length != DEFAULT_LENGTH:
                 written.append(Path(aside) / LENGTH_FILE)
                 written[-1].write_text(json.dumps({"max_seq_length": length}), encoding="utf-8")
-            checkpoint.save_model(self.model, directory, dtype=dtype, other_files=[*written, *beside])
+            kept = [SETTINGS_FILE, *([MODULES_FILE] if self._others_run else [])]
+            copies = [*written, *beside]
+            checkpoint.save_model(self.model, directory, dtype=dtype, other_files=copies, kept=kept)
 
     @property
     def config(self) -> NVEmbedConfig:

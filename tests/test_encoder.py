@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_checkpoint import make_pipeline
 
 from nvembed_fast import NVEmbed, files, query_instruction
 from nvembed_fast.checkpoint import load
@@ -386,6 +387,35 @@ def test_a_length_that_is_none_is_named(value, tiny_directory, tmp_path):
     _set(tmp_path, OURS, max_seq_length=value)
     with pytest.raises(ValueError, match=r"sentence_bert_config\.json: max_seq_length must be an integer"):
         NVEmbed.from_pretrained(tmp_path)
+
+
+def test_a_save_over_a_pipeline_is_read_back(model, tiny_directory, tmp_path):
+    """The prompts stay. A module behind the model would make other vectors."""
+    shutil.copytree(tiny_directory, tmp_path, dirs_exist_ok=True)
+    content = make_pipeline(tmp_path, "sentence_transformers.models.Dense")
+    model.save_pretrained(tmp_path)
+    assert NVEmbed.from_pretrained(tmp_path).max_seq_length == 4096
+    settings = "config_sentence_transformers.json"
+    assert (tmp_path / settings).read_text() == content[settings]
+
+
+def test_modules_that_would_not_run_are_refused_before_weights_are_fetched(
+    monkeypatch, tiny_directory, tmp_path
+):
+    import huggingface_hub
+
+    def fetch(name, *, allow_patterns, **_):
+        assert "model*.safetensors" not in allow_patterns
+        for path in tiny_directory.iterdir():
+            if path.name in allow_patterns:
+                shutil.copy(path, tmp_path)
+        if "modules.json" in allow_patterns:
+            _set(tmp_path, OURS, "sentence_transformers.models.Dense")
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match="Dense, which does not run here"):
+        NVEmbed.from_pretrained("a/b")
 
 
 def test_modules_that_would_not_run_are_refused(tiny_directory, tmp_path):

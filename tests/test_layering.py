@@ -45,6 +45,7 @@ CURATION = {"baselines", "encoder", "corpus", "topk", "texts", "files", "package
 INTEGRATIONS = {
     "config",
     "corpus",
+    "checkpoint.pipeline",
     "encoder",
     "legacy",
     "network",

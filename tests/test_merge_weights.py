@@ -212,6 +212,14 @@ def test_prompts_and_length_are_those_of_the_first(models, tmp_path):
         merge_weights(models[:2], tmp_path / "other")
 
 
+def test_nothing_of_a_replaced_pipeline_stays(models, tmp_path):
+    for name in ("new", "old"):
+        merge_weights(models[:2], tmp_path / name)
+    make_pipeline(tmp_path / "old", "sentence_transformers.models.Dense")
+    merge_weights(models[:2], tmp_path / "old")
+    assert everything(tmp_path / "old") == everything(tmp_path / "new")
+
+
 def test_the_command(models, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["merge", *map(str, models), "-o", str(out), "--weights", "1", "1", "2"]) == 0

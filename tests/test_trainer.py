@@ -346,6 +346,14 @@ def test_a_decoder_gets_a_head_and_a_model_may_lose_layers(folder, start, monkey
             train(Recipe.from_dict(raw))
 
 
+def test_nothing_of_a_replaced_pipeline_stays(folder, start):
+    train(recipe := recipe_of(folder, start, steps=1))
+    make_pipeline(folder / "out", "sentence_transformers.models.Dense")
+    train(recipe)
+    assert "mine" not in (folder / "out" / "config_sentence_transformers.json").read_text()
+    assert NVEmbed.from_pretrained(folder / "out").max_seq_length == 4096
+
+
 @pytest.mark.parametrize("layers", [None, 1])
 def test_prompts_and_length_are_those_of_the_start(layers, folder, start):
     own = shutil.copytree(start, folder / "own")

@@ -12,8 +12,8 @@ from nvembed_fast.tokenization import TOKENIZER_FILES
 
 __all__ = ["download_size", "resolve"]
 
-_PIPELINE = [MODULES_FILE, SETTINGS_FILE, LENGTH_FILE]
-_FETCHED = [CONFIG_FILE, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES, *_PIPELINE]
+_SETTINGS = [CONFIG_FILE, MODULES_FILE, SETTINGS_FILE, LENGTH_FILE]
+_FETCHED = [*_SETTINGS, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
 _DOWNLOAD = "Where there is a network, run: hf download {} --local-dir DIRECTORY, and pass DIRECTORY"
 _LOGIN = "token=..., or: hf auth login"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -32,7 +32,7 @@ def resolve(
 
     A path in which a save was killed gives the folder with the whole new model, see `files.current`. Only the
     config, safetensors and tokenizer files of a hub id are fetched, with those of `pipeline`, never code or
-    pickles. With `config_only` only the config is fetched.
+    pickles. With `config_only` only the config and those of `pipeline` are fetched.
 
     Raises:
         FileNotFoundError: no such directory and no such hub id, or the hub is out of reach.
@@ -61,7 +61,7 @@ def resolve(
             token=token,
             cache_dir=None if cache_dir is None else files.expanded(cache_dir),
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG_FILE] if config_only else _FETCHED,
+            allow_patterns=_SETTINGS if config_only else _FETCHED,
         )
     except HFValidationError as error:
         raise FileNotFoundError(

@@ -5,6 +5,7 @@ files of these names for other code, so theirs are neither read nor carried alon
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from nvembed_fast import files
@@ -14,19 +15,21 @@ __all__ = [
     "DEFAULTS",
     "LENGTH_FILE",
     "MODULES_FILE",
+    "OURS",
     "SETTINGS_FILE",
     "check_modules",
     "max_seq_length",
+    "module_types",
     "pipeline_files",
 ]
 
 MODULES_FILE = "modules.json"
 SETTINGS_FILE = "config_sentence_transformers.json"
 LENGTH_FILE = "sentence_bert_config.json"
-_OURS = "nvembed_fast.integrations.sentence_transformers.NVEmbedModule"
+OURS = "nvembed_fast.integrations.sentence_transformers.NVEmbedModule"
 # without modules.json that library pools by the plain mean, in silence
 DEFAULTS: dict[str, dict | list] = {
-    MODULES_FILE: [{"idx": 0, "name": "0", "path": "", "type": _OURS}],
+    MODULES_FILE: [{"idx": 0, "name": "0", "path": "", "type": OURS}],
     SETTINGS_FILE: {
         "model_type": "SentenceTransformer",
         "prompts": {"query": query_instruction(DEFAULT_TASK), "document": ""},
@@ -48,9 +51,9 @@ def check_modules(directory: Path, *, others_run: bool = False) -> None:
     Raises:
         ValueError: there is one, or modules.json is damaged.
     """
-    types = _types(directory)
-    others = [kind for kind in types if kind != _OURS and kind.rpartition(".")[2] not in _HARMLESS]
-    if others and not (others_run and types[0] == _OURS):
+    types = module_types(directory)
+    others = [kind for kind in types if kind != OURS and kind.rpartition(".")[2] not in _HARMLESS]
+    if others and not (others_run and types[0] == OURS):
         raise ValueError(
             f"{directory / MODULES_FILE} names {others[0]}, which does not run here, so the vectors would be "
             "others: use nvembed_fast.integrations.sentence_transformers.load, or remove it from the file"
@@ -64,7 +67,7 @@ def max_seq_length(directory: Path) -> int:
         ValueError: a file is damaged. The message names it.
     """
     file = directory / LENGTH_FILE
-    if _types(directory)[:1] != [_OURS] or not files.is_file(file):
+    if module_types(directory)[:1] != [OURS] or not files.is_file(file):
         return DEFAULT_LENGTH
     given = files.read_json(file).get("max_seq_length")
     try:
@@ -73,27 +76,16 @@ def max_seq_length(directory: Path) -> int:
         raise ValueError(f"{file}: {error}") from error
 
 
-def pipeline_files(directory: Path, *, in_place: bool = False) -> list[Path]:
-    """The files that go with a pipeline's model when it is saved.
-
-    Args:
-        directory: of a model.
-        in_place: into the same directory, where the folders of other modules stay, too.
-
-    Raises:
-        ValueError: see `check_modules`, unless in_place.
-    """
-    if not in_place:
-        check_modules(directory)
+def pipeline_files(directory: Path, names: Iterable[str] = (SETTINGS_FILE, LENGTH_FILE)) -> list[Path]:
+    """The files of these names that go with a pipeline's model when it is saved. None of other code."""
     try:
-        is_pipeline = _types(directory)[:1] == [_OURS]
+        is_pipeline = module_types(directory)[:1] == [OURS]
     except ValueError:
         is_pipeline = False
-    names = (SETTINGS_FILE, LENGTH_FILE, *([MODULES_FILE] if in_place else []))
     return [path for name in names if is_pipeline and files.is_file(path := directory / name)]
 
 
-def _types(directory: Path) -> list[str]:
+def module_types(directory: Path) -> list[str]:
     """The classes that modules.json names, none without that file."""
     file = directory / MODULES_FILE
     if not files.is_file(file):

@@ -39,6 +39,7 @@ def save_model(
     dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
     other_files: Iterable[str | os.PathLike] = (),
+    kept: Iterable[str] = (),
     move_aside: bool = False,
 ) -> Path | None:
     """Write a model as a published checkpoint directory. `load_model` gives it back bit for bit.
@@ -53,8 +54,8 @@ def save_model(
         dtype: the stored dtype. None keeps the model's.
         max_shard_bytes: the max size of one file's tensors. A single tensor may exceed it.
         other_files: files to copy beside the weights, such as the tokenizer's (`names.tokenizer_files`). The
-            tokenizer's files that lie in the directory stay where none replaces them. So do modules, prompts
-            and max_seq_length of sentence-transformers, if they are of a model of this package.
+            tokenizer's files that lie in the directory stay where none replaces them.
+        kept: names of files of `pipeline` that stay, if the directory is a pipeline of this package.
         move_aside: move the files of any model in the directory to a new folder in it, `replaced-*`.
 
     Returns:
@@ -76,6 +77,7 @@ def save_model(
         dtype=dtype if dtype is not None else model.embedding_model.embed_tokens.weight.dtype,
         max_shard_bytes=max_shard_bytes,
         other_files=other_files,
+        kept=kept,
         move_aside=move_aside,
     )
 
@@ -88,6 +90,7 @@ def save_tensors(
     dtype: str | torch.dtype,
     max_shard_bytes: int = 5_000_000_000,
     other_files: Iterable[str | os.PathLike] = (),
+    kept: Iterable[str] = (),
     move_aside: bool = False,
 ) -> Path | None:
     """`save_model` of weights that are made one after another. Those of one file are in memory at a time.
@@ -117,12 +120,12 @@ def save_tensors(
                 weight_map = {name: file for file, stored in shards.items() for name in stored}
                 total = sum(torch.Size(slot.shape).numel() for slot in table.values()) * dtype.itemsize
                 _write_json(aside / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
-            kept = []
+            staying = []
             if not move_aside:
-                kept = names.tokenizer_files(directory) + pipeline.pipeline_files(directory, in_place=True)
+                staying = names.tokenizer_files(directory) + pipeline.pipeline_files(directory, kept)
             for name, content in pipeline.DEFAULTS.items():
                 _write_json(aside / name, content)
-            for path in (*kept, *copies):  # what stays is a part of the whole too
+            for path in (*staying, *copies):  # what stays is a part of the whole too
                 shutil.copyfile(path, aside / path.name)
             _write_json(aside / CONFIG_FILE, config.to_dict())
             if leaving:

@@ -11,7 +11,6 @@ The invariant: a prompt is never pooled, as in `NVEmbed.encode`. After a TypeErr
 them, and cannot be called without a prompt.
 """
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
+from nvembed_fast.checkpoint.pipeline import MODULES_FILE, OURS, SETTINGS_FILE, module_types
 from nvembed_fast.config import DEFAULT_TASK, query_instruction
 from nvembed_fast.encoder import NVEmbed
 from nvembed_fast.kernels.layout import SeqLayout, to_device
@@ -46,8 +46,6 @@ except ImportError as error:
 
 __all__ = ["NVEmbedModule", "load", "load_foreign"]
 
-_LIBRARYS_CONFIG = "config_sentence_transformers.json"
-_MODULE_CONFIG = "sentence_bert_config.json"
 _MERGE = "model[0].network = model[0].network.merge_and_unload()"
 
 
@@ -226,7 +224,7 @@ class NVEmbedModule(InputModule):
                 "the network is wrapped, such as by an adapter, and only a plain one can be saved. Merge it "
                 f"first ({_MERGE}), and train with save_strategy='no'"
             )
-        written = Path(output_path) / _LIBRARYS_CONFIG
+        written = Path(output_path) / SETTINGS_FILE
         self.encoder.save_pretrained(output_path, beside=[written] if written.is_file() else [])
 
     @classmethod
@@ -272,12 +270,6 @@ class NVEmbedModule(InputModule):
         module.network.requires_grad_(True)
         asked = [model_kwargs.get("dtype"), model_kwargs.get("torch_dtype")]
         module._takes_dtype_of_device = all(dtype in (None, "auto") for dtype in asked)
-        settings = load_file_path(
-            model_name_or_path, _MODULE_CONFIG, subfolder, cache_folder=cache_folder, **hub
-        )
-        if settings is not None:
-            found = json.loads(Path(settings).read_text(encoding="utf-8"))
-            module.max_seq_length = found.get("max_seq_length", module.max_seq_length)
         return module
 
     def on_model_ready(self, model: SentenceTransformer) -> None:
@@ -340,11 +332,10 @@ def load(
     model_kwargs = {} if model_kwargs is None else dict(model_kwargs)
     if device is not None:
         model_kwargs["device"] = device
-    listed = load_file_path(path_or_id, "modules.json", cache_folder=cache_folder, **hub)
-    types = [] if listed is None else _types(Path(listed))
-    ours = f"{NVEmbedModule.__module__}.{NVEmbedModule.__qualname__}"
-    if ours in types:
-        if foreign := [t for t in types if t != ours and not t.startswith("sentence_transformers.")]:
+    listed = load_file_path(path_or_id, MODULES_FILE, cache_folder=cache_folder, **hub)
+    types = [] if listed is None else module_types(Path(listed).parent)
+    if OURS in types:
+        if foreign := [t for t in types if t != OURS and not t.startswith("sentence_transformers.")]:
             raise ValueError(
                 f"{listed} names {foreign[0]}, which is of neither this package nor sentence-transformers. "
                 "If you trust it, use SentenceTransformer(path, trust_remote_code=True)"
@@ -377,14 +368,6 @@ def load_foreign(path_or_id: str | PathLike, *, device: str | None = None) -> Se
         return SentenceTransformer(os.path.expanduser(path_or_id), device=device)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path_or_id} is no model of sentence-transformers: {error}") from error
-
-
-def _types(modules: Path) -> list[str]:
-    """The classes that a modules.json names."""
-    try:
-        return [module["type"] for module in json.loads(modules.read_text(encoding="utf-8"))]
-    except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{modules} is no list of modules: {error}") from error
 
 
 def _lengths(features: dict[str, Any]) -> list[int]:

@@ -99,6 +99,18 @@ def test_saving_by_the_librarys_own_call_keeps_everything(own_model, tmp_path):
     assert again.max_seq_length == 4096 and again.prompts == own_model.prompts
 
 
+@pytest.mark.parametrize("kind, value", [("ours", 64), ("ours", None), ("other", 32768)])
+def test_the_length_is_that_of_the_encoder(kind, value, saved, tmp_path):
+    """The published directories have the length of other code."""
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    if kind == "other":
+        modules = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
+        (tmp_path / "modules.json").write_text(json.dumps(modules))
+    (tmp_path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": value}))
+    wanted = 64 if value == 64 else 4096
+    assert load(tmp_path).max_seq_length == NVEmbed.from_pretrained(tmp_path).max_seq_length == wanted
+
+
 def test_modules_behind_the_model_run_and_stay(own_model, tmp_path):
     own_model.append(Dense(64, 32))
     for _ in range(2):
