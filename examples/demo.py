@@ -1,7 +1,8 @@
 """The whole way on real input: a small model reads Python's own documentation and answers questions with it.
 
 1. Take the demo model. Its decoder, SmolLM2-135M, is fetched once (93 MB, Apache-2.0).
-2. Embed 1,200 docstrings of the Python standard library. Texts and vectors are kept for the next run.
+2. Embed 1,200 docstrings of the Python standard library. Texts and vectors are kept for the next run,
+   also those that are done when it is stopped.
 3. Answer three questions with the docstrings nearest to them.
 4. Say where the time went.
 """
@@ -23,9 +24,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from nvembed_fast import files
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype, nn
+    from torch import dtype, nn
 
     from nvembed_fast import NVEmbed
+
+PART = 200  # texts, whose vectors are kept before the next ones are made
 
 
 def main() -> None:
@@ -53,12 +56,16 @@ def main() -> None:
     clock = ModuleClock(model)
     began = time.perf_counter()
     kept = vectors_file(arguments.cache, model, texts, arguments.max_length)
-    documents = read_vectors(kept)
-    is_new = documents is None
-    if documents is None:
-        documents = model.encode_document(texts, max_length=arguments.max_length, show_progress=True)
-        with files.replacing(kept) as part:
-            torch.save(documents.cpu(), part)
+    parts = [torch.load(kept, weights_only=True)] if kept.is_file() else []
+    new = texts[sum(map(len, parts)) :]
+    for start in range(0, len(new), PART):
+        part = new[start : start + PART]
+        print(f"docstrings from number {len(texts) - len(new) + start + 1} of {len(texts)}", flush=True)
+        vectors = model.encode_document(part, max_length=arguments.max_length, show_progress=True)
+        parts.append(vectors.cpu())
+        with files.replacing(kept) as aside:
+            torch.save(torch.cat(parts), aside)
+    documents = torch.cat(parts)
     total = time.perf_counter() - began
     spent = clock.report(total)
     queries = model.encode_query([question.text for question in corpus.questions], docstrings.TASK)
@@ -71,16 +78,16 @@ def main() -> None:
             print(f" {mark}{rank}. {row[index]:.4f}  {texts[index][:100]}")
     print("\n* a docstring that answers the question")
 
-    tokens = sum(model.text_tokenizer(texts, "", arguments.max_length).lengths())
+    tokens = sum(model.text_tokenizer(new or texts, "", arguments.max_length).lengths())
     print(f"\n{len(texts)} texts of at most {arguments.max_length} tokens, the rest is cut")
-    if is_new:
+    if new:
         print(f"{tokens} tokens in {total:.1f} s: {tokens / total:.0f} tokens/s")
     else:
         print(f"{tokens} tokens, whose vectors were kept in {kept}")
     print(f"peak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
     if model.device.type == "cuda":
         print(f"peak memory on the GPU: {torch.cuda.max_memory_allocated(model.device) / 2**30:.2f} GiB")
-    if is_new:
+    if new:
         print("where the time went:")
         for part, seconds in spent:
             print(f"  {seconds / total:5.1%}  {seconds:6.1f} s  {part}")
@@ -161,12 +168,6 @@ def vectors_file(cache: Path, model: "NVEmbed", texts: list[str], max_length: in
 
     made_of = f"{model.fingerprint} {fingerprint.of_texts(texts)} {max_length} {model.dtype}"
     return cache / "demo" / f"vectors-{hashlib.sha256(made_of.encode()).hexdigest()[:12]}.pt"
-
-
-def read_vectors(path: Path) -> "Tensor | None":
-    import torch
-
-    return torch.load(path, weights_only=True) if path.is_file() else None
 
 
 def _dtype() -> "dtype | None":

@@ -68,6 +68,8 @@ def test_fewer_texts_keep_all_answers(tiny_directory, tmp_path, monkeypatch, cap
     (tmp_path / "demo").mkdir()
     demo.main()
     assert len(encoded) == minimum < len(library) and answers <= set(encoded)
+    demo.main()
+    assert len(encoded) == minimum, "the vectors are kept"
     monkeypatch.setattr(sys, "argv", [*words, str(minimum - 1)])
     with pytest.raises(SystemExit) as stop:
         demo.main()
@@ -83,3 +85,30 @@ def test_the_shipped_files_are_small_and_have_a_card():
     card = (shipped.SHIPPED / "README.md").read_text()
     for part in ("## Training text", "Licence", "Limits", "## Scores"):
         assert part in card
+
+
+def test_a_stopped_run_keeps_the_vectors_it_has(tiny_directory, tmp_path, monkeypatch):
+    library = {f"m:f{n}": f"filler number {n}" for n in range(300)}
+    library |= {a.rsplit(": ", 1)[0]: a for q in docstrings.questions("demo") for a in q.answers}
+    encoded, encode = [], NVEmbed.encode_document
+
+    def stopped(self, texts, **more):
+        if len(encoded) == 2:
+            raise KeyboardInterrupt
+        encoded.append(texts)
+        return encode(self, texts, **more)
+
+    monkeypatch.setattr(demo, "load_model", lambda cache: NVEmbed.from_pretrained(tiny_directory))
+    monkeypatch.setattr(demo, "library", lambda cache: library)
+    minimum = docstrings.min_number()
+    monkeypatch.setattr(demo, "PART", minimum // 2)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--cache", str(tmp_path), "--texts", str(minimum)])
+    (tmp_path / "demo").mkdir()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(NVEmbed, "encode_document", stopped)
+        demo.main()
+    with monkeypatch.context() as patch:
+        patch.setattr(NVEmbed, "encode_document", lambda *a, **k: encoded.append(a[1]) or encode(*a, **k))
+        demo.main()
+    assert [len(texts) for texts in encoded] == [minimum // 2, minimum // 2, minimum % 2]
+    assert len({text for texts in encoded for text in texts}) == minimum
