@@ -182,9 +182,9 @@ def model_in(directory: Path) -> dict[str, bytes]:
     [
         pytest.param(None, {}, id="nothing-to-1"),
         pytest.param(None, SHARDED, id="nothing-to-3"),
-        pytest.param({}, SHARDED, id="1-to-3"),
+        pytest.param({}, SHARDED, id="1-to-3", marks=pytest.mark.long),
         pytest.param(SHARDED, {}, id="3-to-1"),
-        pytest.param(SHARDED, SHARDED, id="3-to-3"),
+        pytest.param(SHARDED, SHARDED, id="3-to-3", marks=pytest.mark.long),
     ],
 )
 def test_an_interruption_leaves_the_old_or_the_new_model(tmp_path, monkeypatch, old, new, when):
