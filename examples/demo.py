@@ -57,10 +57,10 @@ def main() -> None:
     began = time.perf_counter()
     kept = vectors_file(arguments.cache, model, texts, arguments.max_length)
     parts = [torch.load(kept, weights_only=True)] if kept.is_file() else []
-    new = texts[sum(map(len, parts)) :]
-    for start in range(0, len(new), PART):
-        part = new[start : start + PART]
-        print(f"docstrings from number {len(texts) - len(new) + start + 1} of {len(texts)}", flush=True)
+    num_kept = sum(map(len, parts))
+    for start in range(num_kept, len(texts), PART):
+        print(f"docstrings from number {start + 1} of {len(texts)}", flush=True)
+        part = texts[start : start + PART]
         vectors = model.encode_document(part, max_length=arguments.max_length, show_progress=True)
         parts.append(vectors.cpu())
         with files.replacing(kept) as aside:
@@ -78,6 +78,7 @@ def main() -> None:
             print(f" {mark}{rank}. {row[index]:.4f}  {texts[index][:100]}")
     print("\n* a docstring that answers the question")
 
+    new = texts[num_kept:]
     tokens = sum(model.text_tokenizer(new or texts, "", arguments.max_length).lengths())
     print(f"\n{len(texts)} texts of at most {arguments.max_length} tokens, the rest is cut")
     if new:

@@ -37,8 +37,8 @@ from typing import IO, Any, TypeVar
 __all__ = [
     "alone",
     "brief",
-    "current",
     "cache_folder",
+    "current",
     "expanded",
     "identity",
     "is_file",

@@ -334,9 +334,9 @@ def _check_count(name: str, value: int, minimum: int) -> int:
 
 
 def _check_pooled(window: TokenizedTexts, first: int, max_length: int) -> None:
-    for index, (ids, start) in enumerate(zip(window.ids, window.first_pooled, strict=True)):
-        if start >= len(ids):
-            raise ValueError(
-                f"nothing of prompts[{first + index}] is left to pool: the instruction takes all {len(ids)} "
-                f"tokens (max_length is {max_length}). Raise max_length or shorten the instruction."
-            )
+    if (index := window.unpooled()) is not None:
+        raise ValueError(
+            f"nothing of prompts[{first + index}] is left to pool: the instruction takes all "
+            f"{len(window.ids[index])} tokens (max_length is {max_length}). Raise max_length or shorten the "
+            "instruction."
+        )

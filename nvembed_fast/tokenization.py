@@ -43,6 +43,11 @@ class TokenizedTexts(NamedTuple):
     def lengths(self) -> list[int]:
         return [len(i) for i in self.ids]
 
+    def unpooled(self) -> int | None:
+        """The first text of which no token is pooled, because its instruction takes all. None: none."""
+        pairs = zip(self.ids, self.first_pooled, strict=True)
+        return next((i for i, (ids, first) in enumerate(pairs) if first >= len(ids)), None)
+
 
 class TextTokenizer:
     """Tokenizes texts as the model was trained to read them.

@@ -357,7 +357,7 @@ def _complaint_of(teachers: list[str], max_length: int) -> Callable[[str], str]:
     @functools.lru_cache(2**16)
     def complaint(prompt: str) -> str:
         found = [tokenizer(["a text"], instruction_of(prompt), max_length) for tokenizer in tokenizers()]
-        if any(one.first_pooled[0] >= len(one.ids[0]) for one in found):
+        if any(one.unpooled() is not None for one in found):
             return f"takes all {max_length} tokens of --max-length, so that nothing of the query is left"
         return ""
 

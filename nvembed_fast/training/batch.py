@@ -131,7 +131,7 @@ class DataSet:
         if not has_negatives:
             why, way = (
                 ("train.batch = 1", "raise train.batch")
-                if is_alone
+                if self.settings.in_batch
                 else ("in_batch = false", "set in_batch = true")
             )
             own = 'add "neg" to its rows' if takes_own else "raise hard_negatives"
@@ -344,14 +344,13 @@ class BatchBuilder:
             source.check()
         for instruction, place in instructions.items():
             # the end mark stands where a text would begin
-            found = self._tokenizer([""], instruction, self._max_length)
-            self._check_left(found.ids[0], found.first_pooled[0], place)
+            self._check_pooled(self._tokenizer([""], instruction, self._max_length), [place])
 
-    def _check_left(self, ids: np.ndarray, first_pooled: int, place: str) -> None:
-        if first_pooled >= len(ids):
+    def _check_pooled(self, found: TokenizedTexts, places: Sequence[str]) -> None:
+        if (index := found.unpooled()) is not None:
             raise ValueError(
-                f"{place}: the instruction uses up all {self._max_length} tokens of max_length, so nothing "
-                "of the text is pooled: raise max_length, or shorten it"
+                f"{places[index]}: the instruction uses up all {self._max_length} tokens of max_length, so "
+                "nothing of the text is pooled: raise max_length, or shorten it"
             )
 
     def build(
@@ -438,9 +437,9 @@ class BatchBuilder:
         for prefix in dict.fromkeys(prefixes):
             members = [i for i, other in enumerate(prefixes) if other == prefix]
             found = self._tokenizer([texts[i] for i in members], prefix, self._max_length)
+            self._check_pooled(found, [origins[i] for i in members])
             num_cut += found.num_cut
             for i, text_ids, first in zip(members, found.ids, found.first_pooled, strict=True):
-                self._check_left(text_ids, first, origins[i])
                 ids[i], first_pooled[i] = text_ids, first
         return TokenizedTexts(ids, first_pooled, num_cut)
 

@@ -116,10 +116,11 @@ def gathered_distillation(
     here = candidates.to(queries.device)
     with torch.autocast(queries.device.type, enabled=False):
         d = unit_vectors(documents)
-        # side by side, so that they travel together. No key is asked for
-        both = document_columns(torch.cat([d, teacher.to(d)], 1), here)._replace(keys=here.column_scopes)
-        count = _all_gather(torch.tensor([len(d)], device=d.device), group)
-        vectors, scopes, _ = _gather(both, int(count.max()), both.keys.shape[1], group)
+        # side by side, so that they travel together
+        both = document_columns(torch.cat([d, teacher.to(d)], 1), here)
+        sizes = _all_gather(torch.tensor([both.keys.shape], device=d.device), group)
+        max_columns, max_keys = sizes.amax(0).tolist()
+        vectors, scopes, _ = _gather(both, max_columns, max_keys, group)
     all_documents, all_teachers = vectors.split([d.shape[1], teacher.shape[1]], 1)
     whole = replace(here, column_scopes=scopes, teacher_documents=all_teachers.detach())
     return candidate_distillation(queries, all_documents, whole, **temperatures)

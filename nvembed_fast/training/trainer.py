@@ -117,11 +117,7 @@ def _train(
         # a teacher says something of a row alone
         is_alone = part.batch == 1 and teacher is None and not _needs_scores(part)
         for data in sets:
-            instructions |= data.check(
-                is_alone=is_alone and data.settings.in_batch,
-                needs_scores=_needs_scores(part),
-                teacher=teacher,
-            )
+            instructions |= data.check(is_alone=is_alone, needs_scores=_needs_scores(part), teacher=teacher)
     with _alone(output, ranks):
         if not ranks.is_first:
             ranks.wait()
