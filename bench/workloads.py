@@ -82,12 +82,12 @@ GPU = Scale(
         Workload("all 32", (32,) * 2048),
         Workload("all 512", (512,) * 128),
         Workload("all 4096", (4096,) * 16),
-        Workload("skewed", skewed_lengths(4096)),
+        Workload("skewed", skewed_lengths(2048)),
     ),
     # 512 short texts are the 16,384 tokens that ours takes at once
     batch_sizes=(1, 8, 32, 128, 512),
     search_texts=512,
-    search_tokens=65536,
+    search_tokens=32768,
     parity_lengths=(41, 700, 128, 41, 300, 41, 129, 41, 40),
 )
 # the shape of SmolLM2-135M

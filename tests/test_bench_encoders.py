@@ -64,13 +64,13 @@ def test_the_workloads_of_a_gpu_are_the_stated_ones():
     assert set(workloads["queries"].lengths) == {50} and workloads["queries"].instruction_length == 18
     assert workloads["one query"].lengths == (50,) and workloads["one query"].instruction_length == 18
     lengths = workloads["skewed"].lengths
-    assert len(lengths) == 4096 and min(lengths) >= 16 and max(lengths) <= 4096
+    assert len(lengths) == 2048 and min(lengths) >= 16 and max(lengths) <= 4096
     assert statistics.median(lengths) == pytest.approx(128, rel=0.05)
     # between the clips: the quartiles of a lognormal lie 0.674 sigma from its median
     low, _, high = statistics.quantiles(map(math.log, lengths), n=4)
     assert (high - low) / 2 == pytest.approx(0.6745, rel=0.05)
     # seed 0: a result can be compared with one of another day only on the same lengths
-    assert lengths[:6] == (145, 112, 243, 142, 75, 184) and sum(lengths) == 847_900
+    assert lengths[:6] == (145, 112, 243, 142, 75, 184) and sum(lengths) == 416_424
 
 
 @pytest.mark.parametrize("name", sorted(set(ENCODERS) - encoders.GPU_ONLY.keys() | {encoders.BY_LIBRARY}))

@@ -10,7 +10,7 @@ from bench.measure.timing import peak_memory, wall_clock
 from bench.workloads import Scale, Workload
 
 # on one workload; after that an encoder sits out
-ENOUGH_SECONDS = 30.0
+ENOUGH_SECONDS = 15.0
 
 
 def warm_up(encode: Callable[[list[str], int], object], texts: list[str]) -> None:
