@@ -268,7 +268,7 @@ def _attention_problems() -> list[Problem]:
     long = tiles | {
         90: (
             *((32, 64, True, True, 8, 3), (32, 64, True, True, 8, 2), (32, 128, True, True, 8, 2)),
-            *((16, 64, True, True, 4, 2), (16, 64, True, True, 4, 3)),
+            *((16, 64, True, True, 4, 2), (16, 32, True, True, 4, 3), (16, 64, True, False, 4, 3)),
             *tiles[90],
         ),
     }
@@ -280,14 +280,14 @@ def _attention_problems() -> list[Problem]:
         80: ((16, 64, False, 8, 2), (16, 128, False, 8, 2)),
         90: (
             *((32, 64, True, 8, stages) for stages in (2, 3, 4)),
-            *((16, 64, True, 4, 2), (16, 64, True, 4, 3)),
+            *((16, 64, True, 4, 2), (16, 64, True, 4, 3), (16, 32, True, 4, 3)),
         ),
     }
     dkv = {
         80: ((16, 64, False, 8, 2), (8, 128, False, 8, 2)),
         90: (
             *((16, 128, True, 8, stages) for stages in (1, 2, 3)),
-            *((8, 128, True, 8, 2), (16, 64, True, 8, 2)),
+            *((8, 128, True, 8, 2), (16, 64, True, 4, 2)),
         ),
     }
     case = functools.partial(_case, ATTENTION_CASES, "nvembed-32x512")
