@@ -319,7 +319,8 @@ def test_an_entry_ahead_is_left_where_there_is_no_block_ahead():
     classes = [f"width128-group4-bits16-longest{n}" for n in (64, 128)]
     rule = functools.partial(flash_attention._launch_config, 128, 4, **target)
     cases = ((512, False), (512, True), (64, False))
-    ruled = [rule(length, causal=causal) for length, causal in cases]
+    with tuned.use({}):
+        ruled = [rule(length, causal=causal) for length, causal in cases]
     with tuned.use({(*key, name): tile for name in classes}):
         taken = [rule(length, causal=causal) for length, causal in cases]
     assert taken == [ruled[0] | tile, *ruled[1:]] and ruled[0]["AHEAD"]
@@ -332,7 +333,8 @@ def test_an_entry_ahead_is_left_where_there_is_no_block_ahead():
 def test_a_written_entry_lets_programs_walk_several_tiles(tmp_path):
     """No rule does. Causal attention has no block ahead, so it is left."""
     rule = functools.partial(flash_attention._launch_config, 128, 4, 512, capability=90, dtype=torch.bfloat16)
-    ruled = {causal: rule(causal=causal) for causal in (False, True)}
+    with tuned.use({}):
+        ruled = {causal: rule(causal=causal) for causal in (False, True)}
     assert [config["PERSISTENT"] for config in ruled.values()] == [False, False]
     tile = {name: ruled[False][name] for name in tuned.KERNELS["flash_attention.fwd"].constants}
     key = ("flash_attention.fwd", 90, "width128-group4-bits16-longest128")
