@@ -43,6 +43,7 @@ def test_a_run_ends_with_a_model_that_encodes(folder, start):
     said = []
     recipe = recipe_of(folder, start, steps=12, lr=3e-3)
     assert train(recipe, say=said.append) == folder / "out"
+    assert said[:2] == ["reading 1 data set", f"40 rows; loading {start}"]
     lines = read_metrics(folder / "out" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 13))
     for line in lines:
@@ -165,6 +166,8 @@ def test_the_next_call_goes_on_and_a_finished_run_is_left_as_it_is(folder, start
     assert any("stopping behind this step" in line for line in said)
     assert losses(folder / "out") == losses(folder / "whole")[:3]
     assert not (folder / "out" / "config.json").exists()
+    with pytest.raises(RecipeError, match="out is a run that has not ended: go on with it before one"):
+        train(recipe_of(folder, folder / "out", output="second"))
     for _ in range(2):
         train(recipe, say=said.append)
         assert losses(folder / "out") == losses(folder / "whole")

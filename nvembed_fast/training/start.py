@@ -34,7 +34,7 @@ def start_directory(recipe: Recipe) -> Path:
 
     Raises:
         RecipeError: the recipe asks for another pooling head or attention than the model's, or for more
-            layers, or `output/start` was made by another one.
+            layers, or starts from a run that has not ended, or `output/start` was made by another one.
         OSError, ValueError, ImportError: see `new_model.init_model` and `checkpoint.resolve`.
     """
     made = Path(recipe.output) / _START
@@ -43,6 +43,8 @@ def start_directory(recipe: Recipe) -> Path:
         return made
     start, part = str(decoders.named(recipe.model.start)), recipe.model
     source = None if Path(start).is_file() else checkpoint.resolve(start)
+    if source and not (files.current(source) / CONFIG_FILE).is_file() and checkpoints.newest(source):
+        raise RecipeError(f"{start} is a run that has not ended: go on with it before one that starts from it")
     if source is None or files.read_json(source / CONFIG_FILE).get("model_type") != "nvembed":
         _note_made(made, recipe)
         init_model(

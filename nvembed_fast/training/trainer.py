@@ -108,6 +108,7 @@ def _train(
     part, output = recipe.train, Path(recipe.output)
     if part.batch < ranks.size:
         raise RecipeError(f"train.batch is {part.batch}, fewer rows than the {ranks.size} ranks")
+    say(f"reading {len(recipe.data)} data set{'s' if len(recipe.data) > 1 else ''}")
     sets = open_sets(recipe.data)
     teacher = _teacher(part)
     instructions: dict[str, str] = {}
@@ -127,6 +128,7 @@ def _train(
         path = checkpoints.newest(output)
         known = {} if path is None else checkpoints.identity_of(path)
         sets = _named(sets, known)
+        say(f"{sum(len(data.rows) for data in sets):,} rows; loading {recipe.model.start}")
         run = _Run(recipe, ranks, sets, teacher, start, say, instructions)
         if part.warmup > part.steps:
             say(f"train.warmup {part.warmup} is above train.steps {part.steps}: lr is never reached")
