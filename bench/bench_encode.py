@@ -21,12 +21,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench.baselines.encoders import ENCODERS, GPU_ONLY, GRAPHED, WITHOUT_BATCH_SIZE
+from bench.baselines.encoders import ENCODERS, GPU_ONLY, WITHOUT_BATCH_SIZE
 from bench.baselines.parity import PARITY_LAYERS, Parity, ParityCheck
 from bench.measure.comparison import Prepared
 from bench.measure.limits import Limits
 from bench.measure.passes import Entry, fitting_batch_sizes, search_runs, warm_up
-from bench.measure.results import OURS, SKIPPED, TIMES, Figure
+from bench.measure.results import GRAPHED, OURS, SKIPPED, TIMES, Figure
 from bench.measure.timing import Times, wall_clock
 from bench.suites import Setting
 from bench.workloads import GPU, SMALL, SMALLEST, Scale, Workload, random_encoder

@@ -238,12 +238,12 @@ def test_texts_are_sorted_over_all_windows(fp32, monkeypatch):
 
 
 def test_a_pass_that_runs_out_of_memory_goes_on_with_the_next_best_size():
-    device = Device(per_batch=1.0, per_text=0.0, most_texts=8)
+    device = Device(per_batch=ENOUGH_SECONDS / 32, per_text=0.0, most_texts=8)
     device.first_calls |= {1, 8, 32}
     entry = Entry(lambda size: device.encode(["text"] * 64, size), [32, 8, 1], clock=device.clock)
     entry.take_turn()
     entry.take_turn()
-    assert entry.sizes == [8, 1] and entry.seconds == [8.0, 8.0]
+    assert entry.sizes == [8, 1] and entry.seconds == 2 * [ENOUGH_SECONDS / 4]
     device.most_texts = 0
     entry.take_turn()
     assert entry.sizes == [] and entry.seconds == []

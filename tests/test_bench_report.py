@@ -267,6 +267,22 @@ def test_gpus_stand_before_cpus(write):
     assert list(load([cpu, write(workload("skewed", nvembed_fast=12.0))])) == [H200.gpu, CPU.gpu]
 
 
+def test_readme_has_gpus_alone_where_there_is_one(write):
+    cpu = write(workload("skewed", nvembed_fast=12.0), name="cpu-2026-01-02.csv", machine=CPU)
+    assert "CPU (PyTorch path)" in speed_tables(load([cpu]), brief=True)
+    both = load([cpu, write(workload("skewed", nvembed_fast=12.0))])
+    assert [f"**{name}" in speed_tables(both, brief=True) for name in ("CPU", "NVIDIA")] == [False, True]
+    assert all(f"**{name}" in speed_tables(both) for name in ("CPU", "NVIDIA"))
+    assert not_measured_gpus(list(both)) in speed_tables(both, brief=True)
+
+
+def test_one_query_by_graphs_has_a_row_of_its_own(write):
+    rates = {"nvembed_fast": 40.0, "nvembed_fast, CUDA graphs": 150.0, "stock": 50.0, "original": 30.0}
+    tables = speed_tables(load([write(workload("one query", **rates))]))
+    assert "| Whole encoder: one query | 40 texts/s | stock | 50 texts/s | 0.80 | 1.33 |" in tables
+    assert "| Whole encoder: one query, CUDA graphs | 150 texts/s | stock | 50 texts/s | 3.00 | 5.00 |" in tables
+
+
 @pytest.fixture
 def readme(tmp_path, monkeypatch):
     path = tmp_path / "README.md"

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "results"
 # the impl of this project
 OURS = "nvembed_fast"
+GRAPHED = f"{OURS}, CUDA graphs"
 # metrics, with their units
 TIMES = ("time_p20", "time_p50", "time_p80")  # ms
 # has no value, and the reason as its unit

@@ -84,9 +84,9 @@ class Comparison:
         fastest = min if self.metric == "time_p50" else max
         return fastest(baselines, key=lambda i: self.figure(i).value, default=None)
 
-    def factor(self, baseline: str | None) -> float | None:
-        """How many times as fast as `baseline` this project is."""
-        ours, theirs = self.figure(OURS), self.figure(baseline) if baseline else None
+    def factor(self, baseline: str | None, impl: str = OURS) -> float | None:
+        """How many times as fast as `baseline` this project is, or another of its implementations."""
+        ours, theirs = self.figure(impl), self.figure(baseline) if baseline else None
         if ours is None or theirs is None:
             return None
         return theirs.value / ours.value if self.metric == "time_p50" else ours.value / theirs.value

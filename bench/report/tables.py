@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from bench.measure.results import NOT_MEASURED, OURS, ROOT
+from bench.measure.results import GRAPHED, NOT_MEASURED, OURS, ROOT
 from bench.report.comparisons import (
     ORIGINAL,
     SUITES,
@@ -21,13 +21,16 @@ IN_README = ("encode", "latent_block", "flash_attention")
 REAL_SIZES = ("nvembed", "skewed")
 
 
-def speed_tables(machines: dict[str, list[Comparison]]) -> str:
-    """The text between the markers: a table for every machine."""
+def speed_tables(machines: dict[str, list[Comparison]], brief: bool = False) -> str:
+    """The text between the markers: a table for every machine, or, if brief, for GPUs where there is one."""
+    shown = machines
+    if brief and not all(map(is_cpu, machines)):
+        shown = {gpu: comparisons for gpu, comparisons in machines.items() if not is_cpu(gpu)}
     parts = [
         "Made from `bench/results/` by `python -m bench.report --readme`. Times as fast: above 1 this "
         "project is faster.\nThe limit is the rate of the machine's own products or copies in the same run."
     ]
-    for gpu, comparisons in machines.items():
+    for gpu, comparisons in shown.items():
         cases = [
             c
             for suite in IN_README
@@ -49,7 +52,9 @@ def speed_tables(machines: dict[str, list[Comparison]]) -> str:
             )
             columns = ("case", "this project", "best baseline", "", "times as fast", "as the original")
             lines += ["", f"| {' | '.join(columns)} | share of the limit |"]
-            lines += ["|---|--:|---|--:|--:|--:|--:|", *map(_row, cases)]
+            lines += ["|---|--:|---|--:|--:|--:|--:|"]
+            for c in cases:
+                lines += [_row(c)] + ([_row(c, GRAPHED)] if c.figure(GRAPHED) else [])
         else:
             lines[0] += f"encoder, latent block and attention at NV-Embed's sizes: {NOT_MEASURED}."
         parts.append("\n".join(lines))
@@ -57,22 +62,23 @@ def speed_tables(machines: dict[str, list[Comparison]]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _row(c: Comparison) -> str:
+def _row(c: Comparison, impl: str = OURS) -> str:
     baseline = c.best_baseline()
-    factors = [_times_as_fast(c, baseline), _times_as_fast(c, ORIGINAL) if ORIGINAL in c.impls else ""]
+    against = [baseline, ORIGINAL] if ORIGINAL in c.impls else [baseline]
+    factors = [_times_as_fast(c, one, impl) for one in against] + [""] * (2 - len(against))
     cells = [
-        f"{SUITES[c.suite]}: {c.case}",
-        str(c.figure(OURS) or (f"skipped: {c.skipped(OURS)}" if c.skipped(OURS) else NOT_MEASURED)),
+        f"{SUITES[c.suite]}: {c.case}{impl.removeprefix(OURS)}",
+        str(c.figure(impl) or (f"skipped: {c.skipped(impl)}" if c.skipped(impl) else NOT_MEASURED)),
         baseline or NOT_MEASURED,
         str(c.figure(baseline)) if baseline else "",
         *factors,
-        percent(c.share(OURS)),
+        percent(c.share(impl)),
     ]
     return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _times_as_fast(c: Comparison, baseline: str | None) -> str:
-    factor = c.factor(baseline)
+def _times_as_fast(c: Comparison, baseline: str | None, impl: str) -> str:
+    factor = c.factor(baseline, impl)
     return f"{factor:.2f}" if factor else NOT_MEASURED
 
 
