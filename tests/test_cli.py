@@ -117,6 +117,20 @@ def test_search_prints_json_with_whole_texts(tiny_directory, tmp_path, capsys):
     assert not set(printed) & {"\x1b", "\x07", "\u202e"} and printed.count("[31mred caf\u00e9 word") == 2
 
 
+def test_search_never_shows_an_empty_text(tiny_directory, tmp_path, capsys):
+    file, output = tmp_path / "x.jsonl", tmp_path / "x.npy"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", "judo", " \n", "tea")))
+    arguments = ("search", file, "judo", "--json", "--model", tiny_directory)
+    printed = run(capsys, *arguments)[1]
+    results = json.loads(printed)["results"]
+    assert {(result["index"], result["text"]) for result in results} == {(1, "judo"), (3, "tea")}
+    assert run(capsys, "encode", file, "-o", output, "--model", tiny_directory)[0] == 0
+    kept = json.loads(run(capsys, *arguments, "--embeddings", output)[1])["results"]
+    assert [result["index"] for result in kept] == [result["index"] for result in results]
+    file.write_text('{"text": ""}\n')
+    assert "x.jsonl has no text that is not empty" in run(capsys, *arguments)[2]
+
+
 @pytest.mark.parametrize(
     "option",
     [["encode", "x", "-o", "x.npy", "--instruction"], ["encode", "x", "-o", "x.npy", "--task"]]

@@ -51,7 +51,7 @@ def search(capsys, folder, model, *options, file="texts.txt") -> tuple[int, str,
 def test_vectors_of_the_same_texts_and_model_are_ranked_without_a_word(folder, model, capsys):
     embeddings = ("--embeddings", folder / "e.npy")
     status, printed, error = search(capsys, folder, model)
-    assert status == 0 and "note: the 3 texts are embedded anew at every call. To keep" in error
+    assert status == 0 and "note: 3 texts to embed, anew at every call. To keep" in error
     assert search(capsys, folder, model, *embeddings) == (0, printed, "")
     # the texts count, and not how their file is written
     (folder / "texts.json").write_text(json.dumps(TEXTS))

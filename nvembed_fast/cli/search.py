@@ -59,6 +59,9 @@ def run(arguments: argparse.Namespace) -> None:
         if not question.strip():
             raise ValueError(f"question {number} is empty: write one in quotation marks")
     texts, ids = read_records(arguments.file, arguments.field, arguments.format, arguments.ids)
+    filled = [index for index, text in enumerate(texts) if text.strip()]
+    if not filled:
+        raise ValueError(f"{arguments.file} has no text that is not empty")
     documents = record = None
     if arguments.embeddings:
         from nvembed_fast.vectors import normalized, read_vectors
@@ -86,16 +89,20 @@ def run(arguments: argparse.Namespace) -> None:
     with options.note_cut():
         queries = model.encode(arguments.question, instruction, output="numpy", **keywords)
     if documents is None:
-        options.note_empty(texts)
         process.say(
-            f"note: the {len(texts)} texts are embedded anew at every call. To keep their vectors, run "
+            f"note: {len(filled)} texts to embed, anew at every call. To keep their vectors, run "
             "nvembed-fast encode FILE -o OUT.npy once, and search with --embeddings OUT.npy"
         )
-        documents = embed(model, texts, "", arguments)
+        documents = embed(model, [texts[index] for index in filled], "", arguments)
+    elif len(filled) < len(texts):
+        documents = documents[filled]
     show = _print_json if arguments.json else _print
-    best = topk(torch.from_numpy(queries), torch.from_numpy(documents), min(arguments.top, len(texts)))
+    best = topk(torch.from_numpy(queries), torch.from_numpy(documents), min(arguments.top, len(filled)))
     for question, *results in zip(arguments.question, *(part.tolist() for part in best), strict=True):
-        found = [{"index": i, "score": score, "text": texts[i]} for score, i in zip(*results, strict=True)]
+        found = [
+            {"index": filled[i], "score": score, "text": texts[filled[i]]}
+            for score, i in zip(*results, strict=True)
+        ]
         show(question, [{"id": ids[result["index"]], **result} for result in found] if ids else found)
 
 
