@@ -51,6 +51,15 @@ def input_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
 
 
+@triton.jit
+def add_product(b_acc, b_left, b_right, PRECISION: tl.constexpr):
+    """acc + left right. In fp32 the tile's product is a sum of its own, so a long sum rounds less often."""
+    if PRECISION == "ieee":
+        # Triton makes one product of tl.dot and `+`, which adds to acc term by term
+        return tl.fma(tl.dot(b_left, b_right, input_precision=PRECISION), 1.0, b_acc)
+    return tl.dot(b_left, b_right, b_acc, input_precision=PRECISION)
+
+
 def launch(kernel, num_programs: int, of_layout: Any = (), **arguments) -> None:
     """Launch a kernel on the device of its tensors, whatever device is current.
 

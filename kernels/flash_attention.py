@@ -65,6 +65,7 @@ import triton.language as tl
 from nvembed_fast.kernels import tuned
 from nvembed_fast.kernels._common import (
     LOG2E,
+    add_product,
     capability,
     input_precision,
     is_dispatched,
@@ -532,13 +533,13 @@ def _flash_attention_bwd_dkv_kernel(
                 dout, stride_dot, stride_don, i_t, length, GROUP, H, BLOCK_T, BLOCK_GROUP, BLOCK_H, False
             )
         if NEEDS_DV:
-            b_dv = tl.dot(b_p.to(b_dout.dtype), b_dout, b_dv, input_precision=PRECISION)
+            b_dv = add_product(b_dv, b_p.to(b_dout.dtype), b_dout, PRECISION)
         if NEEDS_DK:
             b_delta = tl.load(delta_ptr + o_row, mask=m_m, other=0.0)
             if not USE_TMA:
                 b_dp = tl.dot(b_v, b_dout.T, input_precision=PRECISION)
             b_ds = b_p * (b_dp - b_delta[None, :])
-            b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+            b_dk = add_product(b_dk, b_ds.to(b_q.dtype), b_q, PRECISION)
 
     # write the results
     # [BLOCK_N, BLOCK_H]

@@ -104,9 +104,20 @@ def attention(q, k, v, dout, seed: int = 0, product: Product = product) -> list[
     delta = _add_up(fp32(out.double() * dout.double()))
     ds = fp32(p * fp32(product(dout, v) - delta[:, None])).to(dtype)
     scale = q.shape[1] ** -0.5
-    dq, dk = (fp32(scale * product(a, b)) for a, b in ((ds, k.mT), (ds.mT, q.mT)))
-    dv = product(p.to(dtype).mT, dout.mT)
+    dq = fp32(scale * product(ds, k.mT))
+    dk = fp32(scale * _by_tiles(product, ds.mT, q.mT))
+    dv = _by_tiles(product, p.to(dtype).mT, dout.mT)
     return [out, fp32(lse2 / LOG2E).float(), *(t.to(dtype) for t in (dq, dk, dv))]
+
+
+def _by_tiles(product: Product, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """A sum over tokens, to which fp32 adds the product of each tile (`add_product`)."""
+    if a.dtype in (torch.float16, torch.bfloat16):
+        return product(a, b)
+    total = torch.zeros(len(a), len(b), dtype=torch.float64)
+    for one, other in zip(a.split(16, dim=1), b.split(16, dim=1), strict=True):
+        total = fp32(total + product(one, other))
+    return total
 
 
 class _Exp2:

@@ -120,6 +120,22 @@ def test_no_kernel_is_compiled_anew_for_another_number_of_tokens():
     assert found == per_batch, "an argument was renamed, so this test would prove less than it says"
 
 
+def test_fp32_adds_the_product_of_a_tile_as_a_whole():
+    """In dK and dV, whose sums run over all tokens. Else a product goes on from the sum, term by term."""
+    code = """
+import triton
+from tools import resources
+launch = resources.launch_of("flash_attention: dkv smollm2 fp32", 80)
+triton.runtime.driver.set_active(resources._Driver(80))
+print(launch.kernel.warmup(grid=None, **launch.arguments).asm["ttir"])
+"""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=env)
+    begins = re.findall(r"= tt\.dot [^,]+, [^,]+, %(\w+)", run.stdout)
+    assert len(begins) == 4, run.stderr[-4000:]
+    assert all(begin.startswith("cst") for begin in begins), begins
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTENTION, ids=lambda name: name.partition(": ")[2].replace(" ", "-"))
 def test_attention_uses_the_tensor_units_of_sm_90(attention_on_sm_90, name):
