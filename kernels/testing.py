@@ -476,17 +476,25 @@ def honest(function: Callable, inputs: Tensors) -> list[tuple[torch.Tensor, ...]
     return [(t, m) if _is_fp32_of_a_gpu(t) else (t,) for t, m in zip(eager, moved, strict=True)]
 
 
+def of_products(eager: Tensors) -> list[tuple[torch.Tensor, ...]]:
+    """As `honest`, for results of a whole model: eager alone, with the slack of products of a GPU.
+
+    Its inputs are weights. A moved weight is off in the same way for every token, and a rounded sum is not.
+    """
+    return [(t, t) if _is_fp32_of_a_gpu(t) else (t,) for t in eager]
+
+
 class _Products(TorchDispatchMode):
-    """Whether a product of matrices ran inside."""
+    """Whether a product of matrices ran inside, or attention that PyTorch fuses, which are two."""
 
     seen = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen |= func.overloadpacket in _PRODUCTS
+        self.seen |= func.overloadpacket.__name__.startswith(_PRODUCTS)
         return func(*args, **(kwargs or {}))
 
 
-_PRODUCTS = {getattr(torch.ops.aten, name) for name in ("mm", "bmm", "addmm", "baddbmm")}
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product")
 TRUNCATED_TERMS = 8  # of an A100's tensor cores. Hopper's take 16 (arXiv 2512.07004), and are given 8, too
 
 

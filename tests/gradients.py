@@ -6,12 +6,40 @@ import numpy as np
 import torch
 
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.kernels.testing import Tensors, gradients
+from nvembed_fast.kernels.testing import Tensors, gradients, upstream_of
 
 
 def bound(function: Callable, layout: SeqLayout, causal: bool = False) -> Callable:
     """A function of q, k and v alone, with both outputs of an attention."""
     return lambda q, k, v: function(q, k, v, layout, causal=causal, return_lse=True)
+
+
+def assert_only_rounding(function: Callable, inputs: Tensors, per_product: float = 0.0) -> torch.Tensor:
+    """Gradients where every token has one key. Returns that of v, and the others are bounded here.
+
+    The softmax of one score is 1, so q and k have no gradient but the rounding of dP - delta. Parity has no
+    scale there, because eager may take both from one sum. Attention that is fused adds the same H products
+    twice in fp32, as dO V and as rowsum(dO * O): each sum is off by at most H / 2 eps of their size.
+
+    Args:
+        inputs: q [T, N, H], k and v [1, G, H].
+        per_product: how many eps the products themselves are off by, in both sums together.
+    """
+    (dout,) = upstream = upstream_of([inputs[0]])
+    _, (dq, dk, dv) = gradients(function, inputs, upstream)
+    (q, k, v), (_, num_heads, width) = (t.double() for t in inputs), inputs[0].shape
+    group = num_heads // k.shape[1]
+    k, v = (t.repeat_interleave(group, dim=1) for t in (k, v))
+    own, single = torch.finfo(dq.dtype), torch.finfo(torch.float32)
+    # rounding dS and a gradient to the dtype: relative, and at the smallest numbers absolute
+    relative, absolute = 1 + 2 * own.eps, own.smallest_normal * own.eps
+    size = (dout.double() * v).abs().sum(-1, keepdim=True)
+    ds = relative * (width + per_product) * single.eps * size + absolute
+    scale = relative * width**-0.5
+    assert (dq.abs() <= scale * ds * k.abs() + absolute).all()
+    of_heads = (ds * q.abs()).unflatten(1, (-1, group))
+    assert (dk.abs() <= scale * of_heads.sum((0, 2)) + absolute).all()
+    return dv
 
 
 def spy_on_launches(monkeypatch, module, *kernels: str) -> list[tuple[str, dict]]:

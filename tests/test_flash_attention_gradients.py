@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from gradients import assert_gradcheck, bound
+from gradients import assert_gradcheck, assert_only_rounding, bound
 
 from nvembed_fast.kernels import reference
 from nvembed_fast.kernels.flash_attention import flash_attention
@@ -72,19 +72,9 @@ def test_gradients_of_a_strided_upstream(path, device):
 
 
 def test_gradients_of_one_token_alone(path, device):
-    """q and k have none but the rounding of dP - delta: see `test_gradient_of_one_latent` for its bound."""
     *inputs, layout = AttentionCase("one", (1,), 2, 2, 16).inputs(device, torch.float16)
-    q, k, v = (t.double() for t in inputs)
-    _, (dq, dk, dv) = gradients(
-        lambda *t: flash_attention(*t, layout), inputs, upstream := upstream_of([inputs[0]])
-    )
-    (dout,) = upstream
-    assert torch.equal(dv, dout)
-    half, single = torch.finfo(torch.float16), torch.finfo(torch.float32)
-    relative, absolute = 1 + 2 * half.eps, half.smallest_normal * half.eps
-    ds = relative * 16 * single.eps * (dout.double() * v).abs().sum(-1, keepdim=True) + absolute
-    for grad, other in ((dq, k), (dk, q)):
-        assert (grad.abs() <= relative * 16**-0.5 * ds * other.abs() + absolute).all()
+    dv = assert_only_rounding(lambda *t: flash_attention(*t, layout), inputs)
+    assert torch.equal(dv, *upstream_of([inputs[0]]))
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.3])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.attention.varlen
 import torch.nn.functional as F
+from gradients import assert_only_rounding
 from torch.utils._python_dispatch import TorchDispatchMode
 from whole_model import HEADS, assert_every_gradient_matches, head_name, make_batch, make_model
 
@@ -103,7 +104,12 @@ def _assert_matches(name: str, label: str, tensors, others: dict) -> None:
         got, low = as_tuple(ours(*tensors)), honest(theirs, tensors)
     for results in zip(got, low, as_tuple(high), strict=True):
         assert_parity(label, *results)
-    assert_gradient_parity(label, ours, theirs, tensors)
+    if name != "flash_attention" or others["layout"].max_length > 1:
+        assert_gradient_parity(label, ours, theirs, tensors)
+        return
+    assert_gradient_parity(label, ours, theirs, tensors, frozen=(0, 1))
+    # two numbers of TF32 hold a factor to 2 eps: v in dO V and in the output
+    assert_only_rounding(ours, tensors, per_product=4 if tensors[0].dtype == torch.float32 else 0)
 
 
 def test_what_the_reference_does_best_is_the_reference():

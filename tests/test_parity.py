@@ -5,13 +5,16 @@ import pytest
 import torch
 
 from nvembed_fast.kernels import reference, testing
+from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.kernels.testing import (
     AttentionCase,
+    LatentCase,
     ScoreCase,
     as_tuple,
     errors,
     gradients,
     honest,
+    of_products,
     upstream_of,
 )
 
@@ -90,6 +93,22 @@ def _attention(case, dtype, seed=0, shift=0.0, **faults):
     return results if dtype == FULL else results[1:2]
 
 
+def _wide_latents(seed=0, product=emulated_gpu.product):
+    """(got, low, high) of heads for library products, added term by term as cuBLAS does in fp32."""
+    q, k, v = LatentCase("wide", 20, 40, 3, 264, 16).direct_inputs("cpu", FULL, seed)
+
+    def exact(*qkv):
+        return reference.latent_attention(*qkv, scale=0.25)
+
+    def attend(product):
+        heads = zip(*(t.unbind(1) for t in (q, k, v)), strict=True)
+        outs = [product((product(q, k) * 0.25).float().softmax(-1), v.mT).float() for q, k, v in heads]
+        return torch.stack(outs, dim=1)
+
+    (low,), high = honest(exact, (q, k, v)), exact(*(t.double() for t in (q, k, v)))
+    return [(attend(product), [attend(_cublas), low[1]], high)]
+
+
 HONEST = {
     "scores": lambda seed: _scores(LIMITED, FULL, seed) + _score_gradients(LIMITED, seed),
     "peaked scores": lambda seed: _scores(PEAKED, FULL, seed) + _score_gradients(PEAKED, seed),
@@ -100,6 +119,7 @@ HONEST = {
     "peaked attention": lambda seed: _attention(AttentionCase("a", (77,), 1, 1, 32, peak=2.0), FULL, seed),
     "scores far below zero": lambda seed: _attention(AttentionCase("a", (33,), 1, 1, 32), FULL, seed, -60.0),
     "attention, fp16": lambda seed: _attention(AttentionCase("a", (41,), 1, 1, 256), HALF, seed),
+    "wide latents": _wide_latents,
 }
 
 
@@ -113,6 +133,12 @@ def test_the_emulation_errs_as_an_h200(dtype, measured):
     """RMS errors of the lse of `wide` by bench/results/parity-nvidia-h200-2026-11-27.txt."""
     got, _, high = _scores(WIDE, dtype)[0]
     assert (got.double() - high).square().mean().sqrt().item() == pytest.approx(measured, rel=0.1)
+
+
+def test_products_of_a_library_err_as_on_an_h200():
+    """5.40e-7 by bench/NOTES.md, and eager, which sums otherwise, 3.50e-7."""
+    ((got, _, high),) = _wide_latents()
+    assert (got.double() - high).square().mean().sqrt().item() == pytest.approx(5.40e-7, rel=0.1)
 
 
 def _rounded(dtype):
@@ -151,6 +177,7 @@ CAUGHT = {
     "peaked gradient": lambda product: _score_gradients(PEAKED, product=product),
     "attention": lambda product: _attention(AttentionCase("a", (70,), 1, 1, 32), FULL, product=product),
     "scores, bf16": lambda product: _scores(WIDE, BF16, product=product),
+    "wide latents": lambda product: _wide_latents(product=product),
     "attention, fp16": lambda product: _attention(
         AttentionCase("a", (41,), 1, 1, 256), HALF, product=product
     ),
@@ -174,7 +201,7 @@ def test_two_errors_of_an_instruction_pass(largest):
         weight, denominator = (torch.zeros(2, 3000) for _ in range(2))
         weight[0, 7], denominator[0, 7], high[0, 7] = 1, -1, 3
     got = high * (1 + size * weight) / (1 + size * denominator)
-    assert 0.5 < _share([(got.float(), (high.float(), high.float()), high)]) < 1
+    assert 0.5 < _share([(got.float(), of_products([high.float()])[0], high)]) < 1
 
 
 def test_one_wrong_element_is_beyond_the_bound():
@@ -188,7 +215,8 @@ def test_off_a_gpu_the_bound_is_that_of_eager(monkeypatch):
     q, d, *rest = WIDE.inputs("cpu", FULL)
     eager = as_tuple(reference.masked_lse(q, d, *rest))
     low = honest(lambda q, d: reference.masked_lse(q, d, *rest), (q, d))
-    assert all(len(lows) == 1 and torch.equal(lows[0], t) for lows, t in zip(low, eager, strict=True))
+    for one in (low, of_products(eager)):
+        assert all(len(lows) == 1 and torch.equal(lows[0], t) for lows, t in zip(one, eager, strict=True))
     size = high = torch.ones(4, dtype=torch.float64)
     eps = torch.finfo(FULL).eps
     assert [bound for *_, bound in errors("exact", size.float(), high.float(), high)] == [2 * eps, eps / 8]
@@ -199,5 +227,10 @@ def test_without_a_product_the_bound_is_that_of_eager():
     x, residual, weight = torch.randn(3, 5), torch.randn(3, 5), torch.ones(5)
     norm = honest(lambda *ts: reference.add_rms_norm(*ts, 1e-5), (x, residual, weight))
     assert [len(lows) for lows in (*norm, *honest(torch.add, (x, residual)))] == [1, 1, 1]
-    for product in (lambda a, b: a @ b.mT, lambda a, b: torch.einsum("td,sd->ts", a, b)):
+    for product in (
+        lambda a, b: a @ b.mT,
+        lambda a, b: torch.einsum("td,sd->ts", a, b),
+        lambda a, b: reference.latent_attention(a[:, None], b[:, None], b[:, None]),
+        lambda a, b: reference.flash_attention(a[:, None], b[:, None], b[:, None], SeqLayout((3,), "cpu")),
+    ):
         assert [len(lows) for lows in honest(product, (x, residual))] == [2]

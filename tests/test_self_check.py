@@ -71,7 +71,7 @@ FAULTS = {
     "another shape": (lambda x: reference.swiglu(x)[:-1], "shape or dtype"),
     "gives its first result again": (
         lambda x, kept={}: kept.setdefault(x.shape, reference.swiglu(x)),
-        "no tile divides: second call: output 0",
+        ": second call: output 0, rms error",  # on a GPU each problem has one, and the worst is named
     ),
     "raises": (lambda x: (_ for _ in ()).throw(RuntimeError("no such instruction")), "RuntimeError: no such"),
 }
