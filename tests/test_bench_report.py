@@ -280,7 +280,9 @@ def test_one_query_by_graphs_has_a_row_of_its_own(write):
     rates = {"nvembed_fast": 40.0, "nvembed_fast, CUDA graphs": 150.0, "stock": 50.0, "original": 30.0}
     tables = speed_tables(load([write(workload("one query", **rates))]))
     assert "| Whole encoder: one query | 40 texts/s | stock | 50 texts/s | 0.80 | 1.33 |" in tables
-    assert "| Whole encoder: one query, CUDA graphs | 150 texts/s | stock | 50 texts/s | 3.00 | 5.00 |" in tables
+    assert (
+        "| Whole encoder: one query, CUDA graphs | 150 texts/s | stock | 50 texts/s | 3.00 | 5.00 |" in tables
+    )
 
 
 @pytest.fixture

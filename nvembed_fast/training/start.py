@@ -44,7 +44,9 @@ def start_directory(recipe: Recipe) -> Path:
     start, part = str(decoders.named(recipe.model.start)), recipe.model
     source = None if Path(start).is_file() else checkpoint.resolve(start)
     if source and not (files.current(source) / CONFIG_FILE).is_file() and checkpoints.newest(source):
-        raise RecipeError(f"{start} is a run that has not ended: go on with it before one that starts from it")
+        raise RecipeError(
+            f"{start} is a run that has not ended: go on with it before one that starts from it"
+        )
     if source is None or files.read_json(source / CONFIG_FILE).get("model_type") != "nvembed":
         _note_made(made, recipe)
         init_model(
