@@ -123,7 +123,7 @@ def prove(
 ) -> dict[str, str]:
     """Let the self-check decide which kernels `auto` takes on a GPU, if that is not known yet.
 
-    It takes a while once for each GPU, driver, torch and Triton, and runs in a process of its own. With
+    It takes a while once for each GPU, driver, torch and Triton, and runs in processes of its own. With
     NVEMBED_FAST_SELF_CHECK=0 in the environment all kernels count as proven. One warning (`UnprovenKernel`)
     tells of those that are not.
 

@@ -14,13 +14,14 @@ with the float64 reference, by the one tolerance of `kernels/testing.py`, before
 4. Each call comes again, with other values of the same layout, and that result is compared, too. It comes by
    a repeated launch (`replayed` of kernels/_common.py), which is another way than the first call's.
 
-A child process runs them (`main`), because a kernel may hang, kill its process or leave a CUDA context that
-fails from then on. `verdicts` starts it, reads what it prints and keeps the verdict.
+Child processes run them (`main`), because a kernel may hang, kill its process or leave a CUDA context that
+fails from then on. `verdicts` starts them, gives them one item after another and keeps the verdicts.
 """
 
 import dataclasses
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -32,6 +33,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference, testing
@@ -504,21 +506,44 @@ def run(
     for item in items:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
             finding = check(item, device, path, begin)
-            if timed and finding.ok and device.type == "cuda":
-                one, other = (_milliseconds(item, device, each) for each in (path, "library"))
-                finding = dataclasses.replace(finding, time_ms=one, library_ms=other)
+            if timed and finding.ok:
+                finding = _with_times(finding, device)
         yield finding
+
+
+def _with_times(finding: Finding, device: torch.device) -> Finding:
+    """The finding about a right kernel with its times, and those of the library path. On a CPU without."""
+    if device.type != "cuda":
+        return finding
+    one, other = (_milliseconds(finding.item, device, ops.check_impl(p)) for p in (finding.path, "library"))
+    return dataclasses.replace(finding, time_ms=one, library_ms=other)
+
+
+class _DrawnThere(TorchFunctionMode):
+    """Inside, `torch.randn` draws on this device.
+
+    On a CPU, `_milliseconds` of all operations would draw for longer than the kernels compile.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self._there = {"device": device, "generator": None}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}) | (self._there if function is torch.randn else {}))
 
 
 def _milliseconds(item: Item, device: torch.device, path: ops.Impl) -> float | None:
     """The median time of a call at the size of NV-Embed's batches. None: there is no memory for it."""
     operation, dtype_name, direction = item
     try:
-        (problem,) = _PROBLEMS[operation](operation, device, getattr(torch, dtype_name), True)
+        with _DrawnThere(device):
+            (problem,) = _PROBLEMS[operation](operation, device, getattr(torch, dtype_name), True)
         leaves = [t.detach().requires_grad_(direction == "backward") for t in problem.tensors]
         with ops.use_impl(path):
             outputs = testing.as_tuple(problem.call(getattr(ops, operation), *leaves))
-            upstream = testing.upstream_of(outputs)
+            with _DrawnThere(device):
+                upstream = testing.upstream_of(outputs)
 
             def call() -> None:
                 if direction == "forward":
@@ -542,16 +567,18 @@ def _milliseconds(item: Item, device: torch.device, path: ops.Impl) -> float | N
 
 
 def main() -> None:
-    """Answer the request on standard input by a line of JSON for every finding, and for every item begun.
+    """Answer on standard output, a line of JSON at a time.
 
-    Each problem of an item says again that it is begun. So a limit of time is for one of them: an item may
-    compile 50 kernels, which takes minutes where the CPU is busy.
+    The first line of standard input says what all items share, and each other line is an item. `ready` asks
+    for the next one. Each item, and each of its problems, says that it is begun. So a limit of time is for
+    one problem: an item may compile 35 kernels, which takes minutes where the CPU is busy.
     """
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
     request = json.loads(sys.stdin.readline())
     signal.alarm(request["seconds"])
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    items: queue.SimpleQueue[Item] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(items,), daemon=True).start()
 
     def tell(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=answer, flush=True)
@@ -564,16 +591,23 @@ def main() -> None:
         if facts(device) != request["facts"]:
             sys.exit("this process sees another GPU than the one that started it")
         torch.empty(1, device=device)
-    for item in map(tuple, request["items"]):
+    while True:
+        tell({"ready": True})
+        item = items.get()
         begin = partial(tell, {"begun": item})
         begin()
-        (finding,) = run([item], device, request["path"], request["timed"], begin)
+        if request["timed"]:
+            finding = _with_times(Finding(*item, request["path"], True), device)
+        else:
+            (finding,) = run([item], device, request["path"], False, begin)
         tell(dataclasses.asdict(finding))
         if device.type == "cuda":
             # an error that stays: the next process goes on
             torch.cuda.synchronize()
 
 
-def _end_with_parent() -> None:
-    sys.stdin.read()
+def _receive(items: "queue.SimpleQueue[Item]") -> None:
+    """Pass on the items, and end this process with the one that sends them."""
+    for line in sys.stdin:
+        items.put(tuple(json.loads(line)))
     os._exit(1)

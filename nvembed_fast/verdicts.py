@@ -3,10 +3,12 @@
 1. A verdict holds for what could change it: the GPU, its driver, torch, triton with its ptxas, and the
    sources of the kernels and of their cases. It is kept in a file of the cache folder under all of these.
    If one has changed, there is another file, which is not there yet.
-2. What the file lacks is checked by a child process that runs `self_check.main`. An operation that hangs, or
-   ends its process, is marked. Another child checks the rest.
-3. Of several processes that start at once one checks, and the others wait for its file.
-4. If no child can check anything, for a reason that is not a kernel's (a GPU in exclusive mode, no memory),
+2. What the file lacks is checked by child processes that run `self_check.main`, several side by side, because
+   nearly all the time goes to compiling. A child asks for one item after another. An operation that hangs, or
+   ends its process, is marked. Another child takes its place.
+3. What finds no memory beside the others is checked by one child alone. So is what is timed.
+4. Of several processes that start at once one checks, and the others wait for its file.
+5. If no child can check anything, for a reason that is not a kernel's (a GPU in exclusive mode, no memory),
    this process does it, without a time limit, and says so.
 
 A file that cannot be read or written is no error: the check runs again next time.
@@ -39,6 +41,9 @@ __all__ = ["DIRECTIONS", "Finding", "Item", "check_anew", "facts", "prove"]
 
 DIRECTIONS = ("forward", "backward")
 START_SECONDS, ITEM_SECONDS, ALL_SECONDS = 180.0, 120.0, 900.0
+MAX_CHILDREN = 4  # side by side. Each has a CUDA context of some 500 MB
+# compile longest, so they come first. A forward beside its backward compiles what both need
+LONGEST = ("flash_attention", "absorbed_latent_attention", "latent_attention", "masked_lse")
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from nvembed_fast import self_check; self_check.main()"
@@ -178,6 +183,8 @@ def prove(device: torch.device, items: Iterable[Item]) -> tuple[dict[Item, Findi
         with _alone(path):
             found = _read(path, known)  # of another process, meanwhile
             missing = [item for item in wanted if item not in found]
+            if missing:
+                _announce(len(missing), known["gpu"], path.parent)
             new, why_here = _check(device, missing, known) if missing else ([], "")
             found |= {finding.item: finding for finding in new}
             if new:
@@ -188,7 +195,10 @@ def prove(device: torch.device, items: Iterable[Item]) -> tuple[dict[Item, Findi
 def check_anew(
     device: torch.device, items: Sequence[Item], tell: Tell, *, path: Checked = "triton", timed: bool = False
 ) -> tuple[list[Finding], str]:
-    """As `prove`, without asking the cache folder. What is found on a GPU replaces what it holds."""
+    """As `prove`, without asking the cache folder. What is found on a GPU replaces what it holds.
+
+    Each finding is told once it and all before it are known, in the order of the items.
+    """
     with _turn:
         known = facts(device) if device.type == "cuda" else {}
         new, why_here = _check(device, list(items), known, tell, path, timed)
@@ -198,6 +208,17 @@ def check_anew(
                 found = _read(file, known) | {finding.item: finding for finding in new}
                 _write(file, known, found.values())
     return new, why_here
+
+
+def _announce(count: int, gpu: str, folder: Path) -> None:
+    """Say why the first use takes longer than the next ones."""
+    line = (
+        f"nvembed_fast: checking {count} kernels on this GPU ({gpu}), once. The result is kept in {folder}\n"
+    )
+    # there may be none, or a closed one
+    with suppress(AttributeError, OSError, ValueError):
+        sys.stderr.write(line)
+        sys.stderr.flush()
 
 
 def _path(known: dict[str, str]) -> Path:
@@ -246,89 +267,136 @@ def _check(
     path: Checked = "triton",
     timed: bool = False,
 ) -> tuple[list[Finding], str]:
-    """Check by child processes, and in this process what they cannot."""
-    found: list[Finding] = []
+    """Check by child processes, and in this process what they cannot. Then time what is right."""
+    request = {"device": str(device), "facts": known, "path": path}
+    deadline = time.monotonic() + ALL_SECONDS
+    settled: dict[Item, Finding] = {}
+    untimed: dict[Item, Finding] = {}
     why_here = why_late = ""
+    untold = list(items)
+
+    def settle(finding: Finding) -> None:
+        settled[finding.item] = finding
+        while untold and untold[0] in settled:
+            tell(settled[untold.pop(0)])
+
+    def missing() -> list[Item]:
+        return [item for item in dict.fromkeys(items) if item not in settled and item not in untimed]
+
     try:
-        for finding in _from_children(device, items, known, path, timed):
-            if finding.is_decided:
-                found.append(finding)
-                tell(finding)
-            else:
-                why_here = finding.reason
+        for count in sorted({_num_children(device), 1}, reverse=True):
+            why_here = ""
+            for finding in _from_children(missing(), request, deadline, count):
+                if not finding.is_decided:
+                    why_here = finding.reason
+                elif timed and finding.ok:
+                    untimed[finding.item] = finding
+                else:
+                    settle(finding)
     except _NoChild as obstacle:
         why_here = str(obstacle)
     except _NoTime as end:
         why_late, why_here = str(end), ""
-    done = {finding.item for finding in found}
-    left = [item for item in items if item not in done]
     rest: Iterable[Finding] = ()
     if why_late:
-        rest = (Finding(*item, path, False, reason=why_late, is_decided=False) for item in left)
-    elif left:
+        rest = (Finding(*item, path, False, reason=why_late, is_decided=False) for item in missing())
+    elif left := missing():
         from nvembed_fast import self_check
 
         rest = self_check.run(left, device, path, timed)
     for finding in rest:
-        found.append(finding)
-        tell(finding)
-    return found, why_here
+        settle(finding)
+    with suppress(_NoChild, _NoTime):
+        for finding in _from_children(list(untimed), request | {"timed": True}, deadline, 1):
+            right = untimed.pop(finding.item)
+            one, other = finding.time_ms, finding.library_ms
+            settle(dataclasses.replace(right, time_ms=one, library_ms=other) if finding.ok else finding)
+    for finding in untimed.values():
+        settle(finding)
+    return [settled[item] for item in items], why_here
+
+
+def _num_children(device: torch.device) -> int:
+    """How many check side by side. On a CPU one does: its products take all cores."""
+    if device.type != "cuda":
+        return 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return min(MAX_CHILDREN, len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
 
 
 def _from_children(
-    device: torch.device, items: Sequence[Item], known: dict[str, str], path: Checked, timed: bool
+    items: Sequence[Item], request: dict[str, Any], deadline: float, count: int
 ) -> Iterator[Finding]:
-    waiting, deadline = list(items), time.monotonic() + ALL_SECONDS
-    while waiting:
-        request = {
-            "device": str(device),
-            "items": waiting,
-            "facts": known,
-            "path": path,
-            "timed": timed,
-            # if this process is killed, it ends by itself
-            "seconds": int(deadline - time.monotonic() + ITEM_SECONDS) + 1,
-        }
-        begun: Item | None = None
-        is_ready = has_found = False
-        with _Child(request) as child:
-            while waiting:
-                limit = ITEM_SECONDS if is_ready else START_SECONDS
-                limit = min(limit, max(deadline - time.monotonic(), 1.0))
-                message = child.next(limit)
-                if message is None:
-                    break
-                if "begun" in message:
-                    operation, dtype, direction = message["begun"]
-                    is_ready, begun = True, (operation, dtype, direction)
+    """The findings of up to `count` children side by side, as they come."""
+    waiting = sorted(items, key=lambda item: LONGEST.index(item[0]) if item[0] in LONGEST else len(LONGEST))
+    inbox: _Inbox = queue.SimpleQueue()
+    children: list[_Child] = []
+    count = min(count, len(items))
+    try:
+        while unfinished := len(waiting) + sum(child.item is not None for child in children):
+            while len(children) < min(count, unfinished):
+                try:
+                    children.append(_Child(request, inbox, deadline))
+                except _NoChild:
+                    count = len(children)
+                    if count == 0:
+                        raise
+            child = min(children, key=lambda child: child.until)
+            message: dict[str, Any] | None = None
+            with suppress(queue.Empty):
+                child, message = inbox.get(timeout=max(child.until - time.monotonic(), 0.0))
+            if child not in children:
+                continue  # its last words came after its end
+            if message is None:
+                how = child.end()
+                children.remove(child)
+                if time.monotonic() > deadline:
+                    # not the fault of the one under way either
+                    raise _NoTime("no time was left for it: nvembed-fast check tries again")
+                if child.has_begun:
+                    assert child.item is not None
+                    yield Finding(*child.item, request["path"], False, reason=how)
+                    continue
+                if child.item is not None:
+                    waiting.insert(0, child.item)
+                if not child.has_found:
+                    # nor would another one start, beside those that did
+                    count -= 1
+                    if count == 0:
+                        raise _NoChild(how)
+            elif "ready" in message:
+                if waiting:
+                    child.check(waiting.pop(0))
                 else:
-                    finding = Finding(**message)
-                    waiting.remove(finding.item)
-                    has_found, begun = True, None
-                    yield finding
-            how = child.end(limit) if waiting else ""
-        if time.monotonic() > deadline:
-            # not the fault of the one under way either
-            raise _NoTime("no time was left for it: nvembed-fast check tries again")
-        if begun is None and not has_found:
-            raise _NoChild(how)
-        if begun is not None:
-            waiting.remove(begun)
-            yield Finding(*begun, path, False, reason=how)
+                    child.end()
+                    children.remove(child)
+            elif "begun" in message:
+                child.begin()
+            else:
+                child.finish()
+                yield Finding(**message)
+    finally:
+        for child in children:
+            child.end()
 
 
 class _Child:
-    """A process that runs `self_check.main`. The end of the block is its end, whatever it does."""
+    """A process that runs `self_check.main`.
 
-    def __init__(self, request: dict[str, Any]):
-        self._request = request
-        self._messages: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._is_late = False
+    Attributes:
+        item: that it was given, until it has found it right or wrong.
+        has_begun: with this item.
+        has_found: anything.
+        until: when it must have said its next word, on the clock of `time.monotonic`.
+    """
 
-    def __enter__(self) -> "_Child":
+    def __init__(self, request: dict[str, Any], inbox: "_Inbox", deadline: float):
         if getattr(sys, "frozen", False) or not sys.executable:
             raise _NoChild("this program has no Python interpreter to start")
-        self._errors = tempfile.TemporaryFile()
+        self.item: Item | None = None
+        self.has_begun = self.has_found = self._is_closed = False
+        self._inbox, self._deadline = inbox, deadline
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes it
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _CODE, json.dumps(sys.path)],
@@ -343,48 +411,69 @@ class _Child:
         except OSError as error:
             self._errors.close()
             raise _NoChild(f"no process can be started: {error.strerror}") from error
+        # if this process is killed, it ends by itself
+        seconds = int(deadline - time.monotonic() + ITEM_SECONDS) + 1
+        self._say({"timed": False, "seconds": seconds} | request)
+        self._wait(START_SECONDS)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _say(self, message: Any) -> None:
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(self._request) + "\n")
+            self._process.stdin.write(json.dumps(message) + "\n")
             self._process.stdin.flush()
-        threading.Thread(target=self._listen, daemon=True).start()
-        return self
+
+    def _wait(self, seconds: float) -> None:
+        now = time.monotonic()
+        self._limit = min(seconds, max(self._deadline - now, 1.0))
+        self.until = now + self._limit
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
-        with suppress(ValueError):  # closed
+        with suppress(ValueError):  # closed, or half a line
             for line in self._process.stdout:
-                self._messages.put(line)
-        self._messages.put("")
+                self._inbox.put((self, json.loads(line)))
+        self._is_closed = True
+        self._process.wait()
+        self._inbox.put((self, None))
 
-    def next(self, seconds: float) -> dict[str, Any] | None:
-        """Its next message. None: it has ended, or says nothing for so long."""
-        try:
-            line = self._messages.get(timeout=seconds)
-        except queue.Empty:
-            self._is_late = True
-            return None
-        return json.loads(line) if line.endswith("\n") else None
+    def check(self, item: Item) -> None:
+        self.item, self.has_begun = item, False
+        self._say(item)
+        self._wait(ITEM_SECONDS)
 
-    def end(self, seconds: float) -> str:
-        """How it ended before it was done."""
-        if self._is_late:
-            return f"it did not end within {seconds:.0f} s"
+    def begin(self) -> None:
+        """With a problem of its item."""
+        self.has_begun = True
+        self._wait(ITEM_SECONDS)
+
+    def finish(self) -> None:
+        self.item, self.has_begun, self.has_found = None, False, True
+        self._wait(ITEM_SECONDS)
+
+    def end(self) -> str:
+        """End it. Returns: how it had ended before."""
         try:
-            status = self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return f"it closed its output and did not end within {seconds:.0f} s"
+            return self._how()
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout, self._errors):
+                with suppress(OSError, ValueError):
+                    assert stream is not None
+                    stream.close()
+
+    def _how(self) -> str:
+        status = self._process.returncode
+        if status is None:
+            closed = "it closed its output and" if self._is_closed else "it"
+            return f"{closed} did not end within {self._limit:.0f} s"
         if status < 0:
             return f"its process was ended by {signal.Signals(-status).name}"
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
         return f"its process ended with status {status}" + (f": {lines[-1]}" if lines else "")
 
-    def __exit__(self, *_) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            with suppress(OSError, ValueError):
-                assert stream is not None
-                stream.close()
+
+_Inbox = queue.SimpleQueue[tuple[_Child, dict[str, Any] | None]]

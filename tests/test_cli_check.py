@@ -88,9 +88,11 @@ def test_on_a_gpu_kernels_are_timed_beside_the_library_path(findings, capsys, mo
     monkeypatch.setattr("nvembed_fast.placement.check_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setitem(ops._capabilities, 0, (9, 0))
     monkeypatch.setattr(verdicts, "facts", lambda device: {"driver": "13000"})
-    status, printed, _ = run(capsys, "check", "--dtypes", "float16", "--operations", "rotary", "--json")
+    status, printed, told = run(capsys, "check", "--dtypes", "float16", "--operations", "rotary", "--json")
     report = json.loads(printed)
     assert status == 0 and report["versions"]["driver"] == "13000"
+    # before any line of them comes
+    assert told == "checking 2 kernels, several at once, then timing each alone\n"
     assert [(row["path"], row["time_ms"], row["library_ms"]) for row in report["operations"]] == [
         *[("triton", 2.0, 3.0)] * 2,
         *[("library", None, None)] * 2,

@@ -1,17 +1,20 @@
 """The cases that decide whether `auto` takes a kernel. See `tools.mutate --self-check`, too."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
 import triton
+from fake_driver import gpu
 
 from nvembed_fast import ops, self_check
-from nvembed_fast.kernels import _common, flash_attention, gated, reference
+from nvembed_fast.kernels import _common, flash_attention, gated, reference, testing
 from nvembed_fast.verdicts import DIRECTIONS
 
 
@@ -140,6 +143,25 @@ def test_the_second_call_is_a_repeated_launch(fake_gpu):
     assert fake_gpu(repeated_launches) == dict.fromkeys(REPEATED, 1)
 
 
+def drawn_for_a_timed_call(direction: str) -> int:
+    """How many tensors PyTorch draws on the GPU, which launches nothing and has no clock."""
+    clock = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
+    small = (testing.RowCase("nvembed-16k", 8, 64),)
+    with (
+        mock.patch.object(torch.cuda, "Event", lambda **_: clock),
+        mock.patch.object(testing, "GATED_CASES", small),
+    ):
+        gpu.forget_counts()
+        assert self_check._milliseconds(("swiglu", "float16", direction), torch.device("cuda:0"), "triton")
+    return gpu.operations()["randn"]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_what_is_timed_is_drawn_on_the_gpu(direction, fake_gpu):
+    """The input, and the gradient of the output."""
+    assert fake_gpu(drawn_for_a_timed_call, direction) == 2
+
+
 def test_memory_that_is_full_says_nothing_about_a_kernel(device, monkeypatch):
     def full(x):
         raise RuntimeError("Triton Error [CUDA]: out of memory")
@@ -174,21 +196,41 @@ self_check.main()
 
 def child(code: str, **environment: str) -> tuple[str, str]:
     """What a child that checks one operation writes."""
-    request = {"device": "cpu", "seconds": 100, "items": [("swiglu", "float32", "forward")]}
-    request |= {"path": "torch", "timed": False}
+    request = {"device": "cpu", "seconds": 100, "path": "torch", "timed": False}
+    item = ["swiglu", "float32", "forward"]
     pipe, env = subprocess.PIPE, os.environ | environment
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env=env) as process:
+        process.stdin.write(f"{json.dumps(request)}\n{json.dumps(item)}\n")
+        process.stdin.flush()
+        lines = list(itertools.islice(process.stdout, 1))
+        lines += itertools.takewhile(lambda line: "ready" not in line, process.stdout)
+        # it ends itself when nobody can write to it
+        process.stdin.close()
+        return "".join(lines), process.stderr.read()
+
+
+def test_the_child_ends_with_its_parent():
+    code, request = (
+        "from nvembed_fast import self_check; self_check.main()",
+        {"device": "cpu", "seconds": 100},
+    )
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe, text=True) as process:
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
-        # it ends itself when nobody can write to it
-        errors = process.stderr.read()
-        return process.stdout.read(), errors
+        assert json.loads(process.stdout.readline()) == {"ready": True}
+        # a killed process closes its pipes
+        process.stdin.close()
+        try:
+            assert process.wait(20) == 1
+        finally:
+            process.kill()
 
 
 def test_the_child_tells_of_each_problem():
     output, _ = child("from nvembed_fast import self_check; self_check.main()")
-    *begun, finding = map(json.loads, output.splitlines())
+    ready, *begun, finding = map(json.loads, output.splitlines())
     count = len(list(self_check.problems("swiglu", torch.device("cpu"), torch.float32)))
     assert count > 1 and begun == (1 + count) * [{"begun": ["swiglu", "float32", "forward"]}]
-    assert finding["ok"] and finding["path"] == "torch"
+    assert ready == {"ready": True} and finding["ok"] and finding["path"] == "torch"

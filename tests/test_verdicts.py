@@ -16,20 +16,31 @@ from nvembed_fast.verdicts import Finding
 
 GPU = torch.device("cuda", 0)
 ITEMS = [(name, "float16", "forward") for name in ("flash_attention", "rotary", "swiglu")]
-# finds all items right, but does to "rotary" what CASE says
+# finds all items right, but runs `each` at every item, and then `rotary` at "rotary"
 CHILD = """
 import json, os, sys, time
+from pathlib import Path
 request = json.loads(sys.stdin.readline())
-with open({log!r}, "a") as log:
+folder = Path({folder!r})
+with open(folder / "pids", "a") as log:
     print(os.getpid(), file=log)
 def tell(message):
     print(json.dumps(message), flush=True)
-start, rotary = {start!r}, {rotary!r}
+def pids():
+    return [int(line) for line in (folder / "pids").read_text().split()]
+def is_alone():
+    return not any(os.path.exists(f"/proc/{{pid}}") for pid in pids() if pid != os.getpid())
+def wait(condition):
+    while not condition():
+        time.sleep(0.01)
+start, each, rotary = {start!r}, {each!r}, {rotary!r}
 exec(start)
-for name, dtype, direction in request["items"]:
+while tell(dict(ready=True)) or (line := sys.stdin.readline()):
+    name, dtype, direction = json.loads(line)
     tell(dict(begun=[name, dtype, direction]))
     found = dict(name=name, dtype=dtype, direction=direction, path="triton")
     found |= dict(ok=True, error=0.5, tolerance=1.0)
+    exec(each)
     if name == "rotary":
         exec(rotary)
     tell(found)
@@ -38,16 +49,23 @@ for name, dtype, direction in request["items"]:
 
 @pytest.fixture
 def children(tmp_path, monkeypatch):
-    """`children(start, rotary)` sets what a child runs first, and at "rotary". `.pids()` of all."""
-    log = tmp_path / "children"
+    """`children(start, each, rotary, count)` sets what a child runs first, at every item, and at "rotary".
 
-    def play(start: str = "", rotary: str = "") -> None:
-        monkeypatch.setattr(verdicts, "_CODE", CHILD.format(log=str(log), start=start, rotary=rotary))
+    `count` are side by side. `.pids()` of all that were started, and the `.folder` in which they may write.
+    """
+    folder = tmp_path / "children"
+    folder.mkdir()
+
+    def play(start: str = "", each: str = "", rotary: str = "", count: int = 1) -> None:
+        code = CHILD.format(folder=str(folder), start=start, each=each, rotary=rotary)
+        monkeypatch.setattr(verdicts, "_CODE", code)
+        monkeypatch.setattr(verdicts, "_num_children", lambda device: count)
 
     def pids() -> list[int]:
+        log = folder / "pids"
         return [int(line) for line in log.read_text().split()] if log.exists() else []
 
-    play.pids = pids
+    play.pids, play.folder = pids, folder
     monkeypatch.setenv("NVEMBED_FAST_CACHE", str(tmp_path / "cache"))
     properties = types.SimpleNamespace(name="a GPU", major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -145,17 +163,154 @@ ENDS = [
 ]
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize(("end", "reason"), ENDS, ids=["exit", "raise", "kill", "hang", "closed", "context"])
 def test_an_operation_that_ends_its_process_is_marked_and_the_others_are_checked(
-    end, reason, children, monkeypatch
+    end, reason, count, children, monkeypatch
 ):
     monkeypatch.setattr(verdicts, "ITEM_SECONDS", 1.0)
-    children(rotary=end)
+    children(rotary=end, count=count)
     found = _prove()
     assert [finding.ok for finding in found.values()] == [True, False, True]
     assert reason in found["rotary"].reason
-    assert len(children.pids()) == 2 and not any(map(_is_alive, children.pids()))
-    assert _prove() == found and len(children.pids()) == 2, "it is kept, too"
+    if count == 1:
+        assert len(children.pids()) == 2
+    assert not any(map(_is_alive, children.pids()))
+    started = children.pids()
+    assert _prove() == found and children.pids() == started, "it is kept, too"
+
+
+def test_items_are_checked_side_by_side(children, monkeypatch):
+    """Each waits for all the others."""
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 10.0)
+    children(each="(folder / name).touch(); wait(lambda: len(list(folder.iterdir())) == 4)", count=3)
+    assert all(finding.ok for finding in _prove().values()) and len(children.pids()) == 3
+
+
+def test_the_others_go_on_while_one_hangs(children, monkeypatch):
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 2.0)
+    # the last problems of the neighbour come after the end of the one that hangs
+    problems = "if name == 'geglu':\n  for _ in range(8): tell(dict(begun=json.loads(line))); time.sleep(0.4)"
+    children(each=problems, rotary="time.sleep(60)", count=2)
+    items = [(name, "float16", "forward") for name in ("rotary", "swiglu", "rms_norm", "geglu")]
+    found, why_here = verdicts.prove(GPU, items)
+    assert why_here == "" and [item for item in items if not found[item].ok] == items[:1]
+    assert "did not end within 2 s" in found[items[0]].reason
+    assert len(children.pids()) == 2, "another process was needed for the rest"
+
+
+def test_what_compiles_longest_comes_first_and_is_told_in_the_order_of_the_items(children):
+    children(each="with open(folder / 'begun', 'a') as log: print(name, file=log)")
+    names = ["swiglu", "masked_lse", "rotary", "latent_attention", "flash_attention"]
+    items = [(name, "float16", "forward") for name in names]
+    told = []
+    findings, _ = verdicts.check_anew(GPU, items, told.append)
+    assert [finding.item for finding in findings] == items and told == findings
+    begun = (children.folder / "begun").read_text().split()
+    assert begun == ["flash_attention", "latent_attention", "masked_lse", "swiglu", "rotary"]
+
+
+def test_a_finding_is_told_as_soon_as_those_before_it_are(children, monkeypatch):
+    """The last one waits until the first two were told."""
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 10.0)
+    children(each="wait(lambda: name != 'swiglu' or (folder / 'told').exists())", count=3)
+    told = []
+
+    def tell(finding):
+        told.append(finding.item)
+        if len(told) == 2:
+            (children.folder / "told").touch()
+
+    findings, _ = verdicts.check_anew(GPU, ITEMS, tell)
+    assert told == ITEMS and all(finding.ok for finding in findings)
+
+
+def test_what_finds_no_memory_beside_others_is_checked_alone(children, monkeypatch):
+    children(
+        start="is_alone = len(pids()) > 3",
+        each="wait(lambda: len(pids()) >= 3)",
+        rotary="found |= dict(ok=is_alone, is_decided=is_alone)",
+        count=3,
+    )
+    monkeypatch.setattr(self_check, "run", None)
+    assert all(finding.ok for finding in _prove().values()) and len(children.pids()) == 4
+
+
+def test_one_process_alone_times_what_the_others_found_right(children):
+    children(
+        start="wait(lambda: len(pids()) >= 3)",
+        each="if request['timed']:\n"
+        "    time.sleep(0.5)\n"  # another one would have started
+        "    assert is_alone() and name != 'rotary'\n"
+        "    found |= dict(error=None, tolerance=None, time_ms=1.0, library_ms=2.0)",
+        rotary="found |= dict(ok=False, reason='wrong')",
+        count=3,
+    )
+    told = []
+    findings, why_here = verdicts.check_anew(GPU, ITEMS, told.append, timed=True)
+    assert told == findings and why_here == "" and len(children.pids()) == 4
+    rows = [(f.name, f.ok, f.error, f.time_ms, f.library_ms) for f in findings]
+    assert rows == [
+        ("flash_attention", True, 0.5, 1.0, 2.0),
+        ("rotary", False, 0.5, None, None),
+        ("swiglu", True, 0.5, 1.0, 2.0),
+    ]
+
+
+def test_a_kernel_that_ends_the_process_that_times_it_is_marked(children):
+    children(rotary="if request['timed']: sys.exit(3)", count=3)
+    findings, _ = verdicts.check_anew(GPU, ITEMS, lambda finding: None, timed=True)
+    assert [finding.ok for finding in findings] == [True, False, True]
+    assert findings[1].reason == "its process ended with status 3"
+
+
+ENDS_AT_ONCE = {
+    # as on a GPU in exclusive mode
+    "as it starts": "sys.exit('the GPU is taken')",
+    "with an item that it has not begun": "tell(dict(ready=True)); sys.stdin.readline(); sys.exit(3)",
+}
+
+
+@pytest.mark.parametrize("when", ENDS_AT_ONCE)
+def test_processes_that_end_at_once_beside_one_that_checks_are_done_without(when, children, monkeypatch):
+    start = "try: (folder / 'GPU').mkdir(); wait(lambda: len(pids()) == 3 and is_alone())\n"
+    children(start=f"{start}except FileExistsError: {ENDS_AT_ONCE[when]}", count=3)
+    monkeypatch.setattr(self_check, "run", None)
+    assert all(finding.ok for finding in _prove().values()) and len(children.pids()) == 3
+
+
+def test_where_one_process_alone_can_be_started_it_checks_all(children, monkeypatch):
+    children(count=3)
+    started, popen = [], verdicts.subprocess.Popen
+
+    def start(*args, **options):
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(popen(*args, **options))
+        return started[0]
+
+    facts = verdicts.facts(GPU)  # asks ptxas
+    monkeypatch.setattr(verdicts, "facts", lambda device: facts)
+    monkeypatch.setattr(verdicts.subprocess, "Popen", start)
+    monkeypatch.setattr(self_check, "run", None)
+    assert all(finding.ok for finding in _prove().values()) and len(started) == 1
+
+
+def test_as_many_processes_as_cpus_that_this_one_may_use(monkeypatch):
+    for cpus, count in ((1, 1), (3, 3), (64, verdicts.MAX_CHILDREN)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cpus=cpus: set(range(cpus)))
+        assert verdicts._num_children(GPU) == count
+    # the products of a CPU take all cores
+    assert verdicts._num_children(torch.device("cpu")) == 1
+
+
+def test_the_first_use_says_what_it_waits_for_and_the_next_is_silent(children, capsys):
+    _prove()
+    (line,) = capsys.readouterr().err.splitlines()
+    folder = files.cache_folder() / "self_check"
+    assert "checking 3 kernels on this GPU (a GPU)" in line and f"kept in {folder}" in line
+    _prove()
+    assert capsys.readouterr().err == ""
 
 
 def test_the_limit_is_for_one_problem_and_not_for_all_of_an_operation(children, monkeypatch):
@@ -184,10 +339,11 @@ def test_when_the_time_is_up_the_rest_counts_as_not_checked(children, monkeypatc
     assert all(finding.ok for finding in _prove().values()), "nothing is kept of what was not checked"
 
 
+@pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("start", ["sys.exit('CUDA is busy')", "time.sleep(60)", "no python at all ("])
-def test_where_no_child_can_check_this_process_does_and_says_why(start, children, monkeypatch):
+def test_where_no_child_can_check_this_process_does_and_says_why(start, count, children, monkeypatch):
     monkeypatch.setattr(verdicts, "START_SECONDS", 1.0)
-    children(start=start)
+    children(start=start, count=count)
     checked = []
 
     def run(items, device, path, timed):
@@ -200,7 +356,7 @@ def test_where_no_child_can_check_this_process_does_and_says_why(start, children
     assert {"sys": "CUDA is busy", "tim": "did not end within 1 s", "no ": "SyntaxError"}[
         start[:3]
     ] in why_here
-    assert verdicts.prove(GPU, ITEMS) == (found, "") and len(children.pids()) == 1
+    assert verdicts.prove(GPU, ITEMS) == (found, "") and len(children.pids()) == count
 
 
 def test_a_program_without_an_interpreter_checks_in_its_own_process(children, monkeypatch):
@@ -261,8 +417,9 @@ def test_one_of_several_processes_checks_and_the_others_wait_for_it(children):
     assert len(found) == 1 and len(children.pids()) == 1
 
 
-def test_ctrl_c_leaves_no_process_behind(children, monkeypatch):
-    children(rotary="time.sleep(60)")
+@pytest.mark.parametrize("count", [1, 3])
+def test_ctrl_c_leaves_no_process_behind(count, children, monkeypatch):
+    children(rotary="time.sleep(60)", count=count)
     told = []
 
     def interrupt(finding):
@@ -271,7 +428,7 @@ def test_ctrl_c_leaves_no_process_behind(children, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         verdicts.check_anew(GPU, ITEMS, interrupt)
-    assert len(told) == 1 and not _is_alive(children.pids()[0])
+    assert len(told) == 1 and not any(map(_is_alive, children.pids()))
     assert len(_prove_again(children)) == 3, "nothing is locked"
 
 
@@ -298,23 +455,24 @@ def test_a_forked_process_is_not_locked_out(children):
     assert os.waitpid(pid, 0)[1] == 0
 
 
-def test_the_real_child_answers(monkeypatch, tmp_path):
+@pytest.mark.parametrize("timed", [False, True])
+def test_the_real_child_answers(timed, monkeypatch, tmp_path):
     """From a checkout that is not installed, in any folder. Off a GPU it is the interpreter's kernel."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     item = ("swiglu", "float32", "forward")
-    (finding,), why_here = verdicts.check_anew(torch.device("cpu"), [item], lambda finding: None)
+    (finding,), why_here = verdicts.check_anew(torch.device("cpu"), [item], lambda _: None, timed=timed)
     assert why_here == "" and finding.item == item and finding.ok and finding.path == "triton"
     assert 0 < finding.error <= finding.tolerance
 
 
 def test_a_child_that_sees_another_gpu_checks_nothing(monkeypatch, capsys):
-    request = {"device": "cuda:0", "items": [], "facts": {"gpu": "ours"}, "seconds": 60}
+    request = {"device": "cuda:0", "facts": {"gpu": "ours"}, "seconds": 60}
     monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(request) + "\n"))
     monkeypatch.setattr(self_check, "facts", lambda device: {"gpu": "another"})
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(self_check.os, "dup2", lambda *_: None)
     monkeypatch.setattr(self_check.signal, "alarm", lambda seconds: None)
-    monkeypatch.setattr(self_check, "_end_with_parent", lambda: None)
+    monkeypatch.setattr(self_check, "_receive", lambda items: None)
     with pytest.raises(SystemExit, match="sees another GPU"):
         self_check.main()

@@ -125,6 +125,8 @@ def _findings(
         for path, wanted in items.items():
             if wanted:
                 is_timed = device.type == "cuda" and path == "triton"
+                if is_timed:
+                    process.say(f"checking {len(wanted)} kernels, several at once, then timing each alone")
                 _, why_here = verdicts.check_anew(device, wanted, tell, path=path, timed=is_timed)
                 if why_here:
                     process.say(f"note: checked in this process, without a time limit: {why_here}")
