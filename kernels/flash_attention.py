@@ -584,7 +584,7 @@ def _launch_config(
     block_group = triton.next_power_of_2(group)
     longest = triton.next_power_of_2(max(max_length, 1))
     use_tma = aligned and dtype.itemsize == 2 and use_descriptors(capability)
-    # up to 64 tokens there is no next block of keys, and with 256 columns no register is left for its scores
+    # up to 64 tokens there is hardly a next block of keys, and with 256 columns no register for its scores
     has_next = use_tma and block_h <= 128 and longest > 64
     ahead = has_next and not causal
     num_stages = 3 if has_next else 2
@@ -593,8 +593,9 @@ def _launch_config(
         block_m, block_n = 64 if block_h <= 64 else 32, 32 if block_h <= 128 else 16
         num_stages = 1
     elif use_tma:
-        # 128 keys at 128 columns are wrong (queries in registers) or without overlap (ahead): bench/NOTES.md
-        block_m, block_n = 128, 128 if block_h <= 64 else 64
+        # of NV-Embed's width tiles of which three lie on a multiprocessor. 128 keys at 128 columns are wrong
+        # (queries in registers) or without overlap (ahead): bench/NOTES.md
+        block_m, block_n = (64, 32) if head_width == 128 else (128, 128 if block_h <= 64 else 64)
     else:
         block_m, block_n = (128, 64) if block_h <= 128 else (64, 32)
         # 8.6, 8.9 and 12.0 have 99 KB of shared memory for a program, 8.0 has 163

@@ -1,5 +1,7 @@
 import dataclasses
+import functools
 import inspect
+import itertools
 
 import numpy as np
 import pytest
@@ -64,8 +66,8 @@ def test_matches_the_reference_around_the_tile_size(length, path, device):
 
 
 @pytest.mark.parametrize("length", [65, 127, 128, 129, 193])
-def test_matches_the_reference_with_blocks_of_64_keys_ahead(length, path, device):
-    """From one block to four. Heads of NV-Embed's width take narrower blocks than those of the cases."""
+def test_matches_the_reference_with_heads_of_nvembeds_width(length, path, device):
+    """Around the ends of blocks of keys, which are narrower than those of the cases."""
     case = AttentionCase("ahead", (length,), 2, 1, 128)
     for causal in (False, True):
         for name, got, low, high in _with_oracle(case, torch.float16, device, causal=causal):
@@ -273,6 +275,31 @@ def test_scores_are_ahead_where_there_is_a_next_block():
     assert is_ahead(512, width=16) and not is_ahead(512, width=256)
     for old in ({"causal": True}, {"aligned": False}, {"capability": 80}, {"dtype": torch.float32}):
         assert not is_ahead(512, **old)
+
+
+def test_no_batch_cuts_a_text_into_other_blocks():
+    """A program walks blocks as long in all batches, or longer than the text. So its bits are the same."""
+    long = 32768
+    for capability, dtype, aligned in itertools.product(
+        (80, 90), (torch.bfloat16, torch.float32), (False, True)
+    ):
+        target = {"capability": capability, "dtype": dtype, "aligned": aligned}
+        for width, group, length in itertools.product(
+            (16, 64, 80, 128, 256), (1, 4, 16), (1, 20, 50, 64, 100)
+        ):
+            for kernel, walked in (
+                ("fwd", "BLOCK_N"),
+                ("causal", "BLOCK_N"),
+                ("dq", "BLOCK_N"),
+                ("dkv", "BLOCK_T"),
+            ):
+                if kernel in ("dq", "dkv"):
+                    config = functools.partial(module._bwd_launch_config, kernel, width, group, **target)
+                else:
+                    causal = kernel == "causal"
+                    config = functools.partial(module._launch_config, width, group, causal=causal, **target)
+                mine, theirs = (config(n)[walked] for n in (length, long))
+                assert mine == theirs or mine >= length <= theirs, (kernel, target, width, group, length)
 
 
 def test_signature_is_the_reference_signature():
