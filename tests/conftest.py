@@ -55,6 +55,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU: make test-gpu"))
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown():
+    """Give memory back: several workers share a GPU."""
+    if HAS_GPU and torch.cuda.memory_reserved() > 2**30:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if HAS_GPU else "cpu"

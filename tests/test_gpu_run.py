@@ -227,7 +227,7 @@ def test_a_replay_that_differs_is_counted(capsys):
 # kernels before their times, and both before the whole
 ORDER = (
     "check",
-    "parity-",
+    "parity",
     "repeats-",
     "variants-",
     "bench-one-query",

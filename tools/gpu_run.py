@@ -4,8 +4,8 @@
     python3 -m tools.gpu_run OUT --only bench-encode --again
     python3 -m tools.gpu_run --dry-run            the slices and their expected minutes
 
-It needs a CUDA GPU and a Python with torch, triton, pytest and the packages of `bench`. Run it in the root of
-a checkout. The project need not be installed.
+It needs a CUDA GPU and a Python with torch, triton, pytest, pytest-xdist and the packages of `bench`. Run it in
+the root of a checkout. The project need not be installed.
 
 1. The work is cut into slices. Each is a process of its own that ends within TIMEOUT, whatever it does.
 2. A slice that passed, failed or timed out has an entry in OUT/state.json before the next one starts. Another
@@ -38,6 +38,7 @@ from tools.cpus import tests_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 530.0  # seconds: a machine that ends every command after ten minutes shall not end ours
+WORKERS = "8"  # of the tests, on one GPU: most of their time is compilation
 GRACE = 10.0  # seconds between Ctrl-C and the end of a slice that does not stop
 KERNELS = (
     "flash_attention",
@@ -90,7 +91,6 @@ def slices() -> list[Slice]:
         (*python, "-m", "tools.gpu_checks"),
         (*python, "-m", "tools.tuning", "--commit", "{commit}"),
     )
-    rest = [f"--ignore={name}" for stem in (*KERNELS, "gpu") for name in tests_of(stem)]
     bench = (
         *python,
         "-m",
@@ -110,9 +110,7 @@ def slices() -> list[Slice]:
     return [
         Slice("environment", (*check, "environment"), 0.5),
         Slice("check", (*python, "-m", "nvembed_fast", "check", "--json"), 5),
-        *(Slice(f"parity-{stem}", (*pytest, "-m", "gpu", *tests_of(stem)), 3) for stem in KERNELS),
-        Slice("parity-model", (*pytest, "-m", "gpu", "tests/test_gpu.py"), 2),
-        Slice("parity-rest", (*pytest, "-m", "gpu", "tests", *rest), 4),
+        Slice("parity", (*pytest, "-m", "gpu", "-n", WORKERS, "tests"), 4),
         *(Slice(f"repeats-{stem}", (*check, "repeats", stem), 2) for stem in KERNELS),
         *(Slice(f"variants-{k}", tuned(f"flash_attention.{k}"), 4) for k in ("fwd", "dq", "dkv")),
         Slice("one-query", (*profile, "--workload", "one query", "-o", "{scratch}"), 3),
