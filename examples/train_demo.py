@@ -127,7 +127,9 @@ def steps(stages: list[Path], folder: Path, tasks: tuple[str, ...], four_rows: b
     takes_mined = any(Path(part.file).name in mined for part in recipes[0].data if part.hard_negatives)
     plain_first = "plain-stage1" if takes_mined else "stage1"
     by_minilm = recipes[0].train.teacher is not None
-    teacher = ("--teacher", str(folder / "plain-stage1"))
+    # no more rows than both stages take
+    taken = sum(recipe.train.steps * recipe.train.batch for recipe in recipes)
+    teacher = ("--teacher", str(folder / "plain-stage1"), "--rows", str(taken))
     if by_minilm:
         teacher = ("--teacher", "minilm", "--dtype", "bfloat16", "--vectors", str(folder / "vectors"))
     else:

@@ -181,7 +181,8 @@ def replayed(launcher: Callable) -> Callable:
     The layers of a forward launch the same kernels on the same shapes. The launcher checks, chooses the tiles
     and binds the arguments the first time, by Triton's own way, which gives the compiled kernel. Then that
     kernel is launched directly, on tensors of the same dtypes, devices, shapes, strides and alignment, with
-    the same other arguments. All that Triton compiles for follows from these.
+    the same other arguments. All that Triton compiles for follows from these, and from globals of a kernel,
+    which must not change: Triton looks at them at each launch, and a repeated one does not.
 
     The launcher's first argument must be a tensor. Its results must be inputs or whole tensors of new_empty.
     What launches another number of kernels, or takes other tensors than inputs, results and lists of the

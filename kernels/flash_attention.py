@@ -23,7 +23,7 @@ mask makes p zero, but zero times NaN would be NaN).
 Two ways to load, picked by `_launch_config`: tensor descriptors (TMA) on sm_90,
 pointers elsewhere. There are three ways to walk the keys:
 
-- With descriptors and more than one block, the scores of the next block are
+- With descriptors and texts above 64 tokens, the scores of the next block are
   issued before the softmax of this one (AHEAD), so that exponentials and tensor
   cores work at the same time. Only the last block is masked, behind the loop.
 - Causal with descriptors, one loop serves all blocks and a branch masks the last
@@ -584,7 +584,7 @@ def _launch_config(
     block_group = triton.next_power_of_2(group)
     longest = triton.next_power_of_2(max(max_length, 1))
     use_tma = aligned and dtype.itemsize == 2 and use_descriptors(capability)
-    # up to 64 tokens there is hardly a next block of keys, and with 256 columns no register for its scores
+    # up to 64 tokens there are two blocks of keys at most, and with 256 columns no register for more scores
     has_next = use_tma and block_h <= 128 and longest > 64
     ahead = has_next and not causal
     num_stages = 3 if has_next else 2

@@ -490,11 +490,12 @@ class _Products(TorchDispatchMode):
     seen = False
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen |= func.overloadpacket.__name__.startswith(_PRODUCTS)
+        name = func.overloadpacket.__name__
+        self.seen |= name in _PRODUCTS or name.startswith("_scaled_dot_product")
         return func(*args, **(kwargs or {}))
 
 
-_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_scaled_dot_product")
+_PRODUCTS = ("mm", "bmm", "addmm", "baddbmm")
 TRUNCATED_TERMS = 8  # of an A100's tensor cores. Hopper's take 16 (arXiv 2512.07004), and are given 8, too
 
 

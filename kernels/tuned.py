@@ -6,7 +6,9 @@
 2. The file is read once, at the first launch, and checked whole. Nothing is
    searched here: `python -m tools.tuning --write` measures and writes.
 
-The invariant: an entry decides how fast a kernel is and never its result.
+The invariant: an entry decides how fast a kernel is and never its result, nor a
+text's bits by the rest of its batch: what a program of attention walks is cut into
+the blocks of its rule (`python -m tools.tuning` sees to it).
 A number that follows from the shape alone, such as a padded width, is no constant
 of an entry. A rule sets USE_TMA and AHEAD wherever they can be set: an entry with one
 that the rule does not set is left, as where no descriptor can be made. PERSISTENT is

@@ -267,13 +267,14 @@ def test_gpus_stand_before_cpus(write):
     assert list(load([cpu, write(workload("skewed", nvembed_fast=12.0))])) == [H200.gpu, CPU.gpu]
 
 
-def test_readme_has_gpus_alone_where_there_is_one(write):
+def test_gpus_and_cpus_may_have_tables_apart(write):
     cpu = write(workload("skewed", nvembed_fast=12.0), name="cpu-2026-01-02.csv", machine=CPU)
-    assert "CPU (PyTorch path)" in speed_tables(load([cpu]), brief=True)
+    assert "CPU (PyTorch path)" in speed_tables(load([cpu]), of_gpus=True)
     both = load([cpu, write(workload("skewed", nvembed_fast=12.0))])
-    assert [f"**{name}" in speed_tables(both, brief=True) for name in ("CPU", "NVIDIA")] == [False, True]
-    assert all(f"**{name}" in speed_tables(both) for name in ("CPU", "NVIDIA"))
-    assert not_measured_gpus(list(both)) in speed_tables(both, brief=True)
+    for of_gpus, shown in ((True, [False, True]), (False, [True, False]), (None, [True, True])):
+        tables = speed_tables(both, of_gpus)
+        assert [f"**{name}" in tables for name in ("CPU", "NVIDIA")] == shown
+        assert not_measured_gpus(list(both)) in tables
 
 
 def test_one_query_by_graphs_has_a_row_of_its_own(write):

@@ -623,6 +623,21 @@ def test_a_corpus_gives_the_candidates(encoder, rows, tmp_path, capsys):
     assert f"1 skipped, first {corpus}, line 6: no 'text' and no 'pos' with texts" in error
 
 
+def test_a_part_of_the_rows_is_mined_as_a_file_of_them(encoder, rows, tmp_path, capsys):
+    lines = rows.read_text().splitlines(keepends=True)
+    part = tmp_path / "part.jsonl"
+    part.write_text("".join(lines[i] for i in (0, 4, 8, 12, 17, 21, 25)))
+    outputs = [tmp_path / "out.jsonl", tmp_path / "of-part.jsonl"]
+    for file, output, words in ((rows, outputs[0], ("--rows", 7)), (part, outputs[1], ("--rows", 99))):
+        status, printed, _ = run(capsys, file, "-o", output, *words)
+        assert status == 0 and ": 7 rows," in printed
+    assert outputs[0].read_bytes() == outputs[1].read_bytes()
+    lines[4] = '{"query": "q", "pos": []}\n'
+    rows.write_text("".join(lines))
+    _, printed, error = run(capsys, rows, "-o", outputs[0], "--rows", 7)
+    assert ": 6 rows," in printed and f"1 skipped, first {rows}, line 5: 'pos' is empty" in error
+
+
 def test_rows_that_cannot_be_mined_are_counted(encoder, rows, tmp_path, capsys):
     bad = [
         {"query": "q", "pos": []},

@@ -588,6 +588,16 @@ def test_a_search_writes_what_is_faster_and_removes_what_is_not(search, monkeypa
     assert "none beats the rule" in capsys.readouterr().out
 
 
+def test_what_walks_other_blocks_than_the_rule_is_timed_and_never_wins(search, monkeypatch, capsys):
+    of_batches = {name for name, kernel in tuned.KERNELS.items() if "longest" in kernel.shape}
+    assert set(tuning.WALKED) == of_batches
+    monkeypatch.setattr(tuning, "WALKED", {"rms_norm.fwd": "BLOCK_T"})
+    fake_clock(monkeypatch, {"BLOCK_T=2 num_warps=2": 1.0, "BLOCK_T=4 num_warps=1": 1.5})
+    assert tuned.read(search()) == {}
+    out = capsys.readouterr().out
+    assert "none beats the rule" in out and out.count("BLOCK_T=2 num_warps=2") >= 2
+
+
 def test_a_search_with_the_real_clock(search, capsys):
     search()
     out = capsys.readouterr().out

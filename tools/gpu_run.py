@@ -4,8 +4,8 @@
     python3 -m tools.gpu_run OUT --only bench-encode --again
     python3 -m tools.gpu_run --dry-run            the slices and their expected minutes
 
-It needs a CUDA GPU and a Python with torch, triton, pytest, pytest-xdist and the packages of `bench`. Run it in
-the root of a checkout. The project need not be installed.
+It needs a CUDA GPU and a Python with torch, triton, pytest, pytest-xdist and the packages of `bench`. Run it
+in the root of a checkout. The project need not be installed.
 
 1. The work is cut into slices. Each is a process of its own that ends within TIMEOUT, whatever it does.
 2. A slice that passed, failed or timed out has an entry in OUT/state.json before the next one starts. Another

@@ -53,7 +53,7 @@ def _readme(options: argparse.Namespace) -> None:
     files = options.files or known_to_git(results.FOLDER)
     machines = load(files)
     for page in pages_with_markers():
-        wanted = with_tables(page, speed_tables(machines, brief=page.name == "README.md"))
+        wanted = with_tables(page, speed_tables(machines, of_gpus=page.name == "README.md"))
         if wanted == page.read_text(encoding="utf-8"):
             print(f"{page.name} holds the tables of {len(files)} files")
         elif options.check:

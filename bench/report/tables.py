@@ -21,11 +21,16 @@ IN_README = ("encode", "latent_block", "flash_attention")
 REAL_SIZES = ("nvembed", "skewed")
 
 
-def speed_tables(machines: dict[str, list[Comparison]], brief: bool = False) -> str:
-    """The text between the markers: a table for every machine, or, if brief, for GPUs where there is one."""
+def speed_tables(machines: dict[str, list[Comparison]], of_gpus: bool | None = None) -> str:
+    """The text between the markers: a table for every machine.
+
+    Args:
+        machines: of `load`.
+        of_gpus: those of GPUs alone, or the others alone. Without a GPU the choice is not made.
+    """
     shown = machines
-    if brief and not all(map(is_cpu, machines)):
-        shown = {gpu: comparisons for gpu, comparisons in machines.items() if not is_cpu(gpu)}
+    if of_gpus is not None and not all(map(is_cpu, machines)):
+        shown = {name: comparisons for name, comparisons in machines.items() if is_cpu(name) != of_gpus}
     parts = [
         "Made from `bench/results/` by `python -m bench.report --readme`. Times as fast: above 1 this "
         "project is faster.\nThe limit is the rate of the machine's own products or copies in the same run."

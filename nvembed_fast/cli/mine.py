@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "file", nargs="+", type=options.path, help="rows {query, pos}: JSON lines, Arrow, Parquet"
     )
     parser.add_argument(
-        "-o", "--output", required=True, type=options.path, metavar="OUT.jsonl", help="all rows, with neg"
+        "-o", "--output", required=True, type=options.path, metavar="OUT.jsonl", help="the rows, with neg"
     )
     parser.add_argument(
         "--teacher",
@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="minilm, wordllama, bm25, demo, or a directory or hub id, also of sentence-transformers. "
         "Several teachers share the negatives of a row",
+    )
+    parser.add_argument(
+        "--rows",
+        type=_count,
+        metavar="N",
+        help="at most N rows of each file, evenly spaced. The others are not read (default: all)",
     )
     parser.add_argument(
         "--corpus",
@@ -133,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     _check_output(arguments)
     complaint = _complaint_of(arguments.teacher, arguments.max_length)
-    rows = [_Rows(open_rows(file), complaint) for file in arguments.file]
+    rows = [_Rows(_Evenly(open_rows(file), arguments.rows), complaint) for file in arguments.file]
     corpus = [_Documents(open_rows(file)) for file in arguments.corpus]
     judged = _judged(arguments.judged)
     # importing torch takes seconds: first what fails at once
@@ -182,10 +188,27 @@ def run(arguments: argparse.Namespace) -> None:
         _write(arguments, texts, rows, teachers, choice)
 
 
+class _Evenly:
+    """At most so many rows of a file, evenly spaced."""
+
+    def __init__(self, rows: "Rows", most: int | None):
+        self._rows, count = rows, len(rows)
+        self._at = range(count) if most is None or most >= count else [i * count // most for i in range(most)]
+
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def record(self, index: int) -> Any:
+        return self._rows.record(self._at[index])
+
+    def place(self, index: int) -> str:
+        return self._rows.place(self._at[index])
+
+
 class _Rows:
     """Rows of training data as entries. `complaint` says what is wrong with a prompt, or nothing."""
 
-    def __init__(self, rows: "Rows", complaint: Callable[[str], str] = lambda prompt: ""):
+    def __init__(self, rows: "Rows | _Evenly", complaint: Callable[[str], str] = lambda prompt: ""):
         self.rows, self._complaint = rows, complaint
 
     def __len__(self) -> int:
