@@ -49,7 +49,7 @@ from nvembed_fast.kernels.testing import (
 )
 from nvembed_fast.verdicts import DIRECTIONS, Finding, Item, facts
 
-__all__ = ["Problem", "check", "main", "problems"]
+__all__ = ["Problem", "check", "main", "problems", "run", "with_times"]
 
 EPS = 1e-5
 MAX_HEAD_WIDTH = 256  # of the direct form's kernel: wider heads are library products
@@ -499,24 +499,36 @@ def run(
     items: Sequence[Item],
     device: torch.device,
     path: ops.Impl,
-    timed: bool = False,
     begin: Callable[[], None] = lambda: None,
 ) -> Iterator[Finding]:
     """The findings for items, one by one, in this process. `begin` is called before each problem."""
     for item in items:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with _default_modes(device):
             finding = check(item, device, path, begin)
-            if timed and finding.ok:
-                finding = _with_times(finding, device)
         yield finding
 
 
-def _with_times(finding: Finding, device: torch.device) -> Finding:
-    """The finding about a right kernel with its times, and those of the library path. On a CPU without."""
+@contextmanager
+def _default_modes(device: torch.device) -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def with_times(
+    finding: Finding, device: torch.device, begin: Callable[[str], None] = lambda path: None
+) -> Finding:
+    """The finding about a right kernel with its times, and those of the library path. On a CPU without.
+
+    `begin` is called with each path before it is timed.
+    """
     if device.type != "cuda":
         return finding
-    one, other = (_milliseconds(finding.item, device, ops.check_impl(p)) for p in (finding.path, "library"))
-    return dataclasses.replace(finding, time_ms=one, library_ms=other)
+    times = []
+    for path in (finding.path, "library"):
+        begin(path)
+        with _default_modes(device):
+            times.append(_milliseconds(finding.item, device, ops.check_impl(path)))
+    return dataclasses.replace(finding, time_ms=times[0], library_ms=times[1])
 
 
 class _DrawnThere(TorchFunctionMode):
@@ -570,8 +582,10 @@ def main() -> None:
     """Answer on standard output, a line of JSON at a time.
 
     The first line of standard input says what all items share, and each other line is an item. `ready` asks
-    for the next one. Each item, and each of its problems, says that it is begun. So a limit of time is for
-    one problem: an item may compile 35 kernels, which takes minutes where the CPU is busy.
+    for the next one. Each item, each of its problems and each path that is timed says that it is begun. So a
+    limit of time is for one of them: an item may compile some 50 kernels (35 and the 13 of its forward),
+    which takes minutes where the CPU is busy. The path that is at work comes with it, because it is to blame
+    if this process ends.
     """
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints is no answer
@@ -582,6 +596,9 @@ def main() -> None:
 
     def tell(message: dict[str, Any]) -> None:
         print(json.dumps(message), file=answer, flush=True)
+
+    def begin(item: Item, path: str) -> None:
+        tell({"begun": item, "path": path})
 
     # an environment variable may allow TF32, and the cost of the dtype would be that of TF32
     torch.set_float32_matmul_precision("highest")
@@ -594,12 +611,12 @@ def main() -> None:
     while True:
         tell({"ready": True})
         item = items.get()
-        begin = partial(tell, {"begun": item})
-        begin()
+        path = request["path"]
+        begin(item, path)
         if request["timed"]:
-            finding = _with_times(Finding(*item, request["path"], True), device)
+            finding = with_times(Finding(*item, path, True), device, partial(begin, item))
         else:
-            (finding,) = run([item], device, request["path"], False, begin)
+            (finding,) = run([item], device, path, partial(begin, item, path))
         tell(dataclasses.asdict(finding))
         if device.type == "cuda":
             # an error that stays: the next process goes on

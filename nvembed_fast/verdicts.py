@@ -6,7 +6,8 @@
 2. What the file lacks is checked by child processes that run `self_check.main`, several side by side, because
    nearly all the time goes to compiling. A child asks for one item after another. An operation that hangs, or
    ends its process, is marked. Another child takes its place.
-3. What finds no memory beside the others is checked by one child alone. So is what is timed.
+3. What finds no memory beside the others is checked by one child alone. So is what is timed, after the
+   verdicts are kept.
 4. Of several processes that start at once one checks, and the others wait for its file.
 5. If no child can check anything, for a reason that is not a kernel's (a GPU in exclusive mode, no memory),
    this process does it, without a time limit, and says so.
@@ -42,7 +43,8 @@ __all__ = ["DIRECTIONS", "Finding", "Item", "check_anew", "facts", "prove"]
 DIRECTIONS = ("forward", "backward")
 START_SECONDS, ITEM_SECONDS, ALL_SECONDS = 180.0, 120.0, 900.0
 MAX_CHILDREN = 4  # side by side. Each has a CUDA context of some 500 MB
-# compile longest, so they come first. A forward beside its backward compiles what both need
+# compile longest, so they come first. A backward compiles its forward, too. If one child checks the forward
+# and another the backward, both compile the binaries of the forward (13 of flash_attention)
 LONGEST = ("flash_attention", "absorbed_latent_attention", "latent_attention", "masked_lse")
 _CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -193,20 +195,32 @@ def prove(device: torch.device, items: Iterable[Item]) -> tuple[dict[Item, Findi
 
 
 def check_anew(
-    device: torch.device, items: Sequence[Item], tell: Tell, *, path: Checked = "triton", timed: bool = False
+    device: torch.device,
+    items: Sequence[Item],
+    tell: Tell,
+    *,
+    path: Checked = "triton",
+    timed: bool = False,
+    note: Tell = lambda finding: None,
 ) -> tuple[list[Finding], str]:
     """As `prove`, without asking the cache folder. What is found on a GPU replaces what it holds.
 
-    Each finding is told once it and all before it are known, in the order of the items.
+    Each finding is told once it and all before it are known, in the order of the items. With `timed` a right
+    one is known when it has its times. Then `note` gets each as soon as it is checked, without times, and all
+    are kept before the first is timed.
     """
-    with _turn:
-        known = facts(device) if device.type == "cuda" else {}
-        new, why_here = _check(device, list(items), known, tell, path, timed)
+
+    def keep(findings: Iterable[Finding]) -> None:
         if known and path == "triton":
             file = _path(known)
             with _alone(file):
-                found = _read(file, known) | {finding.item: finding for finding in new}
+                found = _read(file, known) | {finding.item: finding for finding in findings}
                 _write(file, known, found.values())
+
+    with _turn:
+        known = facts(device) if device.type == "cuda" else {}
+        new, why_here = _check(device, list(items), known, tell, path, timed, note, keep)
+        keep(new)
     return new, why_here
 
 
@@ -266,6 +280,8 @@ def _check(
     tell: Tell = lambda finding: None,
     path: Checked = "triton",
     timed: bool = False,
+    note: Tell = lambda finding: None,
+    keep: Callable[[Iterable[Finding]], None] = lambda findings: None,
 ) -> tuple[list[Finding], str]:
     """Check by child processes, and in this process what they cannot. Then time what is right."""
     request = {"device": str(device), "facts": known, "path": path}
@@ -280,37 +296,51 @@ def _check(
         while untold and untold[0] in settled:
             tell(settled[untold.pop(0)])
 
+    def find(finding: Finding) -> None:
+        if timed:
+            note(finding)
+        if timed and finding.ok:
+            untimed[finding.item] = finding
+        else:
+            settle(finding)
+
     def missing() -> list[Item]:
         return [item for item in dict.fromkeys(items) if item not in settled and item not in untimed]
 
-    try:
-        for count in sorted({_num_children(device), 1}, reverse=True):
-            why_here = ""
+    for count in sorted({_num_children(device), 1}, reverse=True):
+        why_here = ""
+        try:
             for finding in _from_children(missing(), request, deadline, count):
-                if not finding.is_decided:
-                    why_here = finding.reason
-                elif timed and finding.ok:
-                    untimed[finding.item] = finding
+                if finding.is_decided:
+                    find(finding)
                 else:
-                    settle(finding)
-    except _NoChild as obstacle:
-        why_here = str(obstacle)
-    except _NoTime as end:
-        why_late, why_here = str(end), ""
-    rest: Iterable[Finding] = ()
+                    why_here = finding.reason
+        except _NoChild as obstacle:
+            why_here = str(obstacle)
+        except _NoTime as end:
+            why_late, why_here = str(end), ""
+            break
+    left = missing()
     if why_late:
-        rest = (Finding(*item, path, False, reason=why_late, is_decided=False) for item in missing())
-    elif left := missing():
+        for item in left:
+            find(Finding(*item, path, False, reason=why_late, is_decided=False))
+    elif left:
         from nvembed_fast import self_check
 
-        rest = self_check.run(left, device, path, timed)
-    for finding in rest:
-        settle(finding)
-    with suppress(_NoChild, _NoTime):
-        for finding in _from_children(list(untimed), request | {"timed": True}, deadline, 1):
-            right = untimed.pop(finding.item)
-            one, other = finding.time_ms, finding.library_ms
-            settle(dataclasses.replace(right, time_ms=one, library_ms=other) if finding.ok else finding)
+        for finding in self_check.run(left, device, path):
+            find(finding)
+    if untimed and not why_late:
+        keep([*settled.values(), *untimed.values()])
+        for item in left:
+            if item in untimed:
+                settle(self_check.with_times(untimed.pop(item), device))
+        with suppress(_NoChild, _NoTime):
+            for finding in _from_children(list(untimed), request | {"timed": True}, deadline, 1):
+                right = untimed.pop(finding.item)
+                one, other = finding.time_ms, finding.library_ms
+                # what the library path ended says nothing about the kernel
+                is_right = finding.ok or finding.path != path
+                settle(dataclasses.replace(right, time_ms=one, library_ms=other) if is_right else finding)
     for finding in untimed.values():
         settle(finding)
     return [settled[item] for item in items], why_here
@@ -336,7 +366,7 @@ def _from_children(
         while unfinished := len(waiting) + sum(child.item is not None for child in children):
             while len(children) < min(count, unfinished):
                 try:
-                    children.append(_Child(request, inbox, deadline))
+                    _Child(request, inbox, deadline, children)
                 except _NoChild:
                     count = len(children)
                     if count == 0:
@@ -355,7 +385,7 @@ def _from_children(
                     raise _NoTime("no time was left for it: nvembed-fast check tries again")
                 if child.has_begun:
                     assert child.item is not None
-                    yield Finding(*child.item, request["path"], False, reason=how)
+                    yield Finding(*child.item, child.path, False, reason=how)
                     continue
                 if child.item is not None:
                     waiting.insert(0, child.item)
@@ -371,7 +401,7 @@ def _from_children(
                     child.end()
                     children.remove(child)
             elif "begun" in message:
-                child.begin()
+                child.begin(message["path"])
             else:
                 child.finish()
                 yield Finding(**message)
@@ -386,36 +416,48 @@ class _Child:
     Attributes:
         item: that it was given, until it has found it right or wrong.
         has_begun: with this item.
+        path: that is at work on it. The library's, while a kernel's time is compared with its time.
         has_found: anything.
         until: when it must have said its next word, on the clock of `time.monotonic`.
     """
 
-    def __init__(self, request: dict[str, Any], inbox: "_Inbox", deadline: float):
+    def __init__(self, request: dict[str, Any], inbox: "_Inbox", deadline: float, children: "list[_Child]"):
+        """Start it, and add it to those that `_from_children` ends."""
         if getattr(sys, "frozen", False) or not sys.executable:
             raise _NoChild("this program has no Python interpreter to start")
         self.item: Item | None = None
+        self.path: Checked = request["path"]
         self.has_begun = self.has_found = self._is_closed = False
         self._inbox, self._deadline = inbox, deadline
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - `end` closes it
+        self._wait(START_SECONDS)
         try:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _CODE, json.dumps(sys.path)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                env=os.environ | {"NVEMBED_FAST_SELF_CHECK": "0"},
-                start_new_session=True,
-                text=True,
-                encoding="utf-8",
-            )
+            with contextlib.ExitStack() as stack:
+                # `end` closes it
+                self._errors = stack.enter_context(tempfile.TemporaryFile())
+                self._process = subprocess.Popen(
+                    [sys.executable, "-c", _CODE, json.dumps(sys.path)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=self._errors,
+                    env=os.environ | {"NVEMBED_FAST_SELF_CHECK": "0"},
+                    start_new_session=True,
+                    text=True,
+                    encoding="utf-8",
+                )
+                stack.pop_all()
         except OSError as error:
-            self._errors.close()
             raise _NoChild(f"no process can be started: {error.strerror}") from error
+        # at once, because what follows may raise
+        children.append(self)
         # if this process is killed, it ends by itself
         seconds = int(deadline - time.monotonic() + ITEM_SECONDS) + 1
         self._say({"timed": False, "seconds": seconds} | request)
-        self._wait(START_SECONDS)
-        threading.Thread(target=self._listen, daemon=True).start()
+        try:
+            threading.Thread(target=self._listen, daemon=True).start()
+        except RuntimeError as error:
+            self.end()
+            children.remove(self)
+            raise _NoChild(f"no thread can be started: {error}") from error
 
     def _say(self, message: Any) -> None:
         assert self._process.stdin is not None
@@ -442,9 +484,9 @@ class _Child:
         self._say(item)
         self._wait(ITEM_SECONDS)
 
-    def begin(self) -> None:
-        """With a problem of its item."""
-        self.has_begun = True
+    def begin(self, path: Checked) -> None:
+        """With a problem of its item, or with a path that is timed."""
+        self.has_begun, self.path = True, path
         self._wait(ITEM_SECONDS)
 
     def finish(self) -> None:

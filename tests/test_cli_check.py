@@ -1,5 +1,7 @@
 """nvembed-fast check and nvembed-fast warm-up."""
 
+import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -21,11 +23,17 @@ def findings(monkeypatch):
     """`findings[operation, path] = reason` makes a check red. It plays the process that checks."""
     reasons: dict[tuple[str, str], str] = {}
 
-    def check_anew(device, items, tell, *, path, timed):
+    def check_anew(device, items, tell, *, path, timed, note):
+        found = []
         for item in items:
             reason = reasons.get((item[0], path), "")
-            times = (2.0, 3.0) if timed else ()
-            tell(Finding(*item, path, not reason, 0.5, 1.0, reason, *times))
+            found.append(Finding(*item, path, not reason, 0.5, 1.0, reason))
+        if timed:
+            for finding in found:
+                note(finding)
+            found = [dataclasses.replace(finding, time_ms=2.0, library_ms=3.0) for finding in found]
+        for finding in found:
+            tell(finding)
         return [], ""
 
     monkeypatch.setattr(verdicts, "check_anew", check_anew)
@@ -84,10 +92,39 @@ def test_a_red_operation_is_told_with_exit_status_1(findings, capsys, monkeypatc
     assert [row["ok"] for row in report["operations"]] == [False, False, True, True]
 
 
-def test_on_a_gpu_kernels_are_timed_beside_the_library_path(findings, capsys, monkeypatch):
+@pytest.fixture
+def gpu(monkeypatch):
     monkeypatch.setattr("nvembed_fast.placement.check_device", lambda device: torch.device("cuda", 0))
     monkeypatch.setitem(ops._capabilities, 0, (9, 0))
     monkeypatch.setattr(verdicts, "facts", lambda device: {"driver": "13000"})
+
+
+def test_what_waits_for_its_times_has_a_line_on_standard_error(findings, gpu, capsys):
+    status, printed, told = run(capsys, "check", "--dtypes", "float16", "--operations", "rotary")
+    _, *lines = told.splitlines()
+    table = [line for line in printed.splitlines() if line.startswith("triton ")]
+    assert status == 0 and len(lines) == 2
+    assert table == [f"{line}  2.000 ms, library 3.000 ms" for line in lines]
+
+
+def test_the_state_counts_what_waits_for_its_times(findings, gpu, capsys, monkeypatch):
+    states, seen, check_anew = [], [], verdicts.check_anew
+
+    def telling(state):
+        states.append(state)
+        return contextlib.nullcontext()
+
+    def look(device, items, tell, **options):
+        options["note"] = lambda finding, note=options["note"]: (note(finding), seen.append(states[0]()))
+        return check_anew(device, items, lambda finding: (tell(finding), seen.append(states[0]())), **options)
+
+    monkeypatch.setattr(check.process, "telling", telling)
+    monkeypatch.setattr(verdicts, "check_anew", look)
+    run(capsys, "check", "--dtypes", "float16", "--operations", "rotary", "--json")
+    assert seen == [f"checked {count} of 4" for count in (1, 2, 2, 2, 3, 4)]
+
+
+def test_on_a_gpu_kernels_are_timed_beside_the_library_path(findings, gpu, capsys):
     status, printed, told = run(capsys, "check", "--dtypes", "float16", "--operations", "rotary", "--json")
     report = json.loads(printed)
     assert status == 0 and report["versions"]["driver"] == "13000"

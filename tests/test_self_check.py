@@ -15,7 +15,7 @@ from fake_driver import gpu
 
 from nvembed_fast import ops, self_check
 from nvembed_fast.kernels import _common, flash_attention, gated, reference, testing
-from nvembed_fast.verdicts import DIRECTIONS
+from nvembed_fast.verdicts import DIRECTIONS, Finding
 
 
 @pytest.mark.parametrize("operation", ["absorbed_latent_attention", "mean_pool", "rotary", "geglu"])
@@ -194,9 +194,9 @@ self_check.main()
     assert errors.splitlines()[-1] == "highest"
 
 
-def child(code: str, **environment: str) -> tuple[str, str]:
-    """What a child that checks one operation writes."""
-    request = {"device": "cpu", "seconds": 100, "path": "torch", "timed": False}
+def child(code: str, timed: bool = False, **environment: str) -> tuple[str, str]:
+    """What a child that checks or times one operation writes."""
+    request = {"device": "cpu", "seconds": 100, "path": "torch", "timed": timed}
     item = ["swiglu", "float32", "forward"]
     pipe, env = subprocess.PIPE, os.environ | environment
     command = [sys.executable, "-c", code]
@@ -232,5 +232,28 @@ def test_the_child_tells_of_each_problem():
     output, _ = child("from nvembed_fast import self_check; self_check.main()")
     ready, *begun, finding = map(json.loads, output.splitlines())
     count = len(list(self_check.problems("swiglu", torch.device("cpu"), torch.float32)))
-    assert count > 1 and begun == (1 + count) * [{"begun": ["swiglu", "float32", "forward"]}]
+    begins = {"begun": ["swiglu", "float32", "forward"], "path": "torch"}
+    assert count > 1 and begun == (1 + count) * [begins]
     assert ready == {"ready": True} and finding["ok"] and finding["path"] == "torch"
+
+
+def test_the_child_tells_of_each_path_that_it_times():
+    code = """
+from nvembed_fast import self_check
+def with_times(finding, device, begin):
+    begin("library")
+    return finding
+self_check.with_times = with_times
+self_check.main()
+"""
+    _, *begun, _ = map(json.loads, child(code, timed=True)[0].splitlines())
+    assert [message["path"] for message in begun] == ["torch", "library"]
+
+
+def test_a_path_is_begun_before_it_is_timed(monkeypatch):
+    done = []
+    monkeypatch.setattr(self_check, "_milliseconds", lambda item, device, path: done.append(path) or 2.0)
+    finding = Finding("swiglu", "float16", "forward", "triton", True)
+    timed = self_check.with_times(finding, torch.device("cuda", 0), lambda path: done.append(f"begin {path}"))
+    assert done == ["begin triton", "triton", "begin library", "library"]
+    assert timed.time_ms == timed.library_ms == 2.0

@@ -1,11 +1,13 @@
 """Kept verdicts on kernels, and the processes that reach them. A script plays the process that checks."""
 
+import dataclasses
 import io
 import json
 import os
 import threading
 import time
 import types
+from unittest import mock
 
 import filelock
 import pytest
@@ -33,11 +35,13 @@ def is_alone():
 def wait(condition):
     while not condition():
         time.sleep(0.01)
+def begin(path="triton"):
+    tell(dict(begun=[name, dtype, direction], path=path))
 start, each, rotary = {start!r}, {each!r}, {rotary!r}
 exec(start)
 while tell(dict(ready=True)) or (line := sys.stdin.readline()):
     name, dtype, direction = json.loads(line)
-    tell(dict(begun=[name, dtype, direction]))
+    begin()
     found = dict(name=name, dtype=dtype, direction=direction, path="triton")
     found |= dict(ok=True, error=0.5, tolerance=1.0)
     exec(each)
@@ -190,7 +194,7 @@ def test_items_are_checked_side_by_side(children, monkeypatch):
 def test_the_others_go_on_while_one_hangs(children, monkeypatch):
     monkeypatch.setattr(verdicts, "ITEM_SECONDS", 2.0)
     # the last problems of the neighbour come after the end of the one that hangs
-    problems = "if name == 'geglu':\n  for _ in range(8): tell(dict(begun=json.loads(line))); time.sleep(0.4)"
+    problems = "if name == 'geglu':\n  for _ in range(8): begin(); time.sleep(0.4)"
     children(each=problems, rotary="time.sleep(60)", count=2)
     items = [(name, "float16", "forward") for name in ("rotary", "swiglu", "rms_norm", "geglu")]
     found, why_here = verdicts.prove(GPU, items)
@@ -264,6 +268,72 @@ def test_a_kernel_that_ends_the_process_that_times_it_is_marked(children):
     assert findings[1].reason == "its process ended with status 3"
 
 
+@pytest.mark.parametrize(
+    "end",
+    ["sys.exit(3)", "raise RuntimeError('no such product')", "time.sleep(60)"],
+    ids=["exit", "raise", "hang"],
+)
+def test_a_library_path_that_ends_the_process_that_times_it_leaves_the_kernel_right(
+    end, children, monkeypatch
+):
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 1.0)
+    times = "if request['timed']: found |= dict(time_ms=1.0, library_ms=2.0)"
+    children(each=times, rotary=f"if request['timed']: begin('library'); {end}")
+    findings, _ = verdicts.check_anew(GPU, ITEMS, lambda finding: None, timed=True)
+    assert [finding.ok for finding in findings] == [True, True, True] and findings[1].error == 0.5
+    assert [finding.time_ms for finding in findings] == [1.0, None, 1.0]
+    started = children.pids()
+    assert _prove()["rotary"].ok and children.pids() == started, "it is kept"
+
+
+def test_findings_are_noted_and_kept_before_the_first_is_timed(children):
+    children(rotary="found |= dict(ok=False, reason='wrong')", count=3)
+    noted, told = [], []
+
+    def interrupt(finding):
+        told.append(finding)
+        assert len(noted) == 3
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        verdicts.check_anew(GPU, ITEMS, interrupt, timed=True, note=noted.append)
+    assert len(told) == 1
+    assert {finding.item: finding.ok for finding in noted} == dict(
+        zip(ITEMS, (True, False, True), strict=True)
+    )
+    started = children.pids()
+    assert {finding.item: finding for finding in noted} == verdicts.prove(GPU, ITEMS)[0]
+    assert children.pids() == started
+
+
+def test_what_was_checked_in_this_process_is_kept_and_then_timed_there(children, monkeypatch):
+    children(start="sys.exit('the GPU is taken')")
+    monkeypatch.setattr(
+        self_check, "run", lambda items, *_: (Finding(*item, "triton", True, 0.5, 1.0) for item in items)
+    )
+
+    def with_times(finding, device):
+        (file,) = (files.cache_folder() / "self_check").glob("*.json")
+        assert len(json.loads(file.read_text())["findings"]) == 3
+        return dataclasses.replace(finding, time_ms=1.0, library_ms=2.0)
+
+    monkeypatch.setattr(self_check, "with_times", with_times)
+    told = []
+    findings, why_here = verdicts.check_anew(GPU, ITEMS, told.append, timed=True)
+    assert "the GPU is taken" in why_here and len(children.pids()) == 1
+    assert told == findings and [finding.time_ms for finding in findings] == [1.0] * 3
+
+
+def test_when_the_time_is_up_nothing_is_timed(children, monkeypatch):
+    monkeypatch.setattr(verdicts, "ALL_SECONDS", 0.0)
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 1.0)
+    children(rotary="time.sleep(60)")
+    told = []
+    findings, _ = verdicts.check_anew(GPU, ITEMS, told.append, timed=True)
+    assert told == findings and [finding.ok for finding in findings] == [True, False, False]
+    assert len(children.pids()) == 1
+
+
 ENDS_AT_ONCE = {
     # as on a GPU in exclusive mode
     "as it starts": "sys.exit('the GPU is taken')",
@@ -277,6 +347,59 @@ def test_processes_that_end_at_once_beside_one_that_checks_are_done_without(when
     children(start=f"{start}except FileExistsError: {ENDS_AT_ONCE[when]}", count=3)
     monkeypatch.setattr(self_check, "run", None)
     assert all(finding.ok for finding in _prove().values()) and len(children.pids()) == 3
+
+
+def test_where_all_die_beside_each_other_one_alone_checks(children, monkeypatch):
+    """As on a GPU that has memory for one context more."""
+    children(start="if len(pids()) <= 3: sys.exit('no memory for a context')", count=3)
+    monkeypatch.setattr(self_check, "run", None)
+    assert all(finding.ok for finding in _prove().values()) and len(children.pids()) == 4
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started."""
+    processes, popen = [], verdicts.subprocess.Popen
+
+    def start(command, **options):
+        process = popen(command, **options)
+        if "-c" in command:  # ptxas is no child
+            processes.append((process, options["stderr"]))
+        return process
+
+    monkeypatch.setattr(verdicts.subprocess, "Popen", start)
+    return processes
+
+
+def test_a_thread_that_the_system_refuses_leaves_no_process_behind(children, started, monkeypatch):
+    monkeypatch.setattr(
+        threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread"))
+    )
+    monkeypatch.setattr(
+        self_check, "run", lambda items, *_: (Finding(*item, "triton", True) for item in items)
+    )
+    found, why_here = verdicts.prove(GPU, ITEMS)
+    assert all(finding.ok for finding in found.values())
+    assert why_here == "no thread can be started: can't start new thread"
+    assert [(process.returncode, errors.closed) for process, errors in started] == [(-9, True)]
+
+
+@pytest.mark.parametrize("where", ["_Child._say", "threading.Thread.start"])
+def test_ctrl_c_while_a_process_starts_leaves_none_behind(where, children, started, monkeypatch):
+    owner, name = {"_Child._say": (verdicts._Child, "_say")}.get(where, (threading.Thread, "start"))
+    monkeypatch.setattr(owner, name, mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        verdicts.prove(GPU, ITEMS)
+    assert [(process.returncode, errors.closed) for process, errors in started] == [(-9, True)]
+
+
+def test_a_file_that_the_system_refuses_is_no_error(children, monkeypatch):
+    refuse = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(verdicts.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(
+        self_check, "run", lambda items, *_: (Finding(*item, "triton", True) for item in items)
+    )
+    assert verdicts.prove(GPU, ITEMS)[1] == "no process can be started: No space left on device"
 
 
 def test_where_one_process_alone_can_be_started_it_checks_all(children, monkeypatch):
@@ -316,7 +439,7 @@ def test_the_first_use_says_what_it_waits_for_and_the_next_is_silent(children, c
 def test_the_limit_is_for_one_problem_and_not_for_all_of_an_operation(children, monkeypatch):
     """Each problem is told to begin, as `self_check.main` does."""
     monkeypatch.setattr(verdicts, "ITEM_SECONDS", 2.0)
-    children(rotary="for _ in range(4): tell(dict(begun=[name, dtype, direction])); time.sleep(0.7)")
+    children(rotary="for _ in range(4): begin(); time.sleep(0.7)")
     assert all(finding.ok for finding in _prove().values()) and len(children.pids()) == 1
 
 
@@ -346,7 +469,7 @@ def test_where_no_child_can_check_this_process_does_and_says_why(start, count, c
     children(start=start, count=count)
     checked = []
 
-    def run(items, device, path, timed):
+    def run(items, device, path):
         checked.extend(items)
         return (Finding(*item, path, True, 0.0, 1.0) for item in items)
 
@@ -356,7 +479,8 @@ def test_where_no_child_can_check_this_process_does_and_says_why(start, count, c
     assert {"sys": "CUDA is busy", "tim": "did not end within 1 s", "no ": "SyntaxError"}[
         start[:3]
     ] in why_here
-    assert verdicts.prove(GPU, ITEMS) == (found, "") and len(children.pids()) == count
+    # the last one had tried alone
+    assert verdicts.prove(GPU, ITEMS) == (found, "") and len(children.pids()) == count + (count > 1)
 
 
 def test_a_program_without_an_interpreter_checks_in_its_own_process(children, monkeypatch):
@@ -371,7 +495,7 @@ def test_what_was_not_decided_is_tried_here_and_not_kept(children, monkeypatch):
     children(rotary="found |= dict(ok=False, reason='no memory', is_decided=False)")
     tried = []
 
-    def run(items, device, path, timed):
+    def run(items, device, path):
         tried.append(list(items))
         return (Finding(*item, path, False, reason="no memory", is_decided=False) for item in items)
 

@@ -109,17 +109,25 @@ def _findings(
         "torch": [] if on_gpu else without,
     }
     found: list[verdicts.Finding] = []
+    checked: set[tuple[str, verdicts.Item]] = set()
 
     def tell(finding: verdicts.Finding) -> None:
         found.append(finding)
+        checked.add((finding.path, finding.item))
         _say(arguments, _line(finding))
+
+    def note(finding: verdicts.Finding) -> None:
+        # its line waits for its times
+        checked.add((finding.path, finding.item))
+        if not arguments.json:
+            process.say(_line(finding))
 
     items = {
         path: [(name, dtype, d) for dtype in names for name in operations for d in verdicts.DIRECTIONS]
         for path, names in paths.items()
     }
     total = sum(map(len, items.values()))
-    progress = process.telling(lambda: f"checked {len(found)} of {total}")
+    progress = process.telling(lambda: f"checked {len(checked)} of {total}")
     # without --json the lines tell it
     with progress if arguments.json else contextlib.nullcontext():
         for path, wanted in items.items():
@@ -127,7 +135,7 @@ def _findings(
                 is_timed = device.type == "cuda" and path == "triton"
                 if is_timed:
                     process.say(f"checking {len(wanted)} kernels, several at once, then timing each alone")
-                _, why_here = verdicts.check_anew(device, wanted, tell, path=path, timed=is_timed)
+                _, why_here = verdicts.check_anew(device, wanted, tell, path=path, timed=is_timed, note=note)
                 if why_here:
                     process.say(f"note: checked in this process, without a time limit: {why_here}")
     return found
