@@ -49,7 +49,7 @@ def test_the_first_model_mines_the_negatives_of_the_others(tmp_path):
         options = _options(step)
         assert options["-o"] == mined.file and options["--teacher"] == first.output
         assert options["--task"] == mined.instruction
-        assert int(options["--rows"]) == 150 * 32 + 100 * 16, "as many as both stages take"
+        assert int(options["--rows"]) == 100 * 32 + 60 * 16, "as many as both stages take"
         assert int(options["--negatives"]) >= max(
             part.hard_negatives for part in (*second.data, *third.data) if part.file == mined.file
         )
