@@ -423,7 +423,7 @@ def test_a_tuned_entry_ends_the_repeated_launches_of_the_rule(fake_gpu):
 
 
 def programs_for_tiles() -> list[int]:
-    """The programs of a repeated launch: for 150 tiles by the rule and by an entry, and for 3 tiles."""
+    """The programs of a repeated launch: for 250 tiles by the rule and by an entry, and for 5 tiles."""
     entry = {"AHEAD": True, "PERSISTENT": True}
     key = ("flash_attention.fwd", gpu.CAPABILITY, "width128-group4-bits16-longest128")
 
@@ -441,7 +441,7 @@ def programs_for_tiles() -> list[int]:
 
 
 def test_one_program_on_a_multiprocessor_walks_several_tiles(fake_gpu):
-    assert fake_gpu(programs_for_tiles) == [150, 132, 3]
+    assert fake_gpu(programs_for_tiles) == [250, 132, 5]
 
 
 def on_another_stream() -> bool:

@@ -108,7 +108,6 @@ def _train(
     part, output = recipe.train, Path(recipe.output)
     if part.batch < ranks.size:
         raise RecipeError(f"train.batch is {part.batch}, fewer rows than the {ranks.size} ranks")
-    say(f"reading {len(recipe.data)} data set{'s' if len(recipe.data) > 1 else ''}")
     sets = open_sets(recipe.data)
     teacher = _teacher(part)
     instructions: dict[str, str] = {}
