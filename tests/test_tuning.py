@@ -355,8 +355,8 @@ def test_programs_that_walk_several_tiles_are_tried_at_128_columns_on_sm_90_alon
     assert where == ("flash_attention.fwd (forward bf16)", 90)
     problem = next(p for p in tuning.problems() if p.name == where[0])
     assert {c.head_width for c in (problem.part, *problem.cases)} == {128}
-    # the compiler's figures are of the candidate
-    assert tried[where] == [tuning.resources._PERSISTENT | {"USE_TMA": True}]
+    rule = tuning.rule_of(problem, 90)
+    assert tried[where] == [rule | {"PERSISTENT": True}]
 
 
 def test_latent_attention_without_descriptors_goes_by_its_rule():

@@ -169,20 +169,9 @@ def _flash_attention() -> Iterator[Example]:
                     yield Example(f"delta {name}", "bwd_delta", call)
 
 
-# the tuner's candidate
-_PERSISTENT = {
-    "BLOCK_T": 32,
-    "BLOCK_N": 64,
-    "num_warps": 8,
-    "num_stages": 3,
-    "AHEAD": True,
-    "PERSISTENT": True,
-}
-
-
 def _persistent(attention: Callable[[], object]) -> None:
     shape_class = f"width{HEAD_WIDTH}-group{GROUP}-bits16-longest128"
-    with tuned.use({("flash_attention.fwd", 90, shape_class): _PERSISTENT}):
+    with tuned.use({("flash_attention.fwd", 90, shape_class): {"AHEAD": True, "PERSISTENT": True}}):
         attention()
 
 

@@ -278,7 +278,7 @@ def _attention_problems() -> list[Problem]:
     }
     # and PERSISTENT: where the compiler keeps the exponentials beside the products
     short, forward = ({sm: tuple((*t, False) for t in of[sm]) for sm in of} for of in (tiles, long))
-    forward[90] += ((32, 64, True, True, 8, 3, True),)
+    forward[90] += ((16, 32, True, True, 4, 3, True),)
     # without AHEAD and PERSISTENT
     dq = {
         80: ((16, 64, False, 8, 2), (16, 128, False, 8, 2)),
