@@ -10,7 +10,7 @@ from pathlib import Path
 
 import faiss
 
-from nvembed_fast import NVEmbed, fingerprint
+from nvembed_fast import NVEmbed, files, fingerprint
 
 TASK = "Given a question, retrieve passages that answer the question"
 
@@ -31,7 +31,8 @@ def main(argv: list[str] | None = None) -> None:
         # vectors have unit norm, so the inner product is the cosine
         index = faiss.IndexFlatIP(model.config.hidden_size)
         index.add(model.encode_document(passages, output="numpy"))
-        faiss.write_index(index, str(kept))
+        with files.replacing(kept) as aside:  # whole or not at all
+            faiss.write_index(index, str(aside))
     query = model.encode_query([arguments.question], TASK, output="numpy")
     scores, places = faiss.read_index(str(kept)).search(query, min(arguments.top, len(passages)))
     for score, place in zip(scores[0], places[0], strict=True):

@@ -28,7 +28,9 @@ def main(argv: list[str] | None = None) -> None:
 
     name = fingerprint.of_texts([model.fingerprint, *passages])
     with closing(QdrantClient(path=str(arguments.file.with_suffix(".qdrant")))) as client:
-        if not client.collection_exists(name):
+        # a killed run leaves a part of a collection
+        if not client.collection_exists(name) or client.count(name).count != len(passages):
+            client.delete_collection(name)
             vectors = model.encode_document(passages, output="numpy")
             size = models.VectorParams(size=model.config.hidden_size, distance=models.Distance.COSINE)
             client.create_collection(name, vectors_config=size)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nvembed_fast import NVEmbed, fingerprint
+from nvembed_fast import NVEmbed, files, fingerprint
 
 TASK = "Given a question, retrieve passages that answer the question"
 
@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> None:
     name = fingerprint.of_texts([model.fingerprint, *passages])
     kept = arguments.file.with_suffix(f".{name}.npy")
     if not kept.exists():
-        np.save(kept, model.encode_document(passages, output="numpy"))
+        vectors = model.encode_document(passages, output="numpy")
+        with files.replacing(kept) as aside, aside.open("wb") as file:  # whole or not at all
+            np.save(file, vectors)
     vectors = np.load(kept)  # [N, D] fp32, unit norm
     scores = vectors @ model.encode_query(arguments.question, TASK, output="numpy")
     for index in np.argsort(-scores)[: arguments.top]:

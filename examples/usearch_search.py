@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from usearch.index import Index
 
-from nvembed_fast import NVEmbed, fingerprint
+from nvembed_fast import NVEmbed, files, fingerprint
 
 TASK = "Given a question, retrieve passages that answer the question"
 
@@ -34,7 +34,8 @@ def main(argv: list[str] | None = None) -> None:
         index.load(str(kept))
     else:
         index.add(np.arange(len(passages)), model.encode_document(passages, output="numpy"))
-        index.save(str(kept))
+        with files.replacing(kept) as aside:  # whole or not at all
+            index.save(str(aside))
     query = model.encode_query(arguments.question, TASK, output="numpy")
     found = index.search(query, min(arguments.top, len(passages)))
     for place, distance in zip(found.keys, found.distances, strict=True):

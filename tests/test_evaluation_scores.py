@@ -1,6 +1,7 @@
 """Units, scores and their bootstrap intervals against values by hand, and rows in files."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -70,6 +71,13 @@ def test_the_interval_of_a_mean_of_tasks_is_narrower_by_its_root():
     rows = [row(task, units=units) for task in ("squad", "nave", "libreoffice", "debtags")]
     one, four = (np.diff(scores.interval(found))[0] for found in (rows[:1], rows))
     assert four == pytest.approx(one / 2, rel=0.15)
+
+
+@pytest.mark.parametrize("kind", ["clustering", "pairs"])
+def test_a_missing_package_is_named(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match=r"needs scikit-learn: pip install 'nvembed-fast\[eval\]'"):
+        scores.interval([row(units=[[0, 0.5], [1, 0.5]], kind=kind)])
 
 
 def test_a_row_of_another_model_or_data_is_not_finished(tmp_path):

@@ -41,6 +41,24 @@ def test_search_ranks_and_keeps_the_vectors(tiny_directory, tmp_path, capsys, mo
         search.main(arguments)
 
 
+def test_a_killed_search_leaves_no_part_of_the_vectors(tiny_directory, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "passages.txt"
+    file.write_text("how to bake bread\nwhat a date is")
+    arguments = [str(file), "what a date is", "--model", str(tiny_directory)]
+
+    def killed(place, vectors):
+        with open(place, "wb") if isinstance(place, Path) else place as part:
+            part.write(b"a part")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(search.np, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search.main(arguments)
+    search.main(arguments)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
 def test_train_head_lowers_the_loss_and_leaves_the_backbone(tiny_directory, tmp_path, capsys):
     torch.manual_seed(0)
     train_head.main(["--model", str(tiny_directory), "-o", str(tmp_path / "trained")])

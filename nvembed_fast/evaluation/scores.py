@@ -67,11 +67,19 @@ def units_of(task: Any, predictions: Any) -> list:
 
 
 def statistic(kind: str, units: np.ndarray) -> float:
-    """The score of units: see the table above."""
+    """The score of units: see the table above.
+
+    Raises:
+        ImportError: scikit-learn is not installed, and the kind needs it.
+    """
     if kind in ("retrieval", "classification"):
         return float(units.mean())
-    from sklearn import metrics
-
+    try:
+        from sklearn import metrics
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"the score of {kind} needs scikit-learn: pip install 'nvembed-fast[eval]'"
+        ) from error
     if kind == "clustering":
         return float(metrics.v_measure_score(units[:, 0], units[:, 1]))
     return float(metrics.average_precision_score(units[:, 0], units[:, 1]))

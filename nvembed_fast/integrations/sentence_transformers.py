@@ -109,10 +109,11 @@ class NVEmbedModule(InputModule):
                 )
             tokens = self._tokenized(inputs, prompt or "")
             keep = [np.arange(len(ids)) >= f for ids, f in zip(tokens.ids, tokens.first_pooled, strict=True)]
+            borders = [0, *accumulate(tokens.lengths())]
             return {
                 "input_ids": torch.from_numpy(np.concatenate(tokens.ids).astype(np.int64))[None],
                 "pool_mask": torch.from_numpy(np.concatenate(keep))[None],
-                "cu_seq_lens_q": torch.tensor([0, *accumulate(tokens.lengths())], dtype=torch.int32),
+                "cu_seq_lens_q": torch.tensor(borders, dtype=torch.int32, device="cpu"),
             }
         except (TypeError, AttributeError) as error:
             raise ValueError(f"the texts cannot be tokenized: {error}") from error
@@ -170,13 +171,15 @@ class NVEmbedModule(InputModule):
     def _in_batches(self, ids: torch.Tensor, lengths: list[int], keep: torch.Tensor) -> torch.Tensor:
         """[B, D] vectors, by batches that hold no more tokens than those of `NVEmbed.encode`."""
         device, starts = ids.device, [0, *accumulate(lengths)]
-        vectors = torch.empty(len(lengths), self.get_embedding_dimension(), device=device)
+        vectors = torch.empty(
+            len(lengths), self.get_embedding_dimension(), dtype=torch.float32, device=device
+        )
         for rows in token_budget_batches(lengths, BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])):
             places = np.concatenate([np.arange(starts[row], starts[row + 1]) for row in rows])
             at = to_device(torch.from_numpy(places), device)
             layout = SeqLayout([lengths[row] for row in rows], device)
             part = self.network(PackedBatch(ids[at], layout, keep[at]))
-            vectors.index_copy_(0, to_device(torch.tensor(rows), device), part.float())
+            vectors.index_copy_(0, to_device(torch.tensor(rows, device="cpu"), device), part.float())
         return vectors
 
     def _token_states(self, ids: torch.Tensor, lengths: list[int]) -> dict[str, torch.Tensor]:

@@ -294,7 +294,8 @@ def attention(
     if key.shape[2] != length:
         _refuse(f"got {length} queries and {key.shape[2]} keys: pass use_cache=False")
     if cu_seq_lens_q is None and attention_mask is None and cu_seq_lens_k is None:
-        layout, places = layout_of(torch.full((batch,), length, dtype=torch.int32), query.device), None
+        lengths = torch.full((batch,), length, dtype=torch.int32, device="cpu")
+        layout, places = layout_of(lengths, query.device), None
     elif cu_seq_lens_q is None and attention_mask is not None and cu_seq_lens_k is None:
         layout, places = _read_once(module, attention_mask, lambda mask: _padded(mask, batch, length))
     elif cu_seq_lens_q is not None and attention_mask is None:

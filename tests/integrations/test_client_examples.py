@@ -1,9 +1,13 @@
 """The examples around transformers, HippoRAG, BEIR and the indexes give our ranks and our vectors."""
 
 import ast
+from pathlib import Path
 
+import faiss
 import numpy as np
 import pytest
+import usearch.index
+from qdrant_client import QdrantClient
 from sentence_transformers import SentenceTransformer
 
 import nvembed_fast
@@ -79,6 +83,37 @@ def test_an_index_keeps_the_vectors(example, tiny_directory, model, tmp_path, ca
     file.write_text("\n".join([*passages[:2], "another one"]))
     example.main(arguments)
     assert "another one" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("example", "owner", "name"),
+    [
+        (faiss_search, faiss, "write_index"),
+        (usearch_search, usearch.index.Index, "save"),
+        (qdrant_search, QdrantClient, "upload_collection"),
+    ],
+)
+def test_a_killed_run_leaves_no_part_of_an_index(
+    example, owner, name, tiny_directory, tmp_path, capsys, monkeypatch
+):
+    file = tmp_path / "passages.txt"
+    file.write_text("how to bake bread\nwhat a date is\nthe sum of two numbers")
+    arguments = [str(file), "what a date is", "--model", str(tiny_directory), "--top", "9"]
+    real = getattr(owner, name)
+
+    def killed(*given):
+        if example is qdrant_search:
+            real(*given[:2], given[2][:1], given[3][:1])
+        else:
+            Path(given[1]).write_bytes(b"a part")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, killed)
+        with pytest.raises(KeyboardInterrupt):
+            example.main(arguments)
+    example.main(arguments)
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_register_opens_no_way_to_the_plain_mean(tiny_directory):

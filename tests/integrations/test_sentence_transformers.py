@@ -295,3 +295,20 @@ def test_precision_and_cut_in_both_calls(model, encoder):
         assert got.dtype == wanted.dtype and got.shape == wanted.shape
         far = np.abs(got.astype(np.float64) - wanted).max()
         assert far <= (1 if keywords.get("precision") == "int8" else 1e-6)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64, "meta"], ids=str)
+def test_the_callers_default_dtype_and_device_change_nothing(default, model, saved, encoder):
+    """The device "meta" stands in for a GPU."""
+    wanted = encoder.encode(TEXTS, PROMPT, output="numpy")
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_device(default if default == "meta" else None)
+        torch.set_default_dtype(before if default == "meta" else default)
+        got = [each.encode(TEXTS, prompt=PROMPT) for each in (model, load(saved, device="cpu"))]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(before)
+    for vectors in got:
+        assert vectors.dtype == np.float32
+        np.testing.assert_allclose(vectors, wanted, rtol=0, atol=1e-6)

@@ -295,6 +295,31 @@ def test_layers_share_what_one_has_read(monkeypatch):
     torch.testing.assert_close(got, wanted, rtol=0, atol=0)
 
 
+def test_the_callers_default_device_changes_nothing():
+    """The device "meta" stands in for a GPU."""
+    from nvembed_fast.integrations.transformers import attention
+
+    layer = encoders()[1][1].layers[0].self_attn
+    q, k, v = torch.randn(3, 3, 4, 9, 8, generator=torch.Generator().manual_seed(0))
+    packed = {"cu_seq_lens_q": torch.tensor([0, 4, 9])}
+    calls = [
+        ((q, k, v, None), {}),
+        ((q, k, v, mask_of("left").bool()), {}),
+        ((q[:1], k[:1], v[:1], None), packed),
+    ]
+
+    def outputs() -> list[torch.Tensor]:
+        return [attention(layer, *given, **more)[0] for given, more in calls]
+
+    wanted = outputs()
+    try:
+        torch.set_default_device("meta")
+        got = outputs()
+    finally:
+        torch.set_default_device(None)
+    assert all(map(torch.equal, got, wanted))
+
+
 def test_a_window_counts_only_if_it_is_shorter_than_a_sequence():
     for window in (9, None):
         stock, ours = encoders(sliding_window=window)[0]
