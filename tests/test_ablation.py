@@ -340,12 +340,31 @@ def test_a_cell_is_named_by_what_makes_its_scores(file):
         assert ([cell.made_of for cell in read_table(file).cells()] == names) == is_same, replacement
 
 
+@pytest.mark.parametrize("key", ["model.start", "train.teacher"])
+def test_cells_that_differ_in_a_folder_alone_are_refused(file, capsys, monkeypatch, key):
+    """One hash names both, so the second one would get the row of the first."""
+    monkeypatch.setattr(ablation, "run_cell", lambda *_, **__: pytest.fail("a cell was run"))
+    for name, place in (("c", "/a/e5/vectors"), ("d", "/a/minilm/vectors")):
+        add_run(file, f'name = "{name}"\nset = {{ {key} = "{place}" }}')
+    names = {cell.run.name: cell.made_of for cell in read_table(file).cells() if cell.seed == 0}
+    assert names["c"] == names["d"], "the hash tells them apart, so this test proves nothing"
+    message = (
+        "heads: c, seed 0 and heads: d, seed 0 would share one row, because made_of has only the name of"
+    )
+    for words in ((), ("--run", "d"), ("--list",), ("--report",)):
+        status, _, error = ablate(capsys, file, *words)
+        assert status == 1 and f"{message} /a/e5/vectors and of /a/minilm/vectors" in error, error
+    file.write_text(file.read_text().replace("minilm", "e5"))
+    assert ablate(capsys, file, "--list")[0] == 0
+
+
 def test_tables_share_the_cells_that_say_the_same():
     one, *others = (
         {cell.made_of for cell in TABLES[name].cells() if cell.run.name == run}
         for name, run in (("pooling", "latent"), ("stages", "two stages"), ("labels", "example-based"))
     )
     assert len(one) == 3 and all(one == other for other in others)
+    ablation.check_places(cell for table in TABLES.values() for cell in table.cells())
 
 
 def test_rows_stand_in_the_order_of_the_table_and_replace_older_ones(file, tmp_path):

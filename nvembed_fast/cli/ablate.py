@@ -76,6 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = [table.name for table in tables]
     if len({*names}) < len(names):
         raise ValueError(f"two tables have one name: {', '.join(names)}")
+    ablation.check_places(cell for table in tables for cell in table.cells())
     cells = _chosen(tables, arguments)
     if arguments.report:
         _report(tables, arguments)

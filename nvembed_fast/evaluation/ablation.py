@@ -21,8 +21,9 @@
 3. A cell is a run under a seed. Its stages have the seeds 10 * seed, 10 * seed + 1 and so on, so runs under
    one seed see the same rows in the same order, as far as their recipes agree.
 4. A cell is done if RESULTS/TABLE.jsonl has its row. `made_of` in a row is a hash of all that the cell's
-   recipes and tasks say. So a changed recipe makes another cell, and cells of two tables that say the same
-   are computed once. The rows of one table are all made with the same data files.
+   recipes and tasks say, with the last names of paths. So a changed recipe makes another cell, and cells of
+   two tables that say the same are computed once. Two cells whose starts or teachers differ in their folders
+   alone are refused. The rows of one table are all made with the same data files.
 """
 
 import difflib
@@ -47,6 +48,7 @@ __all__ = [
     "Run",
     "Table",
     "changed_sets",
+    "check_places",
     "check_sets",
     "data_of",
     "load_tasks",
@@ -142,6 +144,11 @@ class Cell:
     def files(self) -> list[str]:
         """The data files of its stages, each once."""
         return list(dict.fromkeys(part.file for stage in self.run.stages for part in stage.data))
+
+    @property
+    def places(self) -> list[str | None]:
+        """Of its start, and of the teacher of each stage. None: a stage has no teacher."""
+        return [self.run.stages[0].model.start, *(stage.train.teacher for stage in self.run.stages)]
 
     @property
     def made_of(self) -> str:
@@ -302,6 +309,22 @@ def _numbered(override: str, sets: Sequence[str]) -> str:
     return override if name is None else f"data.{sets.index(name)}.{override.split('.', 2)[2]}"
 
 
+def check_places(cells: Iterable[Cell]) -> None:
+    """
+    Raises:
+        ValueError: two cells differ in the folder of their start or of a teacher alone.
+    """
+    first: dict[str, Cell] = {}
+    for cell in cells:
+        other = first.setdefault(cell.made_of, cell)
+        for one, two in zip(other.places, cell.places, strict=True):
+            if one != two:
+                raise ValueError(
+                    f"{other} and {cell} would share one row, because made_of has only the name of {one} and "
+                    f"of {two}: rename one"
+                )
+
+
 def check_sets(cells: Iterable[Cell]) -> None:
     """
     Raises:
@@ -377,7 +400,8 @@ def run_cell(
         made with: the start of each file's fingerprint, revisions of the tasks, versions, device, threads.
 
     Raises:
-        ValueError, OSError, KeyboardInterrupt: as `trainer.train`.
+        ValueError: as `trainer.train`, or a data file changed meanwhile.
+        OSError, KeyboardInterrupt: as `trainer.train`.
     """
     # these import torch and mteb, for up to half a minute
     import torch
@@ -387,9 +411,13 @@ def run_cell(
     from nvembed_fast.training.run_log import METRICS_FILE, read_metrics
     from nvembed_fast.training.trainer import train
 
-    recipes = cell.recipes(folder.resolve())
+    recipes, data = cell.recipes(folder.resolve()), data_of(cell)
     for recipe in recipes:
         train(recipe, device=device, say=say)
+    if changed := [name for name, version in data_of(cell).items() if version != data[name]]:
+        raise ValueError(
+            f"{', '.join(changed)} changed while {cell} was trained: remove {folder}, and run it again"
+        )
     lines = [line for recipe in recipes for line in read_metrics(Path(recipe.output) / METRICS_FILE)]
     dtype = torch.bfloat16 if recipes[-1].train.autocast == "bfloat16" else None
     model = NVEmbed.from_pretrained(recipes[-1].output, device=device, dtype=dtype)
@@ -409,7 +437,7 @@ def run_cell(
         "tokens": round(sum(line["tokens"] for line in lines)),
         "scores": scores,
         "made_of": cell.made_of,
-        "data": data_of(cell),
+        "data": data,
         "revisions": revisions,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "mteb")},
         "device": str(model.device),

@@ -117,6 +117,24 @@ def test_a_row_of_other_data_is_not_taken_over(folder, planted, tmp_path, capsys
     assert made["scores"] == row["scores"] and made["data"] == row["data"]
 
 
+def test_a_file_that_changes_under_a_training_gives_no_row(folder, planted, tmp_path, capsys, monkeypatch):
+    pairs, real = tmp_path / "pairs.jsonl", trainer.train
+    for name in ("first.toml", "second.toml", "table.toml", "pairs.jsonl"):
+        (tmp_path / name).write_text(
+            (folder / name).read_text().replace(f"{folder}/pairs", f"{tmp_path}/pairs")
+        )
+
+    def train(recipe, **options):
+        real(recipe, **options)
+        pairs.write_text(pairs.read_text().replace("w1", "w2"))
+
+    monkeypatch.setattr(trainer, "train", train)
+    words = (tmp_path / "table.toml", "-o", tmp_path / "rows", "--work", tmp_path / "work")
+    status, _, error = ablate(capsys, *words, "--seed", 0, "--run", "one")
+    assert status == 1 and "pairs changed while table: one, seed 0 was trained" in error, error
+    assert not (tmp_path / "rows").exists()
+
+
 def test_an_interrupted_table_goes_on(folder, planted, tmp_path, capsys, monkeypatch):
     real = trainer._Run.step
 
