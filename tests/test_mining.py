@@ -580,6 +580,14 @@ def test_a_row_gets_the_judged_positives_that_it_has_not():
         assert tuple(map(texts.document, texts.positives_of(row))) == texts.row(row)[2].documents
 
 
+def test_a_judged_candidate_that_no_file_holds_is_told_before_any_work(encoder, rows, tmp_path, capsys):
+    judged = tmp_path / "judged.jsonl"
+    judged.write_text('{"query": "q", "candidate": "cut \\ud83d", "is_positive": true}\n')
+    status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", "--judged", judged)
+    assert status == 1 and encoder.calls == 0
+    assert f"{judged}, line 1: 'candidate' has a lone surrogate" in error, error
+
+
 def test_verdicts_are_not_replaced(encoder, rows, tmp_path, capsys):
     suspects, words = tmp_path / "s.jsonl", [rows, "-o", tmp_path / "out.jsonl"]
     assert run(capsys, *words, "--suspects", suspects)[0] == 0
@@ -610,6 +618,7 @@ def test_a_corpus_gives_the_candidates(encoder, rows, tmp_path, capsys):
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(
         '{"text": "w1 w2"}\n{"text": ""}\n"w3 w4"\n{"text": "w1 w2"}\n{"pos": ["w5", "w6 w7"]}\n{}\n'
+        '{"text": "cut \\ud83d"}\n"cut \\ud83d"\n'
     )
     status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", "--corpus", corpus, "--rule", "none")
     assert status == 0
@@ -621,6 +630,15 @@ def test_a_corpus_gives_the_candidates(encoder, rows, tmp_path, capsys):
     }
     assert f"1 skipped, first {corpus}, line 2: the text is empty" in error
     assert f"1 skipped, first {corpus}, line 6: no 'text' and no 'pos' with texts" in error
+    assert f"2 skipped, first {corpus}, line 7: a text has a lone surrogate, \\ud83d" in error
+
+
+def test_a_corpus_without_a_document_is_told_before_any_work(encoder, rows, tmp_path, capsys):
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": " "}\n{"title": "a"}\n')
+    status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", "--corpus", corpus)
+    assert status == 1 and encoder.calls == 0
+    assert f"no document of the corpus can be used: {corpus}, line 1: the text is empty" in error, error
 
 
 def test_a_part_of_the_rows_is_mined_as_a_file_of_them(encoder, rows, tmp_path, capsys):

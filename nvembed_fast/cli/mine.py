@@ -236,15 +236,19 @@ class _Documents(_Rows):
 
     def entry(self, index: int) -> "Entry":
         from nvembed_fast.curation.mining import Entry, Unusable
+        from nvembed_fast.texts import text_of
 
-        record = self.rows.record(index)
+        record, place = self.rows.record(index), self.rows.place(index)
         found = record.get("text", record.get("pos")) if isinstance(record, dict) else record
         documents = [found] if isinstance(found, str) else found
         if not isinstance(documents, list) or not all(isinstance(text, str) for text in documents):
             raise Unusable("no 'text' and no 'pos' with texts")
         if not any(text.strip() for text in documents):
             raise Unusable("the text is empty")
-        return Entry("", tuple(text for text in documents if text.strip()))
+        try:
+            return Entry("", tuple(text_of(text, "a text", place) for text in documents if text.strip()))
+        except ValueError as error:
+            raise Unusable(str(error).removeprefix(f"{place}: ")) from error
 
 
 def _check_output(arguments: argparse.Namespace) -> None:
@@ -285,7 +289,7 @@ def _check_suspects(file: Path | None) -> None:
 
 def _judged(file: Path | None) -> dict[int, list[str]]:
     """The id of a query -> its new positives."""
-    from nvembed_fast.texts import text_id
+    from nvembed_fast.texts import text_id, text_of
     from nvembed_fast.training.rows import open_rows
 
     found: dict[int, list[str]] = {}
@@ -295,6 +299,7 @@ def _judged(file: Path | None) -> dict[int, list[str]]:
     for index, record in enumerate(rows.records()):
         match record:
             case {"query": str(query), "candidate": str(text), "is_positive": True | False | None as verdict}:
+                text = text_of(text, "'candidate'", rows.place(index))
                 known = found.setdefault(text_id(query), []) if verdict else [text]
                 if text not in known:
                     known.append(text)

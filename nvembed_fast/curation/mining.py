@@ -177,6 +177,8 @@ class Texts:
         for number, source in enumerate(corpus, start=len(rows)):
             self._read(number, source, ids, owners, None)
         begin = len(ids)
+        if corpus and not begin:
+            raise ValueError("no document of the corpus can be used" + self._first_reason())
         for number, source in enumerate(rows):
             self._read(number, source, ids, owners, (places, queries, counts))
         self._rows, (self.query_ids, self.prompt_ids) = places.array(), queries.array().T.copy()

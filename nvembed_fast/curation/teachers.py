@@ -102,7 +102,8 @@ class LibraryEncoder:
         model.max_seq_length = min(max_length, model.max_seq_length or max_length)
         self.width = model.get_embedding_dimension()
         digest = hashlib.blake2b(digest_size=16)
-        for part in (repr(model), repr(model.prompts), str(dtype), _vocabulary(model)):
+        # the repr says nothing of max_seq_length
+        for part in (repr(model), repr(model.prompts), str(dtype), str(max_length), _vocabulary(model)):
             digest.update(part.encode())
         for name, weight in sorted(model.state_dict().items()):
             digest.update(name.encode())

@@ -52,6 +52,23 @@ def test_a_model_of_sentence_transformers(foreign, rows, tmp_path):
         assert len(row["neg"]) == 7 and row["neg_scores"] == sorted(row["neg_scores"], reverse=True)
 
 
+def test_vectors_of_another_max_length_are_not_taken(foreign, rows, tmp_path, capsys):
+    """sentence-transformers prints no max_seq_length in the repr of a model."""
+
+    def mined(out, max_length) -> tuple[int, bytes]:
+        words = ["mine", str(rows), "-o", str(tmp_path / out), "--device", "cpu", "--teacher", str(foreign)]
+        words += ["--vectors", str(tmp_path / "vectors"), "--max-length", str(max_length)]
+        return cli.main(words), (tmp_path / out).read_bytes()
+
+    assert mined("out.jsonl", 512)[0] == 0
+    wanted = (tmp_path / "out.jsonl").read_bytes()
+    assert mined("out.jsonl", 2) == (1, wanted)
+    assert "has vectors of another teacher, or of another --max-length" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "vectors")
+    status, found = mined("out.jsonl", 2)
+    assert status == 0 and found != wanted
+
+
 def test_a_model_of_this_package_with_a_task(tiny_directory, rows, tmp_path):
     out = tmp_path / "out.jsonl"
     arguments = ["mine", str(rows), "-o", str(out), "--device", "cpu", "--task", "find"]
