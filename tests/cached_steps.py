@@ -104,7 +104,7 @@ def main() -> None:
             run = DistributedDataParallel(model)
         else:
             run = model
-            for module in (*model.embedding_model.layers, model.head, model):
+            for module in (*model.embedding_model.layers, model):  # as `ranks.spread` does
                 fully_shard(module)
         result = step(run)
         mean = result.loss.clone()
@@ -125,8 +125,17 @@ def main() -> None:
             else:
                 direct_step(run, own_batch(), own_loss, max_tokens=64, seed=seed_of)
         say(f"{how} refused on rank {rank}")
-        # and the next step is right again
-        model.zero_grad()
+        # and the next step is right again, also behind a forward that leaves the root's weights whole
+        batch = PackedBatch.from_ids(texts[0].ids, texts[0].first_pooled, "cpu")
+        with torch.no_grad():
+            run(batch)
+        if how == "fsdp2":
+            assert not any(hasattr(weight, "device_mesh") for weight in model.head.parameters())
+            with pytest.raises(ValueError, match="built_once needs whole weights"), model.head.built_once():
+                run(batch).sum().backward()
+        model.zero_grad()  # of sharded weights: whole ones have gradients of their own
+        with torch.no_grad():
+            run(batch)
         step(run)
         assert worst_difference(gradients(model), wanted) < 1e-6
         say(f"{how} equal again on rank {rank}")

@@ -22,6 +22,7 @@ from whole_model import HEADS, head_name
 from nvembed_fast import ops
 from nvembed_fast.packing import token_budget_batches
 from nvembed_fast.tokenization import TokenizedTexts
+from nvembed_fast.training.auxiliary_losses import candidate_distillation
 from nvembed_fast.training.grad_cache import cached_step, direct_step
 from nvembed_fast.training.loss import LossResult
 
@@ -180,6 +181,40 @@ def test_another_module_is_refused():
         cached_step(torch.nn.Linear(1, 1), make_texts(), in_batch_loss, max_tokens=64, seed=seed_of)
     with pytest.raises(ValueError, match="max_batch_tokens must be at least 1"):
         cached_step(dropped_model(), make_texts(), in_batch_loss, max_tokens=0, seed=seed_of)
+
+
+@pytest.mark.parametrize("step", ["one chunk", "chunks", "rows"])
+def test_backwards_of_a_step_are_outside_of_autocast(step):
+    """Else the products of an fp32 loss, and those of the latents' matrices, have bf16 gradients."""
+    model, seen, found = dropped_model(), [], []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+    batch, teacher = own_batch(), torch.randn(18, 7, generator=torch.Generator().manual_seed(3))
+    candidates = dataclasses.replace(
+        batch.candidates, teacher_queries=teacher[:6], teacher_documents=teacher[6:]
+    )
+
+    def distillation(vectors):
+        return candidate_distillation(
+            vectors[:6], vectors[6:], candidates, temperature=0.05, teacher_temperature=0.05
+        )
+
+    def loss(vectors, part=None):
+        vectors.retain_grad()
+        found.append(vectors)
+        return LossResult(distillation(vectors), {})
+
+    with torch.autocast("cpu", torch.bfloat16):
+        if step == "rows":
+            direct_step(model, batch, loss, max_tokens=10_000, seed=seed_of)
+        else:
+            max_tokens = 64 if step == "chunks" else 10_000
+            cached_step(model, batch.texts, loss, max_tokens=max_tokens, seed=seed_of)
+    assert seen and not any(seen)
+    wide = found[0].detach().double().requires_grad_()
+    distillation(wide).backward()
+    assert float((found[0].grad - wide.grad).norm() / wide.grad.norm()) < 1e-5
 
 
 @pytest.mark.slow

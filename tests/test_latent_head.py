@@ -362,6 +362,24 @@ def test_built_once_for_a_step_of_two_backwards(latents, monkeypatch):
         torch.testing.assert_close(total, wanted[name], rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("latents", ["direct", "absorbed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_built_once_sums_the_shares_of_many_backwards_in_fp32(latents, dtype):
+    """In bf16 a share of 2**-9 beside a sum of 1 is lost, however often it comes."""
+    head = make_head().to(dtype).requires_grad_(True)
+    head.mode = latents
+    found = []
+    for shares in ([1.125], [1.0] + [2.0**-9] * 64):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32), head.built_once():
+            for share in shares:
+                one, other = head._constant()
+                (one.sum() * share + other.sum() * share).backward()
+        found.append({name: p.grad for name, p in head.named_parameters() if p.grad is not None})
+        head.zero_grad()
+    assert found[0].keys() == found[1].keys() >= {"latents", "to_kv.weight"}
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_built_once_leaves_nothing_behind_after_an_error():
     head = make_head().requires_grad_(True)
     with ops.use_impl("torch"), pytest.raises(RuntimeError, match="stop"), head.built_once():

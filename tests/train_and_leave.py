@@ -1,5 +1,9 @@
-"""One rank of `nvembed-fast train RECIPE`, which may hold no spread model where the group ends."""
+"""One rank of `nvembed-fast train RECIPE` with an evaluation behind each step.
 
+It may hold no spread model where the group ends.
+"""
+
+import functools
 import gc
 import sys
 
@@ -9,6 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from two_ranks import say
 
 from nvembed_fast import cli
+from nvembed_fast.packing import PackedBatch
+from nvembed_fast.training import trainer
 
 SPREAD = DistributedDataParallel | FSDPModule
 real = dist.destroy_process_group
@@ -20,5 +26,11 @@ def destroy() -> None:
     real()
 
 
+def evaluate(network, tokenizer, step: int) -> dict[str, float]:
+    tokens = tokenizer(["w1 w2 w3"], "", 48)
+    return {"first": network(PackedBatch.from_ids(tokens.ids, tokens.first_pooled, "cpu"))[0, 0].item()}
+
+
 dist.destroy_process_group = destroy
+trainer.train = functools.partial(trainer.train, evaluate=evaluate, evaluate_every=1)
 sys.exit(cli.main(["train", sys.argv[1]]))

@@ -79,40 +79,48 @@ class LatentHead(AttentionHead):
         self.to_out = ops.Linear(inner, width, bias=False)
         self.mode: Latents = "auto"
         self._cache: dict[str, _Built] = {}  # by the form
-        self._shared: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._shared: list[tuple[torch.Tensor, torch.dtype]] | None = None  # in fp32, and the dtype of use
 
     @contextmanager
     def built_once(self) -> Iterator[None]:
         """Around one training step: build the tensors that depend on weights only once for all its passes.
 
-        Each backward inside leaves its share with the built tensors. The end of the block carries the sum on
-        to the weights, so a step may be cut into as many backwards as memory asks for. Clipping and the
-        optimizer need all gradients, so they come after the block. Under DDP all backwards but the last run
-        inside `no_sync()`.
+        Each backward inside leaves its share with the built tensors, in fp32. The end of the block carries
+        the sum on to the weights, so a step may be cut into as many backwards as memory asks for. Clipping
+        and the optimizer need all gradients, so they come after the block. Under DDP all backwards but the
+        last run inside `no_sync()`.
 
         Raises:
-            ValueError: the weights are sharded (FSDP2), so that only a forward has them whole, or blocks are
-                nested.
+            ValueError: the weights are sharded (FSDP2), at the start or the end, so that only a forward has
+                them whole, or blocks are nested.
         """
         if self._shared is not None:
             raise ValueError("built_once inside built_once: one block goes around the whole step")
+        self._check_whole()
+        with torch.enable_grad():
+            built = self._build()
+        # in 16 bits a sum of many shares would lose the small ones
+        leaves = [t.detach().to(_wide(t)).requires_grad_(t.requires_grad) for t in built]
+        self._shared = [(leaf, t.dtype) for leaf, t in zip(leaves, built, strict=True)]
+        try:
+            yield
+        finally:
+            self._shared = None
+        reached = [
+            (t, leaf.grad.to(t.dtype)) for t, leaf in zip(built, leaves, strict=True) if leaf.grad is not None
+        ]
+        if reached:
+            self._check_whole()  # a forward before the block may have left them whole until a backward
+            tensors, grads = zip(*reached, strict=True)
+            with torch.autocast(self.latents.device.type, enabled=False):
+                torch.autograd.backward(tensors, grads)
+
+    def _check_whole(self) -> None:
         if any(hasattr(weight, "device_mesh") for weight in self.parameters()):
             raise ValueError(
                 "built_once needs whole weights, and those of this head are sharded. Without it "
                 "every forward builds its own, or keep the head's weights out of fully_shard (ignored_params)"
             )
-        with torch.enable_grad():
-            built = self._build()
-        one, other = (t.detach().requires_grad_(t.requires_grad) for t in built)
-        self._shared = shared = one, other
-        try:
-            yield
-            reached = [(t, s.grad) for t, s in zip(built, shared, strict=True) if s.grad is not None]
-        finally:
-            self._shared = None
-        if reached:
-            tensors, grads = zip(*reached, strict=True)
-            torch.autograd.backward(tensors, grads)
 
     def attention(self, h_TD: torch.Tensor, layout: SeqLayout) -> torch.Tensor:
         x_TD = self.cross_norm(h_TD)
@@ -162,7 +170,8 @@ class LatentHead(AttentionHead):
     def _constant(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The tensors that depend on weights only, from the cache if the weights are frozen."""
         if self._shared is not None:
-            return self._shared
+            one, other = (leaf.to(dtype) for leaf, dtype in self._shared)
+            return one, other
         form = self.form()
         modules = [self.context_norm, self.to_kv]
         if form == "absorbed":
@@ -208,8 +217,7 @@ class LatentHead(AttentionHead):
             return self._multiplied_out()
 
     def _multiplied_out(self) -> tuple[torch.Tensor, torch.Tensor]:
-        dtype, heads = self.latents.dtype, self.config.num_cross_heads
-        wide = torch.promote_types(dtype, torch.float32)
+        dtype, heads, wide = self.latents.dtype, self.config.num_cross_heads, _wide(self.latents)
         norm = self.context_norm
         context_LC = F.layer_norm(
             self.latents.to(wide), norm.normalized_shape, norm.weight.to(wide), norm.bias.to(wide), norm.eps
@@ -230,6 +238,10 @@ class LatentHead(AttentionHead):
         # do not keep the old weights alive beside the moved or cast ones
         self._cache.clear()
         return super()._apply(fn, recurse)
+
+
+def _wide(t: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -1,7 +1,8 @@
 """Terms that may stand beside the contrastive loss: a teacher's scores, a teacher's vectors, and spread.
 
-Each is a mean with a gradient, in fp32 whatever the autocast (float64 for float64). The caller adds it to
-the loss with a weight of its choice. Dimensions: B rows (queries), M columns (documents), D width, S scored
+Each is a mean with a gradient, in fp32 whatever the autocast (float64 for float64). The gradient is so
+if the caller's `backward` is outside of autocast, as those of `grad_cache` are. The caller adds a term to the
+loss with a weight of its choice. Dimensions: B rows (queries), M columns (documents), D width, S scored
 pairs.
 """
 

@@ -19,7 +19,8 @@ Invariants:
 - Gradients are reduced across ranks in the last chunk's backward alone. All ranks of FSDP2 run the same
   number of forwards: one with fewer chunks adds chunks of one token, whose gradient is zero. Before anything
   runs the ranks compare their plans, so that unequal ones are an error and no wait for ever.
-- Gradients are added to `.grad`, as by `backward`.
+- Gradients are added to `.grad`, as by `backward`. Backwards run outside of the caller's autocast. So a
+  product has its gradient in the dtype of its forward, and the loss in fp32.
 """
 
 import contextlib
@@ -78,18 +79,18 @@ def cached_step(
         if run.is_at_once:
             with run.chunk(is_last=True):
                 result = loss_of(run.forward(0, _taken(texts, chunks[0])).index_select(0, places))
-                result.loss.backward()
+                run.backward(result.loss)
             return _without_graph(result)
         with torch.no_grad():
             found = [run.forward(i, _taken(texts, rows), local=True) for i, rows in enumerate(chunks)]
         # one leaf in the order of the chunks, so that the gradients of a chunk lie together
         leaf = torch.cat(found).requires_grad_()
         result = loss_of(leaf.index_select(0, places))
-        result.loss.backward()
+        run.backward(result.loss)
         gradient = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
         for i, part in enumerate(gradient.split([len(rows) for rows in chunks])):
             with run.chunk(is_last=i == len(chunks) - 1):
-                run.forward(i, _taken(texts, chunks[i])).backward(part)
+                run.backward(run.forward(i, _taken(texts, chunks[i])), part)
     return _without_graph(result)
 
 
@@ -129,11 +130,11 @@ def direct_step(
                 part = batch.part(rows, [column for row in rows for column in columns[row]])
                 vectors = run.forward(i, part.texts)
                 if not rows:
-                    vectors.backward(torch.zeros_like(vectors))
+                    run.backward(vectors, torch.zeros_like(vectors))
                     continue
                 share = len(rows) / num_rows
                 result = loss_of(vectors, part)
-                (result.loss * share).backward()
+                run.backward(result.loss * share)
                 results.append((share, _without_graph(result)))
     metrics = {
         name: torch.stack([share * result.metrics[name] for share, result in results]).sum(0)
@@ -160,6 +161,7 @@ class _Run:
                 "pass NVEmbed's .model"
             )
         self.fsdp = network if isinstance(network, FSDPModule) else None
+        self.sharded = [module for module in network.modules() if isinstance(module, FSDPModule)]
         self.inner, self.network, self.call, self.seed = inner, network, call, seed
         self.device = network.embedding_model.embed_tokens.weight.device
 
@@ -197,6 +199,9 @@ class _Run:
     def step(self) -> Iterator[None]:
         """Around all chunks of a step."""
         head, device = self.network.head, self.device
+        # a root keeps its weights whole behind a forward, such as that of an evaluation
+        for module in self.sharded:
+            module.reshard()
         is_sharded = any(hasattr(weight, "device_mesh") for weight in head.parameters())
         devices = [] if device.type == "cpu" else [torch.get_device_module(device).current_device()]
         with (
@@ -218,6 +223,10 @@ class _Run:
             if self.fsdp is not None:
                 self.fsdp.set_requires_gradient_sync(True)
                 self.fsdp.set_is_last_backward(True)
+
+    def backward(self, result: torch.Tensor, gradient: torch.Tensor | None = None) -> None:
+        with torch.autocast(self.device.type, enabled=False):
+            result.backward(gradient)
 
     def forward(self, index: int, texts: TokenizedTexts, *, local: bool = False) -> torch.Tensor:
         """[n, D] vectors of the chunk of this number, and of a token without a text where there is no text.
