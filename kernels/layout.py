@@ -148,6 +148,10 @@ class SeqLayout:
             self._cache["runs"] = runs
         return self._cache["runs"]
 
+    def has_runs(self) -> bool:
+        """Whether `runs` was asked for: an operation went by the host's lists."""
+        return "runs" in self._cache
+
     def by_length(self) -> Order | None:
         """The sequences sorted by length, or None where sorting would save less than MIN_RUNS_SAVED runs."""
         if len(self.runs()) - len(set(self.lengths) - {0}) < MIN_RUNS_SAVED:

@@ -16,7 +16,8 @@ of a bucket. If a text needs fewer tiles, one tile is computed twice, to the sam
 A graph holds the addresses it was captured with. It is captured anew when a weight has changed or moved. A
 replay needs all weights at their addresses, even one whose result is dropped, so these are looked at before.
 Code that was added to the model, such as an adapter or a hook, decides anew in every call. A model that holds
-any runs without graphs.
+any runs without graphs. So does one whose operations do not all take kernels of a GPU: PyTorch's paths go by
+the host's lists, which a graph does not read.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +45,8 @@ MAX_TOKENS = 256
 MIN_BUCKET = 16
 # int32 elements: kernels compile once more for an address that is no multiple of 16 bytes
 _ALIGNMENT = 4
+# whose work a graph holds. Tests play a graph on a CPU
+_DEVICE_TYPES = ("cuda",)
 
 
 class BucketLayout(SeqLayout):
@@ -101,6 +104,9 @@ class BucketLayout(SeqLayout):
     def split_seqs(self, block: int) -> torch.Tensor:
         raise AssertionError(f"a bucket of {self.num_tokens} tokens is cut into {block}: lower MAX_TOKENS")
 
+    def runs(self) -> NoReturn:
+        raise AssertionError("an operation that goes by the host's lists is captured, and they are no text's")
+
     def _parts(self, buffer):
         """The parts of a buffer, of a tensor or an array, each flat and from a multiple of 16 bytes."""
         start = 0
@@ -145,6 +151,7 @@ class SingleTextGraphs:
         self._pool: tuple | None = None
         self._lock = threading.Lock()
         self._last: torch.cuda.Event | None = None  # behind the last result that was taken
+        self._without: set[tuple[torch.device, torch.dtype]] = set()  # whose work no graph holds
 
     @torch.no_grad()
     def __call__(self, ids: np.ndarray, first_pooled: int) -> torch.Tensor:
@@ -154,25 +161,26 @@ class SingleTextGraphs:
             ids: [S] int, S at most MAX_TOKENS.
             first_pooled: the number of leading tokens that are not pooled.
         """
-        device = self._device()
+        device, dtype = self._place()
         bucket = max(MIN_BUCKET, 1 << (len(ids) - 1).bit_length())
-        with self._turn(device):
-            graph, weights = self._graphs.get(bucket), self._weights()
-            if graph is not None and graph.addresses == _addresses(weights):
-                vector = graph(ids, first_pooled)
-                # while the device computes it
-                if self._is_as_built() and self._state(weights) == graph.state:
-                    return vector
-            if self._is_as_built():
-                graph = self._graphs[bucket] = self._capture(bucket)
-                return graph(ids, first_pooled)
-            # until the added code has gone, no text is computed in vain
-            self._graphs.clear()
+        if (device, dtype) not in self._without:
+            with self._turn(device):
+                graph, weights = self._graphs.get(bucket), self._weights()
+                if graph is not None and graph.addresses == _addresses(weights):
+                    vector = graph(ids, first_pooled)
+                    # while the device computes it
+                    if self._is_as_built() and self._state(weights) == graph.state:
+                        return vector
+                if self._is_as_built() and (graph := self._capture(bucket)) is not None:
+                    self._graphs[bucket] = graph
+                    return graph(ids, first_pooled)
+                # until the added code has gone, no text is computed in vain
+                self._graphs.clear()
         return self.model(PackedBatch.from_ids([ids], [first_pooled], device))
 
     def forget(self) -> None:
         """Drop all graphs: they read tensors that are out of date."""
-        with self._turn(self._device()):
+        with self._turn(self._place()[0]):
             self._graphs.clear()
 
     @contextmanager
@@ -190,8 +198,9 @@ class SingleTextGraphs:
             finally:
                 self._last = torch.cuda.current_stream().record_event()
 
-    def _device(self) -> torch.device:
-        return next((w.device for w in self.model.parameters()), torch.device("cpu"))
+    def _place(self) -> tuple[torch.device, torch.dtype]:
+        """Device and dtype of the first weight, which is the backbone's."""
+        return next(((w.device, w.dtype) for w in self.model.parameters()), (torch.device("cpu"), torch.float32))
 
     def _is_as_built(self) -> bool:
         # modules compare by identity
@@ -207,13 +216,17 @@ class SingleTextGraphs:
         head = self.model.head
         return versions, getattr(head, "mode", None), getattr(head, "output_normalize", None)
 
-    def _capture(self, bucket: int) -> _Graph:
-        device, weights = self._device(), self._weights()
+    def _capture(self, bucket: int) -> _Graph | None:
+        """The graph of a bucket. None: no graph holds what weights of this device and dtype run."""
+        (device, dtype), weights = self._place(), self._weights()
         addresses, state = _addresses(weights), self._state(weights)
         ids = np.zeros(bucket, dtype=np.int32)
-        # an ordinary run shows which tile lists the kernels ask for
+        # an ordinary run shows which lists the operations ask for
         plain = PackedBatch.from_ids([ids, ids[:0]], [0, 0], device)
         self.model(plain)
+        if device.type not in _DEVICE_TYPES or plain.layout.has_runs():
+            self._without.add((device, dtype))
+            return None
         layout = BucketLayout(bucket, device, plain.layout.tile_blocks())
         layout.put(ids, 0)
 

@@ -15,7 +15,7 @@ import torch
 from nvembed_fast import NVEmbed, graphs, ops
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.graphs import BucketLayout, SingleTextGraphs
-from nvembed_fast.kernels import mean_pool
+from nvembed_fast.kernels import library, mean_pool
 from nvembed_fast.kernels.layout import SeqLayout
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
@@ -55,6 +55,12 @@ def test_every_part_of_a_bucket_lies_at_16_bytes(bucket):
     parts = [layout.input_ids, layout.keep, layout.cu_seqlens, layout.positions]
     parts += [layout.tiles(block) for block in layout.blocks]
     assert [part.data_ptr() % 16 for part in parts] == [0] * 7
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch) -> None:
+    """A graph is played on a CPU."""
+    monkeypatch.setattr(graphs, "_DEVICE_TYPES", ("cpu",))
 
 
 @pytest.fixture
@@ -291,6 +297,35 @@ def test_written_content_is_captured_anew(tiny_directory, captures):
     torch.testing.assert_close(after, encoder.encode("a query"), rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("change", ["device", "library", "shape"])
+def test_what_no_graph_holds_runs_without_one(tiny_directory, captures, monkeypatch, change):
+    """PyTorch's paths go by the host's lists, which say that one text fills the bucket."""
+    encoder = NVEmbed.from_pretrained(tiny_directory, device="cpu", impl="triton")
+    encoder.graphs = SingleTextGraphs(encoder.model)
+    if change == "device":
+        monkeypatch.setattr(graphs, "_DEVICE_TYPES", ("cuda",))
+    elif change == "library":
+        encoder._placement = dataclasses.replace(encoder.placement, impl="library")
+    else:  # as under "auto"
+        monkeypatch.setattr(ops, "_kernel", lambda name: getattr(library, name))
+    forwards = []
+    encoder.model.register_forward_hook(lambda *_: forwards.append(1))
+    encoder.graphs._is_as_built = lambda: True  # the hook counts, and changes nothing
+    got = [encoder.encode("judo") for _ in range(2)]
+    # an ordinary run shows once that no graph holds it
+    assert len(forwards) == 3 and not captures and not encoder.graphs._graphs
+    encoder.graphs = None
+    wanted = encoder.encode("judo")
+    assert all(torch.equal(vector, wanted) for vector in got)
+
+
+def test_the_hosts_lists_of_a_bucket_are_never_read():
+    layout = BucketLayout(16, torch.device("cpu"))
+    for lists in (layout.runs, layout.by_length):
+        with pytest.raises(AssertionError, match="the host's lists"):
+            lists()
+
+
 def test_what_a_graph_reads_is_kept(tiny_directory, captures):
     model = model_of(tiny_directory, "latent")
     run = SingleTextGraphs(model)
@@ -319,7 +354,8 @@ def test_what_another_thread_replaces_during_a_capture_is_kept(tiny_directory, m
     monkeypatch.setattr(graphs, "captured", captured)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     run = SingleTextGraphs(model)
-    run(np.arange(3, 12), 0)
+    with ops.use_impl("triton"):
+        run(np.arange(3, 12), 0)
     assert len(read) == 2 and run._graphs[16].held[0] is read[1] is not read[0]
 
 
