@@ -225,8 +225,9 @@ def _layout_of(lengths: bytes, device: torch.device) -> SeqLayout:
 
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host tensor on the device, without waiting for the device."""
-    return pinned(host, device).to(device, non_blocking=True)
+    """A host tensor on the device, without waiting for a GPU."""
+    # Apple's devices would read it later, from memory that is free by then (pytorch issue 189690)
+    return pinned(host, device).to(device, non_blocking=device.type != "mps")
 
 
 def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -200,7 +200,9 @@ class SingleTextGraphs:
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the first weight, which is the backbone's."""
-        return next(((w.device, w.dtype) for w in self.model.parameters()), (torch.device("cpu"), torch.float32))
+        return next(
+            ((w.device, w.dtype) for w in self.model.parameters()), (torch.device("cpu"), torch.float32)
+        )
 
     def _is_as_built(self) -> bool:
         # modules compare by identity

@@ -7,7 +7,7 @@ import torch
 from nvembed_fast import ops
 from nvembed_fast.config import LatentForm, Latents, NVEmbedConfig, check_dtype_name, check_latents
 
-__all__ = ["DTYPES", "Placement", "check_device", "check_dtype", "dtype_name"]
+__all__ = ["DTYPES", "Placement", "check_device", "check_dtype", "dtype_name", "latent_form", "place"]
 
 # by their names in safetensors files
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
@@ -46,7 +46,7 @@ class Placement:
         latents: Latents = "auto",
         cuda_graphs: bool = False,
     ) -> "Placement":
-        """The placement of a model with this config. The kernels of a GPU are proven for inference.
+        """The placement of a model with this config. "auto" has the kernels of a GPU proven for inference.
 
         Args:
             config: the parsed config.json.
@@ -60,13 +60,9 @@ class Placement:
             ValueError: an argument is wrong, or cannot be had here.
         """
         ops.check_impl(impl)
-        form = _latent_form(latents, config)
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = check_device(device)
-        if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else config.torch_dtype
-        placement = cls(device, check_dtype(dtype), impl, form, cuda_graphs)
+        form = latent_form(latents, config)
+        device, dtype = place(config, device, dtype)
+        placement = cls(device, dtype, impl, form, cuda_graphs)
         implementation, reason = placement.implementation()
         if cuda_graphs and (device.type != "cuda" or implementation != "triton"):
             obstacle = reason if implementation != "triton" else "tensors are on the CPU"
@@ -92,7 +88,22 @@ class Placement:
             return ops.choose(self.device, self.dtype)
 
 
-def _latent_form(latents: str, config: NVEmbedConfig) -> LatentForm | None:
+def place(
+    config: NVEmbedConfig,
+    device: str | int | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+) -> tuple[torch.device, torch.dtype]:
+    """Where weights go, and in which dtype: see `Placement.decide`. Proves nothing."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = check_device(device)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else config.torch_dtype
+    return device, check_dtype(dtype)
+
+
+def latent_form(latents: str, config: NVEmbedConfig) -> LatentForm | None:
+    """The form of the latent head that is taken. None for a model with another head."""
     form = check_latents(latents)
     if config.pooling_head == "latent":
         return config.latent_attention_config.cheaper_form if form == "auto" else form

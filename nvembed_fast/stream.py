@@ -57,11 +57,11 @@ class Window:
     texts: int = 8192
     characters: int = 8_000_000
 
-    def slices(self, texts: list[str], max_characters: int) -> Iterator[slice]:
-        """The windows of `texts`, when `max_characters` of each text are read."""
+    def slices(self, texts: list[str], max_characters: int, instruction: str = "") -> Iterator[slice]:
+        """The windows of `texts`, when `max_characters` of each text behind its instruction are read."""
         first, max_texts, characters = 0, self.first_texts, 0
         for index, text in enumerate(texts):
-            size = min(len(text), max_characters)
+            size = min(len(instruction) + len(text), max_characters)
             if index > first and (index - first == max_texts or characters + size > self.characters):
                 yield slice(first, index)
                 first, max_texts, characters = index, self.texts, 0
@@ -151,7 +151,8 @@ class TextStream:
         pool = ThreadPoolExecutor(1, thread_name_prefix="nvembed-tokenize")
         try:
             ahead = None
-            for window in self.window.slices(texts, self.tokenizer.max_characters(max_length)):
+            limit = self.tokenizer.max_characters(max_length)
+            for window in self.window.slices(texts, limit, instruction):
                 ready, ahead = ahead, pool.submit(tokenize, window.start, window.stop)
                 if ready is not None:
                     yield ready.result()
@@ -263,7 +264,8 @@ class Result:
         """Take the vectors of these rows. Returns the rows that have come to their places meanwhile."""
         index, vectors = torch.tensor(indices, device="cpu"), vectors.float()
         if not self.on_host or self.device.type != "cuda":
-            self.rows.index_copy_(0, to_device(index, self.rows.device), vectors.to(self.rows.dtype))
+            # of a device without streams such as Apple's, the rows may be on the host
+            self.rows.index_copy_(0, to_device(index, self.rows.device), vectors.to(self.rows))
             return indices
         staging = torch.empty(vectors.shape, dtype=torch.float32, device="cpu", pin_memory=True)
         staging.copy_(vectors, non_blocking=True)

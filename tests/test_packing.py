@@ -4,7 +4,7 @@ import torch
 from waits import Waits
 from whole_model import from_padded
 
-from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.layout import SeqLayout, to_device
 from nvembed_fast.packing import PackedBatch, pad_rows, token_budget_batches
 
 
@@ -66,6 +66,16 @@ def test_a_batch_goes_to_the_device_by_one_copy(monkeypatch):
         return waits.copies
 
     assert [run(seed) for seed in range(3)] == [4, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["cuda", "mps"])
+def test_a_copy_is_at_once_where_memory_is_not_pinned(monkeypatch, kind):
+    """torch gives pinned memory to nobody while a copy is under way, and other memory at once."""
+    copies = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: copies.append("pinned") or t)
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *_, non_blocking: copies.append(non_blocking) or t)
+    to_device(torch.ones(2), torch.device(kind))
+    assert copies == (["pinned", True] if kind == "cuda" else [False])
 
 
 def test_lists_that_went_along_are_those_of_the_batch():

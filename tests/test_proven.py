@@ -12,7 +12,8 @@ import pytest
 import torch
 from fake_driver import gpu
 
-from nvembed_fast import cli, ops, self_check, verdicts
+from nvembed_fast import NVEmbed, cli, ops, self_check, verdicts
+from nvembed_fast.checkpoint.load import load_weights
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.kernels import library
 from nvembed_fast.placement import Placement
@@ -175,6 +176,23 @@ def test_loading_proves_and_graphs_need_it(verdict, monkeypatch):
     asked = len(verdict.asked)
     assert Placement.decide(config, cuda_graphs=True, impl="triton").cuda_graphs
     assert len(verdict.asked) == asked
+
+
+@pytest.mark.parametrize("way", ["library", "torch", "info", "auto"])
+def test_only_auto_proves_at_loading(verdict, tiny_directory, monkeypatch, capsys, way):
+    """The library path may have been chosen because a kernel hangs here."""
+    cpu = torch.device("cpu")
+    monkeypatch.setattr("nvembed_fast.placement.check_device", lambda _: GPU)
+    monkeypatch.setattr(
+        "nvembed_fast.checkpoint.load.load_weights",
+        lambda *args, device, dtype, **kwargs: load_weights(*args, device=cpu, dtype=dtype, **kwargs),
+    )
+    if way == "info":
+        assert cli.main(["info", "--model", str(tiny_directory)]) == 0
+        assert "it runs on cuda:0 in float16" in capsys.readouterr().out
+    else:
+        NVEmbed.from_pretrained(tiny_directory, impl=way)
+    assert len(verdict.asked) == (way == "auto")
 
 
 @contextlib.contextmanager

@@ -48,6 +48,20 @@ def test_windows_end_before_their_texts_fill_the_memory():
     windows = [(w.start, w.stop) for w in window.slices(texts, max_characters=80)]
     assert windows == [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7)]  # 80+20, 30, 80+5, 60, 60
     assert list(window.slices([], 80)) == []
+    # 70+10, 70+10, as each text carries the instruction
+    assert list(window.slices(["x" * 10] * 2, 80, "i" * 70)) == [slice(0, 1), slice(1, 2)]
+
+
+def test_an_instruction_counts_in_the_windows_of_a_stream(model):
+    texts = replace(model.stream, window=Window(characters=100))
+    assert len(list(texts.tokenized(["a"] * 3, "i" * 60, 256))) == 3
+    assert len(list(texts.tokenized(["a"] * 3, "", 256))) == 1
+
+
+def test_rows_lie_on_another_device_than_the_vectors():
+    """Rows on "meta" play the host of a device that is neither a CPU nor CUDA."""
+    result = stream.Result(4, 3, torch.device("mps"), on_host=True, rows=torch.empty(4, 3, device="meta"))
+    assert result.put([1, 0], torch.ones(2, 3)) == [1, 0]
 
 
 def test_out_of_memory_halves_the_batch_and_loses_nothing(model, monkeypatch):

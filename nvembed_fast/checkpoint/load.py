@@ -31,7 +31,7 @@ from nvembed_fast.checkpoint.names import (
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.files import brief, current
 from nvembed_fast.network.model import NVEmbedModel
-from nvembed_fast.placement import DTYPES, Placement, dtype_name
+from nvembed_fast.placement import DTYPES, dtype_name, place
 
 __all__ = ["check_tensors", "empty_parameters", "load_model", "load_weights", "stored_tensors"]
 
@@ -66,9 +66,9 @@ def load_model(
     """
     directory = current(Path(directory))
     config = config or NVEmbedConfig.from_file(directory / CONFIG_FILE)
-    place = Placement.decide(config, device=device, dtype=dtype)
+    target, kind = place(config, device, dtype)
     table = published_tensors(config)
-    values = load_weights(directory, table, device=place.device, dtype=place.dtype, progress=progress)
+    values = load_weights(directory, table, device=target, dtype=kind, progress=progress)
     with torch.device("meta"):  # behind the weights: sizes that they have not may be too large even there
         model = NVEmbedModel(config)
     # strict: a parameter that the table does not name is an error here, never a tensor left on meta

@@ -15,8 +15,6 @@ from nvembed_fast.config import NVEmbedConfig
 if TYPE_CHECKING:
     import torch
 
-    from nvembed_fast.placement import Placement
-
 SUMMARY = "Versions, devices, and which implementation each operation takes and why."
 EXAMPLES = """\
 examples:
@@ -34,14 +32,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     from nvembed_fast import checkpoint
-    from nvembed_fast.placement import Placement
+    from nvembed_fast.placement import place
 
     # first, so that an error stands alone
     config = None
     if arguments.model is not None:
         directory = checkpoint.resolve(arguments.model, config_only=True, **options.hub_options(arguments))
         config = NVEmbedConfig.from_file(directory / "config.json")
-        placement = Placement.decide(config)
+        placed = place(config)
     ours, python, *packages = versions().items()
     print(f"{' '.join(ours)}, {' '.join(python)}")
     for package in packages:
@@ -52,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     print("\nMatrix products are the library's. A shape beyond a kernel's limits takes library.")
     print("On a GPU `auto` takes a kernel once its self-check has passed: see `nvembed-fast check`.")
     if config:
-        _print_model(arguments.model, config, placement)
+        _print_model(arguments.model, config, *placed)
 
 
 def versions(device: "torch.device | None" = None) -> dict[str, str]:
@@ -99,13 +97,13 @@ def _print_implementations(device: str) -> None:
         print(textwrap.fill(", ".join(ops.OPERATIONS), 100, initial_indent="    ", subsequent_indent="    "))
 
 
-def _print_model(name: str, config: NVEmbedConfig, placement: "Placement") -> None:
+def _print_model(name: str, config: NVEmbedConfig, device: "torch.device", dtype: "torch.dtype") -> None:
     from nvembed_fast.checkpoint import published_tensors
-    from nvembed_fast.placement import dtype_name
+    from nvembed_fast.placement import dtype_name, latent_form
 
     shapes = [slot.shape for slot in published_tensors(config).values()]
     print(f"\n{name}: {sum(map(math.prod, shapes)):,} parameters in {len(shapes)} tensors")
-    print(f"it runs on {placement.device} in {dtype_name(placement.dtype)}")
-    if placement.latents:
-        print(f"latents='auto' takes the {placement.latents} form: the cheaper one for these shapes")
+    print(f"it runs on {device} in {dtype_name(dtype)}")
+    if form := latent_form("auto", config):
+        print(f"latents='auto' takes the {form} form: the cheaper one for these shapes")
     print(json.dumps(config.to_dict(), indent=2))
