@@ -135,6 +135,7 @@ def test_the_table_has_a_mean_only_for_models_with_all_tasks():
         row("squad", "x", units=[0.5]),
         row("nave", "x", units=[0.25]),
         row("squad", "bm25", units=[0.75], sample="30 of 50 queries, 40 of 50 documents"),
+        row("docstrings", "x", units=[1.0]),  # our own: in no mean
         quick,
     ]
     assert report.table(rows).splitlines() == [
@@ -143,6 +144,7 @@ def test_the_table_has_a_mean_only_for_models_with_all_tasks():
         "| squad | nDCG@10 | .750 (.750-.750) | .500 (.500-.500) |",
         "| nave | nDCG@10 |  | .250 (.250-.250) |",
         "| nave (quick) | nDCG@10 |  | .500 (.500-.500) |",
+        "| docstrings | nDCG@10 |  | 1.000 (1.000-1.000) |",
         "| **retrieval, mean** | |  | **.375 (.375-.375)** |",
     ]
 
@@ -162,11 +164,12 @@ def test_the_summary_has_a_line_for_each_model():
         row("squad", "bm25", units=[0.75]),
     ]
     rows.append(row("r52", "x", units=[1, 1], kind="classification"))
+    rows.append(row("docstrings", "x", units=[1.0]))
     assert report.summary(rows).splitlines() == [
-        "| model | **retrieval, mean** | **others, mean** | squad | nave | r52 |",
-        "|---|--:|--:|--:|--:|--:|",
-        "| bm25 |  |  | .750 |  |  |",
-        "| x | **.375 (.375-.375)** | **1.000 (1.000-1.000)** | .500 | .250 | 1.000 |",
+        "| model | **retrieval, mean** | **others, mean** | squad | nave | docstrings | r52 |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+        "| bm25 |  |  | .750 |  |  |  |",
+        "| x | **.375 (.375-.375)** | **1.000 (1.000-1.000)** | .500 | .250 | 1.000 | 1.000 |",
     ]
 
 

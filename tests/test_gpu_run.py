@@ -260,6 +260,18 @@ def test_vectors_of_two_threads_are_counted_when_they_are_mixed_up():
     assert gpu_checks.wrong_vectors(lambda ids: torch.as_tensor(ids).float(), texts, 20) == 0
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_vectors_of_a_thread_that_died_are_counted_as_wrong():
+    def encode(ids):
+        if ids[0] == 2:
+            raise RuntimeError("CUDA error")
+        return torch.as_tensor(ids).float()
+
+    texts = [np.full(4, 1), np.full(4, 2)]
+    wanted = [torch.as_tensor(ids).float() for ids in texts]
+    assert gpu_checks.wrong_vectors(encode, texts, 20, wanted=wanted) == 20
+
+
 def test_what_a_new_model_has_made_is_read_by_two_threads(monkeypatch):
     """Here on the CPU. On a GPU each thread has a stream."""
     model = host_time.tiny_model()

@@ -699,6 +699,17 @@ def test_a_prompt_without_room_for_its_query_is_counted_before_any_work(
     assert f"no row can be mined: {rows}, line 1: {reason}" in capsys.readouterr().err
 
 
+def test_a_model_of_this_package_without_instructions_is_told(rows, tiny_directory, tmp_path, capsys):
+    lines = records(rows)
+    lines[0]["prompt"] = "find"
+    rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["mine", str(rows), "-o", str(tmp_path / "out.jsonl"), "--teacher", str(tiny_directory)]
+    note = f"note: {len(lines) - 1} of {len(lines)} queries have no instruction"
+    for task, told in (("", True), ("find", False)):
+        assert cli.main([*words, "--device", "cpu", "--task", task]) == 0
+        assert (note in capsys.readouterr().err) is told, task
+
+
 def test_huge_and_duplicate_texts_are_mined_once(encoder, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     lines = [{"query": f"q{i}", "pos": ["w " * 2**20 if i == 0 else f"w{i % 3}"]} for i in range(9)]

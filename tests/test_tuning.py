@@ -14,12 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradients import spy_on_launches
+from conftest import KERNEL_DTYPES
+from gradients import bound, spy_on_launches
 from triton.runtime.jit import KernelInterface
 
 from bench.measure import results
 from bench.measure.timing import Times
 from nvembed_fast.kernels import (
+    _common,
     absorbed_latent_attention,
     flash_attention,
     latent_attention,
@@ -35,6 +37,7 @@ from nvembed_fast.kernels.testing import (
     NORM_CASES,
     POOL_CASES,
     SCORE_CASES,
+    AttentionCase,
     RowCase,
     as_tuple,
     assert_gradient_parity,
@@ -200,6 +203,27 @@ def test_an_entry_changes_the_tile_of_attention(device, monkeypatch):
         got = kernel(q, k, v)
     assert tiles() == dict.fromkeys(names, tile)
     assert_parity("entry", got, wanted(q, k, v), wanted(q.double(), k.double(), v.double()))
+
+
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES[1:], ids=lambda d: str(d).removeprefix("torch."))
+def test_the_shipped_entries_of_attention_keep_its_gradients(dtype, device, monkeypatch):
+    sm, width, group = 90, 128, 4
+    if not HAS_GPU:
+        monkeypatch.setattr(_common, "INTERPRETED_CAPABILITY", sm)
+    q, k, v, layout = AttentionCase("nvembed", (70, 129), group, 1, width).inputs(device, dtype)
+    names = [f"_flash_attention_bwd_{which}_kernel" for which in ("dq", "dkv")]
+    launches = spy_on_launches(monkeypatch, flash_attention, *names)
+
+    def low(inputs, upstream):
+        return attention_gradients(inputs, upstream, layout)
+
+    kernel, wanted = (bound(f, layout) for f in (flash_attention.flash_attention, reference.flash_attention))
+    assert_gradient_parity("shipped", kernel, wanted, [q, k, v], low)
+    shape_class, shipped = f"width{width}-group{group}-bits16-longest128", tuned.read(tuned.FILE)
+    entries = [shipped[f"flash_attention.{which}", sm, shape_class] for which in ("dq", "dkv")]
+    is_met = rms_norm.capability(q.device) == sm
+    for (name, arguments), entry in zip(launches, entries, strict=True):
+        assert ({n: arguments[n] for n in entry} == entry) is is_met, name
 
 
 @pytest.mark.parametrize("module", [latent_attention, absorbed_latent_attention])

@@ -131,13 +131,13 @@ def wrong_vectors(
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
     wanted: Sequence[torch.Tensor] | None = None,
 ) -> int:
-    """How many of `count` vectors per text are not the ones that the text gets alone. One thread a text.
+    """How many of `count` vectors per text are not the ones that the text gets alone, or never came.
 
-    With `wanted` nothing is encoded before the threads start.
+    One thread a text. With `wanted` nothing is encoded before the threads start.
     """
     if wanted is None:
         wanted = [encode(ids).clone() for ids in texts]
-    wrong = [0] * len(texts)
+    wrong = [count] * len(texts)  # a thread that ends early leaves them so
     barrier = threading.Barrier(len(texts))
 
     def work(index: int) -> None:
@@ -145,7 +145,7 @@ def wrong_vectors(
         with context():
             for _ in range(count):
                 got = encode(texts[index])
-                wrong[index] += not torch.allclose(got, wanted[index], rtol=0, atol=1e-3)
+                wrong[index] -= torch.allclose(got, wanted[index], rtol=0, atol=1e-3)
 
     threads = [threading.Thread(target=work, args=(index,)) for index in range(len(texts))]
     for thread in threads:

@@ -66,7 +66,7 @@ Rows that stand in an evaluation set were dropped{but}. No third-party text is i
 ## Scores
 
 By `nvembed-fast eval`, with 95 % bootstrap intervals. docs/evaluation.md of the repository says what each
-task is. `docstrings` is a set of our own, and near the training text.
+task is. `docstrings` is a set of our own, near the training text, and in no mean.
 
 {scores}
 """

@@ -76,9 +76,8 @@ def run(arguments: argparse.Namespace) -> int:
     report: dict[str, Any] = {"ok": True, "device": f"{device}: {facts}", "versions": info.versions(device)}
     _say(arguments, f"{report['device']}\n{_joined(report['versions'])}")
     report["kernels"] = {dtype_name(dtype): _kernels(device, dtype) for dtype in dtypes}
-    for name, kernels in report["kernels"].items():
-        if not kernels["checked"]:
-            _say(arguments, f"no kernel is checked in {name}: {kernels['reason']}")
+    for (reason, _), names in _unchecked(report).items():
+        _say(arguments, f"no kernel is checked in {', '.join(names)}: {reason}")
     found = _findings(arguments, device, report["kernels"], operations)
     report["operations"] = [_row(finding) for finding in found]
     report["ok"] = all(finding.ok for finding in found)
@@ -154,6 +153,15 @@ def _kernels(device: "torch.device", dtype: "torch.dtype") -> dict[str, Any]:
     return {"checked": reason is None, "reason": reason, "auto": ops.choose(device, dtype)[0]}
 
 
+def _unchecked(report: dict[str, Any]) -> dict[tuple[str, str], list[str]]:
+    """The dtypes in which no kernel is checked, for each reason and path of `auto`."""
+    names: dict[tuple[str, str], list[str]] = {}
+    for name, kernels in report["kernels"].items():
+        if not kernels["checked"]:
+            names.setdefault((kernels["reason"], kernels["auto"]), []).append(name)
+    return names
+
+
 def _say(arguments: argparse.Namespace, text: str) -> None:
     if not arguments.json:
         print(text, flush=True)
@@ -199,9 +207,8 @@ def _model(arguments: argparse.Namespace, device: "torch.device") -> dict[str, A
 def _verdict(found: list["Finding"], report: dict[str, Any]) -> str:
     wrong = [finding for finding in found if not finding.ok]
     lines = [f"\n{len(found) - len(wrong)} of {len(found)} are right (tolerances: docs/numerics.md)"]
-    for name, kernels in report["kernels"].items():
-        if not kernels["checked"]:
-            lines.append(f"  no kernel was checked in {name}: there auto takes the path {kernels['auto']}")
+    for (_, auto), names in _unchecked(report).items():
+        lines.append(f"  no kernel was checked in {', '.join(names)}: there auto takes the path {auto}")
     for finding in wrong:
         instead = {"triton": "auto takes the library path", "library": "pass impl='torch'"}.get(
             finding.path, ""

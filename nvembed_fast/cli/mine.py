@@ -168,6 +168,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     if arguments.task and (reason := complaint(arguments.task)):
         raise ValueError(f"--task {reason}")
+    own = [name for name in arguments.teacher if _is_own(name)]
+    if own and not arguments.task and (number := int((texts.prompt_ids == 0).sum())):
+        process.say(
+            f"note: {number} of {len(texts)} queries have no instruction, which {own[0]} expects: "
+            'give --task, or "prompt" in a row'
+        )
     folder = arguments.output.with_name(arguments.output.name + ".mining")
     folder.mkdir(exist_ok=True)
     with (

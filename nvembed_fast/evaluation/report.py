@@ -23,7 +23,7 @@ def table(rows: Sequence[Row]) -> str:
     """A Markdown table of our own tasks: a line for each, a column for each model, and two means.
 
     A cell has the score and its 95 % bootstrap interval. A mean stands only where a model has all the tasks
-    that any model has. Rows of quick samples have lines of their own and count in no mean.
+    that any model has. Rows of quick samples have lines of their own. They and `tasks.OWN` count in no mean.
 
     Raises:
         ValueError: rows of one task were made on different data, which does not compare.
@@ -41,9 +41,9 @@ def table(rows: Sequence[Row]) -> str:
             measure = _MEASURES[next(iter(found.values()))["kind"]]
             cells = [_cell([found[model]]) if model in found else "" for model in models]
             lines.append(f"| {name} | {measure} | " + " | ".join(cells) + " |")
-        whole = [name for name in names if name in tasks.names()]
-        if len(whole) > 1:
-            cells = [_mean(by_line, whole, model) for model in models]
+        counted = _counted(names)
+        if len(counted) > 1:
+            cells = [_mean(by_line, counted, model) for model in models]
             lines.append(f"| **{_MEANS[group]}** | | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -62,7 +62,7 @@ def summary(rows: Sequence[Row]) -> str:
         "|---|" + "--:|" * (len(means) + len(columns)),
     ]
     for model in _models(rows):
-        cells = [_mean(by_line, names, model) for names in groups.values()]
+        cells = [_mean(by_line, _counted(names), model) for names in groups.values()]
         for name in columns:
             cells.append(_short(by_line[name][model]["score"]) if model in by_line[name] else "")
         lines.append(f"| {model} | " + " | ".join(cells) + " |")
@@ -142,6 +142,11 @@ def new_figure(width: float, height: float) -> Any:
     except ModuleNotFoundError as error:
         raise ImportError("a picture needs matplotlib: pip install 'nvembed-fast[eval]'") from error
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def _counted(names: Iterable[str]) -> list[str]:
+    """The lines of whole tasks that count in a mean."""
+    return [name for name in names if name in tasks.names() and name not in tasks.OWN]
 
 
 def _mean(by_line: Mapping[str, Mapping[str, Row]], names: Sequence[str], model: str) -> str:
