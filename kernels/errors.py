@@ -103,7 +103,7 @@ def check_flash_attention_bwd(
         _check_like("out", out, q, q.shape)
     _check_like("dout", dout, q, q.shape, any_strides=True)
     statistics = (q.shape[1], q.shape[0])
-    _check_like("lse2", lse2, q, statistics, dtype=torch.float32)
+    _check_like("lse2", lse2, q, statistics, dtype=torch.float32, is_contiguous=True)
     if dlse2 is not None:
         _check_like("dlse2", dlse2, q, statistics, dtype=torch.float32, any_strides=True)
 
@@ -137,7 +137,7 @@ def check_latent_attention_bwd(
         _check_like("out", out, q, q.shape)
     _check_like("dout", dout, q, q.shape, any_strides=True)
     if lse is not None:
-        _check_like("lse", lse, q, (q.shape[1], q.shape[0]), dtype=torch.float32)
+        _check_like("lse", lse, q, (q.shape[1], q.shape[0]), dtype=torch.float32, is_contiguous=True)
 
 
 def check_absorbed_latent_attention(
@@ -372,14 +372,20 @@ def _check_like(
     *,
     dtype: torch.dtype | None = None,
     any_strides: bool = False,
+    is_contiguous: bool = False,
 ) -> None:
-    """Of this shape, of the dtype and device of `like`, and with a last stride of 1 unless any is taken."""
+    """Of this shape, of the dtype and device of `like`, and with a last stride of 1 unless any is taken.
+
+    Or contiguous, as statistics are: a kernel gets one stride for all of them.
+    """
     if t is None:
         raise ValueError(f"{name} must be given, got None")
     dtype = dtype or like.dtype
     fits = t.shape == shape and t.dtype == dtype and t.device == like.device
-    if not fits or (t.numel() and t.stride(-1) != 1 and not any_strides):
-        raise mismatch(name, f"{list(shape)} {dtype} on {like.device} with a last stride of 1", t)
+    is_laid_out = t.is_contiguous() if is_contiguous else not t.numel() or t.stride(-1) == 1 or any_strides
+    if not fits or not is_laid_out:
+        strides = "contiguous" if is_contiguous else "with a last stride of 1"
+        raise mismatch(name, f"{list(shape)} {dtype} on {like.device}, {strides}", t)
 
 
 def _check_dtype(name: str, t: torch.Tensor) -> None:

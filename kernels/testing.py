@@ -5,6 +5,7 @@ a frozen problem: `name` is the pytest id and the row label of the benchmark,
 `bench` marks the sizes of the real model, too large for the interpreter.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ EMPTY_MIDDLE = (7, 0, 9)
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+# whatever device and dtype the caller has made the default
+_randn, _rand = (functools.partial(f, dtype=torch.float32, device="cpu") for f in (torch.randn, torch.rand))
 
 
 def skewed_lengths(count: int, median: int = 128, minimum: int = 16, maximum: int = 4096) -> tuple[int, ...]:
@@ -50,7 +55,7 @@ class AttentionCase:
     def inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
         layout = SeqLayout(self.lengths, device)
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = torch.randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
+        qkv = _randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
         qkv[:, : self.num_heads + self.num_kv_heads] *= self.peak
         q, k, v = qkv.to(device, dtype).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return q, k, v, layout
@@ -163,8 +168,8 @@ class LatentCase:
 
     def direct_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
         g = generator(seed)
-        q = self.peak * torch.randn(self.num_tokens, self.num_heads, self.head_width, generator=g)
-        kv = torch.randn(self.num_latents, 2, self.num_heads, self.head_width, generator=g)
+        q = self.peak * _randn(self.num_tokens, self.num_heads, self.head_width, generator=g)
+        kv = _randn(self.num_latents, 2, self.num_heads, self.head_width, generator=g)
         kv[:, 0] *= self.peak
         k, v = kv.to(device, dtype).unbind(1)
         return q.to(device, dtype), k, v
@@ -172,10 +177,10 @@ class LatentCase:
     def absorbed_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
         g = generator(seed)
         columns = self.num_heads * self.num_latents
-        x = self.peak * torch.randn(self.num_tokens, self.width, generator=g)
-        a = self.peak * torch.randn(columns, self.width, generator=g) / self.width**0.5
-        b = torch.randn(columns, self.width, generator=g)
-        residual = torch.randn(self.num_tokens, self.width, generator=g)
+        x = self.peak * _randn(self.num_tokens, self.width, generator=g)
+        a = self.peak * _randn(columns, self.width, generator=g) / self.width**0.5
+        b = _randn(columns, self.width, generator=g)
+        residual = _randn(self.num_tokens, self.width, generator=g)
         return *(t.to(device, dtype) for t in (x, a, b, residual)), self.num_heads
 
     def direct_flops(self, backward: bool = False) -> int:
@@ -218,8 +223,8 @@ class PoolCase:
     def inputs(self, device: str, dtype: torch.dtype, seed: int = 0, geglu: bool = False):
         g = generator(seed)
         layout = SeqLayout(self.lengths, device)
-        x = torch.randn(layout.num_tokens, self.width * (2 if geglu else 1), generator=g).to(device, dtype)
-        mask = (torch.rand(layout.num_tokens, generator=g) > 0.3).to(device) if self.masked else None
+        x = _randn(layout.num_tokens, self.width * (2 if geglu else 1), generator=g).to(device, dtype)
+        mask = (_rand(layout.num_tokens, generator=g) > 0.3).to(device) if self.masked else None
         return x, layout, mask
 
     def bytes_moved(self, dtype: torch.dtype, geglu: bool = False, backward: bool = False) -> int:
@@ -255,12 +260,12 @@ class RowCase:
 
     def norm_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
         g = generator(seed)
-        x, residual = (torch.randn(self.num_tokens, self.width, generator=g) for _ in range(2))
-        weight = 1 + 0.1 * torch.randn(self.width, generator=g)
+        x, residual = (_randn(self.num_tokens, self.width, generator=g) for _ in range(2))
+        weight = 1 + 0.1 * _randn(self.width, generator=g)
         return tuple(t.to(device, dtype) for t in (x, residual, weight))
 
     def gated_input(self, device: str, dtype: torch.dtype, seed: int = 0):
-        return (2 * torch.randn(self.num_tokens, 2 * self.width, generator=generator(seed))).to(device, dtype)
+        return (2 * _randn(self.num_tokens, 2 * self.width, generator=generator(seed))).to(device, dtype)
 
     def norm_bytes(self, dtype: torch.dtype, residual: bool, backward: bool = False) -> int:
         # backward: h, dy, dh, and behind a residual add the gradient of h
@@ -307,8 +312,9 @@ class RotaryCase:
         """(qkv, cos, sin, positions, num_rotated). The tables are fp32 as in the model."""
         layout = SeqLayout(self.lengths, device)
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = torch.randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
-        frequency = 10000.0 ** -(torch.arange(0, self.head_width, 2, device=device) / self.head_width)
+        qkv = _randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
+        evens = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=device)
+        frequency = 10000.0 ** -(evens / self.head_width)
         angle = torch.arange(max(layout.max_length, 1), device=device)[:, None] * frequency
         rotated = self.num_heads + self.num_kv_heads
         return qkv.to(device, dtype), angle.cos(), angle.sin(), layout.positions, rotated
@@ -352,15 +358,16 @@ class ScoreCase:
     def inputs(self, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
         """(q, d, row_scopes, column_scopes, row_keys, column_keys, limits, scale)."""
         g = generator(seed)
-        q = torch.randn(self.num_rows, self.width, generator=g).to(dtype)
-        d = torch.randn(self.num_columns, self.width, generator=g).to(dtype)
+        q = _randn(self.num_rows, self.width, generator=g).to(dtype)
+        d = _randn(self.num_columns, self.width, generator=g).to(dtype)
         scale = self.peak / self.width**0.5
+        numbers = torch.arange(self.num_columns, device="cpu")
         # the scope 1, and as a second one 2 or none
-        row_scopes = 1 + torch.arange(self.num_rows)[:, None] % 3 % 2
+        row_scopes = 1 + torch.arange(self.num_rows, device="cpu")[:, None] % 3 % 2
         row_scopes[5::11] = -1
-        column_scopes = torch.tensor([(1, -1), (2, -1), (1, 2)])[torch.arange(self.num_columns) % 3]
-        column_keys = 1 + torch.arange(self.num_columns)[:, None] % max(1, 3 * self.num_columns // 4)
-        row_keys = torch.randint(1, self.num_columns + 2, (self.num_rows, 4), generator=g)
+        column_scopes = torch.tensor([(1, -1), (2, -1), (1, 2)], device="cpu")[numbers % 3]
+        column_keys = 1 + numbers[:, None] % max(1, 3 * self.num_columns // 4)
+        row_keys = torch.randint(1, self.num_columns + 2, (self.num_rows, 4), generator=g, device="cpu")
         row_keys[:, 2] = 0
         column_keys[3::7] = 0
         if not self.masked:
@@ -518,7 +525,7 @@ def _moved(inputs: Tensors) -> list[torch.Tensor]:
         *others, width = t.shape
         is_rounded = t.dtype == torch.float32
         terms = 1 if is_rounded else TRUNCATED_TERMS
-        r = torch.rand(*others, -(-width // terms), generator=g, dtype=torch.float64).to(t.device)
+        r = _rand(*others, -(-width // terms), generator=g, dtype=torch.float64).to(t.device)
         r = eps * (2 * r - 1) if is_rounded else -eps / 2 * r
         shares = r.flip(-1).cumsum(-1).flip(-1).repeat_interleave(terms, dim=-1)[..., :width]
         moved.append(t.double() * (1 + shares))
@@ -536,7 +543,7 @@ def _rms(t: torch.Tensor) -> torch.Tensor:
 def upstream_of(outputs: Tensors, seed: int = 1, contiguous: bool = True) -> list[torch.Tensor]:
     """A random gradient for every output, rounded to its dtype, transposed in memory if not contiguous."""
     g = generator(seed)
-    grads = [torch.randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
+    grads = [_randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
     if not contiguous:
         grads = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in grads]
         assert not any(t.is_contiguous() for t in grads if min(t.shape) > 1), "this would prove nothing"

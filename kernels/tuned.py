@@ -8,7 +8,8 @@
 
 The invariant: an entry decides how fast a kernel is and never its result, nor a
 text's bits by the rest of its batch: what a program of attention walks is cut into
-the blocks of its rule (`python -m tools.tuning` sees to it).
+the blocks of its rule. A shipped entry with other blocks is left (`walks_as`): a class
+holds widths whose rules differ, such as 80 and 128.
 A number that follows from the shape alone, such as a padded width, is no constant
 of an entry. A rule sets USE_TMA and AHEAD wherever they can be set: an entry with one
 that the rule does not set is left, as where no descriptor can be made. PERSISTENT is
@@ -45,27 +46,29 @@ Key = tuple[str, int, str]  # kernel, compute capability (80 for 8.0), class of 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What an entry of a kernel is made of: the numbers of its class, and all the constants that it sets."""
+    """What an entry of a kernel is made of: the numbers of its class, and all the constants that it sets.
+
+    `walked` is the constant of the blocks that a program walks. Every kernel whose classes are of batches has
+    one.
+    """
 
     shape: tuple[str, ...]
     constants: tuple[str, ...]
+    walked: str | None = None
 
 
-_FLASH = Kernel(
-    ("width", "group", "bits", "longest"), ("BLOCK_T", "BLOCK_N", "USE_TMA", "num_warps", "num_stages")
-)
-_FLASH_FWD = Kernel(
-    _FLASH.shape, ("BLOCK_T", "BLOCK_N", "USE_TMA", "AHEAD", "num_warps", "num_stages", "PERSISTENT")
-)
+_ATTENTION = ("width", "group", "bits", "longest")
+_FLASH = ("BLOCK_T", "BLOCK_N", "USE_TMA", "num_warps", "num_stages")
+_FLASH_FWD = ("BLOCK_T", "BLOCK_N", "USE_TMA", "AHEAD", "num_warps", "num_stages", "PERSISTENT")
 _POOL = Kernel(("width", "bits"), ("TOKENS", "BLOCK_T", "BLOCK_D", "num_warps"))
 _SCORES = Kernel(("width", "bits"), ("BLOCK_B", "BLOCK_M", "BLOCK_D", "num_warps", "num_stages"))
 KERNELS = {
     "absorbed_latent_attention.fwd": Kernel(
         ("latents", "bits"), ("BLOCK_T", "BLOCK_L", "BLOCK_K", "USE_TMA", "num_warps", "num_stages")
     ),
-    "flash_attention.fwd": _FLASH_FWD,
-    "flash_attention.dq": _FLASH,
-    "flash_attention.dkv": _FLASH,
+    "flash_attention.fwd": Kernel(_ATTENTION, _FLASH_FWD, walked="BLOCK_N"),
+    "flash_attention.dq": Kernel(_ATTENTION, _FLASH, walked="BLOCK_N"),
+    "flash_attention.dkv": Kernel(_ATTENTION, _FLASH, walked="BLOCK_T"),
     "latent_attention.fwd": Kernel(
         ("width", "latents", "bits"), ("BLOCK_T", "BLOCK_L", "USE_TMA", "num_warps", "num_stages")
     ),
@@ -111,7 +114,15 @@ def override(kernel: str, capability: int, rule: Config, **shape: int) -> Config
     entry = entries.get((kernel, capability, shape_class))
     if entry is None or any(v is True and not rule[n] and n not in CHOSEN for n, v in entry.items()):
         return rule
+    if _used is None and not walks_as(kernel, entry, rule):
+        return rule
     return rule | entry
+
+
+def walks_as(kernel: str, config: Config, rule: Config) -> bool:
+    """Whether a program walks the blocks of the rule, so that a text's bits are the same in every batch."""
+    walked = KERNELS[kernel].walked
+    return walked is None or config[walked] == rule[walked]
 
 
 @contextlib.contextmanager
@@ -119,7 +130,8 @@ def use(entries: Mapping[Key, Config]) -> Iterator[None]:
     """Launch by these entries and no others inside a `with` block, in every thread (tuning, tests).
 
     Args:
-        entries: not validated. An empty mapping disables all overrides.
+        entries: not validated, and may walk other blocks than the rule. An empty mapping disables all
+            overrides.
     """
     before = _used
     _set_used(entries)

@@ -193,10 +193,11 @@ def _latents(
 def _outweighed(device: torch.device, dtype: torch.dtype) -> Problem:
     """P is nearly one for a few latents, so that dP - delta cancels there."""
     g, latents = testing.generator(), 1024
-    a = torch.zeros(2 * latents, 16)
-    a[:latents, 0] = torch.linspace(0, 200, latents).flip(0)
-    b = torch.randn(2 * latents, 16, generator=g) + 4
-    x = torch.randn(60, 16, generator=g)
+    plain: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller has made the default
+    a = torch.zeros(2 * latents, 16, **plain)
+    a[:latents, 0] = torch.linspace(0, 200, latents, **plain).flip(0)
+    b = torch.randn(2 * latents, 16, generator=g, **plain) + 4
+    x = torch.randn(60, 16, generator=g, **plain)
     x[:, 0] = 1
     tensors = [t.to(device, dtype) for t in (x, a, b, x)]
     return Problem("one piece outweighs the others", tensors, lambda f, *ts: f(*ts, num_heads=2))

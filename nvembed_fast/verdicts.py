@@ -41,7 +41,7 @@ from nvembed_fast import files
 __all__ = ["DIRECTIONS", "Finding", "Item", "check_anew", "facts", "prove"]
 
 DIRECTIONS = ("forward", "backward")
-START_SECONDS, ITEM_SECONDS, ALL_SECONDS = 180.0, 120.0, 900.0
+START_SECONDS, ITEM_SECONDS, ALL_SECONDS, END_SECONDS = 180.0, 120.0, 900.0, 30.0
 MAX_CHILDREN = 4  # side by side. Each has a CUDA context of some 500 MB
 # compile longest, so they come first. A backward compiles its forward, too. If one child checks the forward
 # and another the backward, both compile the binaries of the forward (13 of flash_attention)
@@ -155,6 +155,11 @@ def _sources() -> str:
         with suppress(FileNotFoundError):
             digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
+
+
+def _search_path() -> list[str]:
+    """Notebooks append a Path, which Python itself skips."""
+    return [entry for entry in sys.path if isinstance(entry, str)]
 
 
 _turn = threading.Lock()
@@ -435,7 +440,7 @@ class _Child:
                 # `end` closes it
                 self._errors = stack.enter_context(tempfile.TemporaryFile())
                 self._process = subprocess.Popen(
-                    [sys.executable, "-c", _CODE, json.dumps(sys.path)],
+                    [sys.executable, "-c", _CODE, json.dumps(_search_path())],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._errors,
@@ -500,11 +505,13 @@ class _Child:
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout, self._errors):
-                with suppress(OSError, ValueError):
-                    assert stream is not None
-                    stream.close()
+            # an uninterruptible one ends later. Its thread reads until then, and closing would wait for that
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_SECONDS)
+                for stream in (self._process.stdin, self._process.stdout, self._errors):
+                    with suppress(OSError, ValueError):
+                        assert stream is not None
+                        stream.close()
 
     def _how(self) -> str:
         status = self._process.returncode

@@ -283,6 +283,18 @@ def test_varlen_attn_is_taken_once_it_has_proven_itself(ragged, attended, monkey
     assert checked == [True, True]
 
 
+def test_the_callers_default_device_and_dtype_do_not_reach_the_check_of_varlen_attn(ragged, monkeypatch):
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", _varlen_by_the_reference)
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        library.flash_attention(*ragged, 0.2)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert list(library._varlen_verdicts.values()) == [True]
+
+
 @pytest.mark.parametrize("what", ["not there", "causal ignored", "scale ignored", "no dk", "5 % off", "NaN"])
 def test_a_wrong_varlen_attn_is_not_taken(what, ragged, monkeypatch):
     monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", _wrong_varlen(what))

@@ -477,6 +477,45 @@ def test_a_registered_operation_refuses_a_tensor_that_does_not_fit(name, device)
     assert tried
 
 
+def _strided(t: torch.Tensor) -> list[torch.Tensor]:
+    """Copies amid NaN (1 in integers): columns behind every row, and one element between any two."""
+    shapes = {(*t.shape[:-1], t.shape[-1] + 3): (..., slice(t.shape[-1])), (*t.shape, 2): (..., 0)}
+    filling = torch.nan if t.is_floating_point() else 1
+    return [t.new_full(shape, filling)[place].copy_(t) for shape, place in shapes.items()]
+
+
+@pytest.mark.parametrize("name", sorted(_registered("cpu")))
+def test_a_registered_operation_reads_the_strides_or_refuses_them(name, device):
+    ops._kernel("rotary")
+    operation = getattr(torch.ops.nvembed_fast, name)
+    g, refused = torch.Generator().manual_seed(0), set()
+
+    def arguments():
+        drawn = []
+        for t in _registered(device)[name]:
+            is_drawn = isinstance(t, torch.Tensor) and t.is_floating_point()
+            drawn.append(torch.rand(t.shape, generator=g.manual_seed(len(drawn))).to(t) if is_drawn else t)
+        return drawn
+
+    def result(tensors):
+        # rotary_ gives its first argument
+        out = operation(*tensors)
+        return [tensors[0] if out is None else out] if not isinstance(out, tuple | list) else list(out)
+
+    wanted = result(arguments())
+    for place, argument in enumerate(arguments()):
+        for strided in _strided(argument) if isinstance(argument, torch.Tensor) else ():
+            try:
+                got = result([*arguments()[:place], strided, *arguments()[place + 1 :]])
+            except ValueError as error:
+                assert "must be" in str(error)
+                refused.add(place)
+                continue
+            torch.testing.assert_close(got, wanted, msg=lambda m, place=place: f"argument {place}: {m}")
+    if name in ("flash_attention_bwd", "latent_attention_bwd"):
+        assert 4 in refused, "kernels take an lse as contiguous"
+
+
 def test_every_registered_operation_is_tried():
     ops._kernel("rotary")
     names = torch._C._dispatch_get_all_op_names()

@@ -182,6 +182,26 @@ def test_it_runs_inside_inference_mode_and_autocast_and_leaves_settings_alone(de
     assert before == (torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory)
 
 
+@pytest.mark.parametrize("operation", ops.OPERATIONS)
+def test_the_callers_default_device_and_dtype_change_nothing(operation, device):
+    """The device "meta" stands in for a GPU."""
+
+    def tensors():
+        return [t for p in self_check.problems(operation, "cpu", torch.float16) for t in p.tensors]
+
+    wanted = tensors()
+    try:
+        torch.set_default_device("meta")
+        torch.set_default_dtype(torch.float64)
+        got = tensors()
+        findings = [self_check.check((operation, "float32", d), device, "library") for d in DIRECTIONS]
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    assert all(map(torch.equal, got, wanted)) and len(got) == len(wanted)
+    assert all(finding.ok for finding in findings), findings
+
+
 def test_the_child_forbids_tf32():
     """NVIDIA's containers allow it by a variable. Eager would err by 2^-11, and with it the bound."""
     code = """

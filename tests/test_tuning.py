@@ -116,22 +116,48 @@ def test_a_value_outside_an_entry_is_an_error(tmp_path, text):
         tuned.read(written(tmp_path, text))
 
 
-def test_the_file_is_read_at_the_first_launch_and_only_then(tmp_path, monkeypatch):
-    reads = []
-    path = written(tmp_path, f"[{NAME}]\n{CONSTANTS}{PROVENANCE}")
-    monkeypatch.setattr(tuned, "read", lambda _, read=tuned.read: reads.append(1) or read(path))
-    tuned._shipped.cache_clear()
-    flash_attention._launch_config.cache_clear()
-    try:
-        for _ in range(3):
-            config = flash_attention._launch_config(
-                32, 2, 64, capability=80, dtype=torch.float16, aligned=False
-            )
-        assert len(reads) == 1 and config["BLOCK_N"] == 16
-    finally:
-        monkeypatch.undo()
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """`shipped(name, constants)` puts an entry in the place of those of the package. `.reads` of its file."""
+
+    def ship(name: str, constants: str) -> None:
+        path = written(tmp_path, f"[{name}]\n{constants}{PROVENANCE}")
+        monkeypatch.setattr(tuned, "read", lambda _, read=tuned.read: ship.reads.append(1) or read(path))
+        forget()
+
+    def forget() -> None:
         tuned._shipped.cache_clear()
         flash_attention._launch_config.cache_clear()
+
+    ship.reads = []
+    yield ship
+    monkeypatch.undo()
+    forget()
+
+
+def test_the_file_is_read_at_the_first_launch_and_only_then(shipped):
+    target = {"capability": 80, "dtype": torch.float16, "aligned": False}
+    with tuned.use({}):
+        rule = flash_attention._launch_config(32, 2, 64, **target)
+    shipped(NAME, CONSTANTS.replace("BLOCK_N = 16", f"BLOCK_N = {rule['BLOCK_N']}"))
+    for _ in range(3):
+        config = flash_attention._launch_config(32, 2, 64, **target)
+    assert len(shipped.reads) == 1 and config["BLOCK_T"] == 16 != rule["BLOCK_T"]
+
+
+def test_an_entry_is_left_where_the_rule_walks_other_blocks(shipped):
+    """One class holds heads 80 and 128 wide, and their rules walk blocks of 64 and of 32 keys."""
+    launch_config = functools.partial(
+        flash_attention._launch_config, capability=90, dtype=torch.float16, aligned=True
+    )
+    with tuned.use({}):
+        rules = [launch_config(width, 4, 512) for width in (128, 80)]
+    assert [rule["BLOCK_N"] for rule in rules] == [32, 64], "one entry would do, so this would prove nothing"
+    constants = CONSTANTS.replace("BLOCK_N = 16", "BLOCK_N = 32")
+    shipped("flash_attention.fwd.sm_90.width128-group4-bits16-longest128", constants)
+    taken = launch_config(128, 4, 512)
+    assert taken["BLOCK_T"] == 16 and taken["BLOCK_N"] == 32
+    assert launch_config(80, 4, 512) == rules[1]
 
 
 def test_importing_the_kernels_reads_no_file():
@@ -614,8 +640,9 @@ def test_a_search_writes_what_is_faster_and_removes_what_is_not(search, monkeypa
 
 def test_what_walks_other_blocks_than_the_rule_is_timed_and_never_wins(search, monkeypatch, capsys):
     of_batches = {name for name, kernel in tuned.KERNELS.items() if "longest" in kernel.shape}
-    assert set(tuning.WALKED) == of_batches
-    monkeypatch.setattr(tuning, "WALKED", {"rms_norm.fwd": "BLOCK_T"})
+    assert {name for name, kernel in tuned.KERNELS.items() if kernel.walked in kernel.constants} == of_batches
+    norm = dataclasses.replace(tuned.KERNELS["rms_norm.fwd"], walked="BLOCK_T")
+    monkeypatch.setitem(tuned.KERNELS, "rms_norm.fwd", norm)
     fake_clock(monkeypatch, {"BLOCK_T=2 num_warps=2": 1.0, "BLOCK_T=4 num_warps=1": 1.5})
     assert tuned.read(search()) == {}
     out = capsys.readouterr().out

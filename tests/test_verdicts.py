@@ -579,6 +579,30 @@ def test_a_forked_process_is_not_locked_out(children):
     assert os.waitpid(pid, 0)[1] == 0
 
 
+def test_a_path_among_the_strings_of_sys_path_is_skipped(children, monkeypatch, tmp_path):
+    """A notebook appends `Path.cwd().parent`."""
+    monkeypatch.setattr("sys.path", [*verdicts.sys.path, tmp_path, "the last"])
+    children(each="found['reason'] = json.loads(sys.argv[1])[-1]")
+    assert _prove()["rotary"].reason == "the last"
+
+
+def test_a_process_that_the_system_does_not_end_is_left(children, started, monkeypatch):
+    """As one in an uninterruptible state, which SIGKILL reaches later. Its pipes stay open."""
+    monkeypatch.setattr(verdicts, "ITEM_SECONDS", 1.0)
+    monkeypatch.setattr(verdicts, "END_SECONDS", 0.5)
+    kill = os.killpg
+    monkeypatch.setattr(os, "killpg", lambda *_: None)
+    children(rotary="time.sleep(60)")
+    begun = time.monotonic()
+    found = _prove()
+    seconds = time.monotonic() - begun
+    for process, _ in started:
+        kill(process.pid, 9)
+        process.wait()
+    assert [finding.ok for finding in found.values()] == [True, False, True]
+    assert "did not end within 1 s" in found["rotary"].reason and seconds < 30
+
+
 @pytest.mark.parametrize("timed", [False, True])
 def test_the_real_child_answers(timed, monkeypatch, tmp_path):
     """From a checkout that is not installed, in any folder. Off a GPU it is the interpreter's kernel."""

@@ -63,8 +63,6 @@ from nvembed_fast.kernels.tuned import Config, Key
 from tools import resources
 
 RULE = "rule"
-# the constant of the blocks that a program walks, of each kernel whose classes are of batches
-WALKED = {"flash_attention.fwd": "BLOCK_N", "flash_attention.dq": "BLOCK_N", "flash_attention.dkv": "BLOCK_T"}
 EPS = 1e-5
 WIDTH = 80  # of a label in the tables
 Case = AttentionCase | LatentCase | PoolCase | RowCase | ScoreCase
@@ -583,11 +581,6 @@ def fastest(times: Mapping[str, Sequence[Times]]) -> str | None:
     return min((name for name, taken in times.items() if beats(taken)), key=ratio, default=None)
 
 
-def _walks_as(problem: Problem, config: Config, rule: Config) -> bool:
-    walked = WALKED.get(problem.kernel)
-    return walked is None or config[walked] == rule[walked]
-
-
 def _total_ms(taken: Sequence[Times]) -> float:
     return sum(t.median for t in taken)
 
@@ -665,7 +658,7 @@ def search(
             {
                 n: taken
                 for n, taken in times.items()
-                if n == RULE or _walks_as(problem, tried[n], configs[rule])
+                if n == RULE or tuned.walks_as(problem.kernel, tried[n], configs[rule])
             }
         )
         verdict = f"{winner} beats the rule" if winner else f"none beats the rule, {rule}"
