@@ -77,6 +77,17 @@ def test_paths_are_relative_to_the_file_and_on_the_command_line_to_the_directory
     assert hub.model.start == "owner/name" and hub.output == str(Path.home() / "x")
 
 
+@pytest.mark.parametrize("start", ["demo", "owner/name"])
+def test_a_name_in_the_file_means_the_same_from_every_directory(start, file, tmp_path, monkeypatch):
+    file.write_text(LEAST.replace('"base"', f'"{start}"'))
+    (tmp_path / "elsewhere" / start).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert Recipe.from_file(file, ["seed=1"]).model.start == start
+    beside = str(tmp_path / "elsewhere" / start)
+    for override in (f"model.start={start}", f'model={{start="{start}"}}'):
+        assert Recipe.from_file(file, [override]).model.start == beside
+
+
 def test_overrides_take_values_and_bare_words(file):
     recipe = Recipe.from_file(file, ["train.lr=3e-5", "model.pooling_head=mean", "data.0.weight=5", "seed=3"])
     assert (recipe.train.lr, recipe.model.pooling_head, recipe.seed) == (3e-5, "mean", 3)

@@ -373,6 +373,15 @@ def test_prompts_and_length_are_those_of_the_start(layers, folder, start):
     assert not list((folder / "other").glob("checkpoint-*")), "it was told behind the training"
 
 
+@pytest.mark.parametrize("name", ["smollm2", "owner/name"])
+def test_a_name_is_no_folder_of_the_working_directory(name, folder, start, monkeypatch):
+    recipe = recipe_of(folder, Path(name))
+    (folder / "elsewhere" / name).mkdir(parents=True)
+    monkeypatch.chdir(folder / "elsewhere")
+    with pytest.raises(RecipeError, match=f"model.start '{name}' is no path beside the recipe, and one in"):
+        train(recipe)
+
+
 def test_a_start_made_by_another_recipe_is_refused(folder, start, monkeypatch):
     monkeypatch.setattr(
         trainer._Run, "loop", lambda *_: (_ for _ in ()).throw(OSError("before a checkpoint"))

@@ -202,10 +202,10 @@ class Recipe:
         except ValueError as error:
             raise RecipeError(str(error)) from error
         try:
-            _resolve(raw, path.resolve().parent)  # those of overrides are left to from_dict
+            _resolve(raw, path.resolve().parent)
             for override in overrides:
                 _override(raw, override)
-            return cls.from_dict(raw)
+            return cls._of(raw)
         except RecipeError as error:
             raise RecipeError(f"{path}: {error}") from error
 
@@ -218,6 +218,11 @@ class Recipe:
         """
         content = copy.deepcopy(dict(raw))
         _resolve(content, Path.cwd())
+        return cls._of(content)
+
+    @classmethod
+    def _of(cls, content: dict[str, Any]) -> "Recipe":
+        """`from_dict` of resolved paths. It takes the tables out of the content."""
         parts: dict[str, Any] = {}
         for name, part in _TABLES.items():
             table = content.pop(name, {})
@@ -342,7 +347,7 @@ def _checked(name: str, key: Field, value: Any) -> Any:
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
-    """Put "key=value" into the content of a recipe. "data.*" is every data set."""
+    """Put "key=value" into the content of a recipe, with paths made absolute. "data.*" is every data set."""
     if override.startswith("data.*."):
         sets = raw.get("data")
         for index in range(len(sets) if isinstance(sets, list) else 0):
@@ -368,7 +373,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {name}: {table} is no table")
     if isinstance(place, list):
         raise RecipeError(f"--set {name}: name a key of one data set, such as data.0.file")
-    place[last] = value
+    own = {last: value}
+    _resolve({tables[0]: own} if tables else own, Path.cwd())
+    place[last] = own[last]
 
 
 def _resolve(raw: dict[str, Any], folder: Path) -> None:

@@ -10,12 +10,13 @@ the model up, and a killed run can do it again.
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import torch
 
 from nvembed_fast import checkpoint, files, fingerprint, ops
-from nvembed_fast.checkpoint import decoders
+from nvembed_fast.checkpoint import decoders, demo
 from nvembed_fast.checkpoint.names import CONFIG_FILE
 from nvembed_fast.config import NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
@@ -41,7 +42,13 @@ def start_directory(recipe: Recipe) -> Path:
     if (files.current(made) / CONFIG_FILE).is_file():
         _check_made(made, recipe)
         return made
-    start, part = str(decoders.named(recipe.model.start)), recipe.model
+    part = recipe.model
+    if part.start != demo.NAME and not os.path.isabs(part.start) and os.path.exists(part.start):
+        raise RecipeError(
+            f"{_PATH} {part.start!r} is no path beside the recipe, and one in the working directory: write "
+            "the whole path, or go to another directory"
+        )
+    start = str(decoders.named(part.start))
     source = None if Path(start).is_file() else checkpoint.resolve(start)
     if source and not (files.current(source) / CONFIG_FILE).is_file() and checkpoints.newest(source):
         raise RecipeError(
