@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -94,8 +95,25 @@ def test_a_run_follows_a_teacher_and_knows_it_again(tmp_path, in_batch):
         recipe_of(tmp_path, start, "taught", **options | {"teacher": str(tmp_path / "moved")}), device="cpu"
     )
     write_folder(tmp_path / "t", texts, seed=5)
-    with pytest.raises(ValueError, match="the teacher's vectors"):
+    with pytest.raises(ValueError, match=r"the teacher's vectors was .* Put back the folder .* mine --"):
         train(longer, device="cpu")
+
+
+@pytest.mark.parametrize("labels", ["examples", "texts"])
+def test_the_documents_of_labelled_rows_are_texts_or_labels(tmp_path, labels):
+    """What `DataSet.check` asks for is what the batches ask for."""
+    file = tmp_path / "labelled.jsonl"
+    rows = [(f"w1 w{number}", f"w{90 + number % 2}") for number in range(8)]
+    file.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in rows))
+    start, queries = write_start(tmp_path), [text for text, _ in rows]
+    documents = queries if labels == "examples" else ["w90", "w91"]
+    write_folder(tmp_path / "t", {"queries": queries, "documents": documents})
+    data = {"file": str(file), "labels": labels}
+    options = {"teacher": str(tmp_path / "t"), "distillation": 1.0, "steps": 1, "data": data}
+    train(recipe_of(tmp_path, start, **options), device="cpu")
+    write_folder(tmp_path / "t", {"queries": queries, "documents": documents[1:]})
+    with pytest.raises(ValueError, match=f"lacks the vector of '{documents[0]}' among its documents"):
+        train(recipe_of(tmp_path, start, "other", **options), device="cpu")
 
 
 def test_a_teacher_that_lacks_a_text_or_has_no_weight_is_refused_before_the_first_step(tmp_path):

@@ -123,9 +123,11 @@ class DataSet:
             if needs_scores:
                 check_scores(row, self.rows.place(index))
             if teacher is not None:
-                # a text with a label may be another one's positive
-                query = row.text if isinstance(row, Labelled) else row.query
-                documents = [query] if isinstance(row, Labelled) else [*row.positives, *row.negatives]
+                if isinstance(row, Row):
+                    query, documents = row.query, [*row.positives, *row.negatives]
+                else:  # its label is the document, or its text is another one's
+                    query = row.text
+                    documents = [row.label if self.settings.labels == "texts" else query]
                 _vectors(teacher, "queries", [query])
                 _vectors(teacher, "documents", documents)
         if not has_negatives:

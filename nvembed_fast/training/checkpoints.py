@@ -32,7 +32,17 @@ from nvembed_fast import files
 from nvembed_fast.files import brief
 from nvembed_fast.training.recipe import differing
 
-__all__ = ["HARMLESS", "State", "check_none", "identity_of", "load", "load_weights", "newest", "save"]
+__all__ = [
+    "HARMLESS",
+    "TEACHER",
+    "State",
+    "check_none",
+    "identity_of",
+    "load",
+    "load_weights",
+    "newest",
+    "save",
+]
 
 # a run may go on with other values of them. `train.steps` moves the end of the learning rate's decay, and
 # `train.max_tokens` draws other dropout masks
@@ -40,6 +50,7 @@ HARMLESS = re.compile(
     r"output|log\..*|train\.(steps|checkpoint_every|keep_checkpoints|max_tokens|checkpoint_layers|sharding)"
     r"|model\.start|train\.teacher|data\.\d+\.file"  # weights and contents decide, not their names
 )
+TEACHER = "the teacher's vectors"  # as a key of `identity`
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _STATE, _WEIGHTS, _MOMENTS = "state.json", "weights.safetensors", "optimizer.safetensors"
 _FORMAT = 1
@@ -176,9 +187,13 @@ def _check_same_run(path: Path, content: Mapping[str, Any], identity: Mapping[st
     }
     if found:
         said = ", ".join(f"{k} was {brief(a)} and is {brief(b)}" for k, (a, b) in [*found.items()][:5])
-        raise ValueError(
-            f"{path} is of another run: {said}. Choose another output, or remove {path.parent} to begin anew"
+        back = (
+            "Put back the folder of before nvembed-fast mine --vectors added to it. "
+            if TEACHER in found
+            else ""
         )
+        way = f"{back}Choose another output, or remove {path.parent} to begin anew"
+        raise ValueError(f"{path} is of another run: {said}. {way}")
 
 
 def _all(output: Path) -> list[Path]:

@@ -193,7 +193,7 @@ class _Run:
         self.optimizer = _adamw(self.parameters, recipe.train)
         contents = {_CONTENT + name: digest for name, digest in self.batches.fingerprints.items()}
         if teacher is not None:
-            contents["the teacher's vectors"] = teacher.fingerprint
+            contents[checkpoints.TEACHER] = teacher.fingerprint
         self.identity = recipe.flat() | {"model.weights": weights_name(directory)} | contents
 
     def loop(
