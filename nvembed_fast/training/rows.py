@@ -212,8 +212,11 @@ class JsonRows(Rows):
 
 
 class ArrowRows(Rows):
-    """A table in an Arrow file, mapped into memory. A Parquet file is first written as one, into a temporary
-    file, because single rows of Parquet cannot be read fast."""
+    """A table in an Arrow file, mapped into memory.
+
+    A Parquet file, or a compressed Arrow file, is first written as a plain one, into a temporary file. Single
+    rows of Parquet cannot be read fast, and compressed ones would be unpacked into memory.
+    """
 
     def __init__(self, file: str | PathLike):
         try:
@@ -227,14 +230,8 @@ class ArrowRows(Rows):
             with open(self.file, "rb") as source:
                 digest = hashlib.file_digest(source, lambda: hashlib.blake2b(digest_size=16))
                 self.fingerprint = digest.hexdigest()
-                source.seek(0)
-                is_file = source.read(6) == b"ARROW1"  # else a stream, as `datasets` writes it
-            if self.file.suffix.lower() == _PARQUET:
-                source, is_file = _as_arrow(self.file), True
-            else:
-                source = pyarrow.memory_map(str(self.file))
-            reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
-            self._table = reader.read_all()
+            is_parquet = self.file.suffix.lower() == _PARQUET
+            self._table = _of_parquet(self.file) if is_parquet else _of_arrow(self.file)
         except (pyarrow.ArrowInvalid, pyarrow.ArrowKeyError, pyarrow.ArrowNotImplementedError) as error:
             raise ValueError(f"{self.file} is no readable table: {error}") from error
 
@@ -254,19 +251,46 @@ class ArrowRows(Rows):
             yield from batch.to_pylist()
 
 
-def _as_arrow(file: Path) -> Any:
-    """The table of a Parquet file as an Arrow file that goes when it is closed."""
-    import pyarrow
+def _of_parquet(file: Path) -> Any:
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(file)
+    return _copied(parquet.schema_arrow, parquet.iter_batches(batch_size=_ARROW_ROWS))
+
+
+def _of_arrow(file: Path) -> Any:
+    import pyarrow
+
+    mapped = pyarrow.memory_map(str(file)).read_buffer()
+    is_file = mapped[:6].to_pybytes() == b"ARROW1"  # else a stream, as `datasets` writes it
+    open_table = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+
+    def batches() -> Iterator[Any]:
+        reader = open_table(mapped)
+        if not is_file:
+            return iter(reader)
+        return map(reader.get_batch, range(reader.num_record_batches))
+
+    def is_mapped(batch: Any) -> bool:
+        buffers = [buffer for column in batch.columns for buffer in column.buffers() if buffer]
+        return all(0 <= buffer.address - mapped.address < mapped.size for buffer in buffers)
+
+    if all(map(is_mapped, batches())):
+        return open_table(mapped).read_all()
+    return _copied(open_table(mapped).schema, batches())
+
+
+def _copied(schema: Any, batches: Iterator[Any]) -> Any:
+    """The table of batches, mapped from an Arrow stream in a file without a name."""
+    import pyarrow
+
     with tempfile.NamedTemporaryFile(suffix=".arrow") as copy:
-        with pyarrow.ipc.new_file(copy, parquet.schema_arrow) as writer:
-            for batch in parquet.iter_batches(batch_size=_ARROW_ROWS):
+        with pyarrow.ipc.new_stream(copy, schema) as writer:
+            for batch in batches:
                 writer.write_batch(batch)
         copy.flush()
         # the mapping stays when the name goes
-        return pyarrow.memory_map(copy.name)
+        return pyarrow.ipc.open_stream(pyarrow.memory_map(copy.name)).read_all()
 
 
 def to_row(record: Any, place: str) -> Row:
