@@ -102,8 +102,16 @@ def test_the_systems_errors_are_sentences():
     assert cli._sentence(MemoryError()) == "MemoryError"
 
 
-@pytest.mark.parametrize("module", ["nvembed_fast.cli.encode", "torch"])
-def test_ctrl_c_during_imports_raises_nothing_inside_them(module):
+@pytest.mark.parametrize(
+    "module, command",
+    [
+        ("nvembed_fast.cli.encode", ["info"]),
+        ("torch", ["info"]),
+        ("torch", ["train", "recipes/smollm2-stage1.toml", "--set", "output=/proc/none"]),
+    ],
+    ids=["command", "info", "train"],
+)
+def test_ctrl_c_during_imports_raises_nothing_inside_them(module, command):
     """An exception inside the import of torch's extensions would end the process by abort()."""
     code = f"""
 import os, signal, sys
@@ -120,7 +128,7 @@ class Interrupting:
                 raise
 sys.meta_path.insert(0, Interrupting)
 from nvembed_fast.cli import main
-sys.exit(main(["info"]))
+sys.exit(main({command!r}))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stderr) == (130, "interrupted; nothing was written\n")

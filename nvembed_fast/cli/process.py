@@ -55,6 +55,8 @@ def interrupts() -> Iterator[None]:
 
 def raise_interrupts() -> None:
     """From here on, Ctrl-C raises KeyboardInterrupt. To be called before a command writes anything."""
+    import torch  # noqa: F401 - 2. above
+
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
