@@ -119,7 +119,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "cli.mteb": set(),
     "cli.options": set(),
     "cli.partial": {"numpy"},
-    "cli.process": set(),
+    "cli.process": {"torch"},
     "cli.search": {"numpy", "torch"},
     "cli.synthesize": {"py3langid", "torch"},
     "cli.train": set(),

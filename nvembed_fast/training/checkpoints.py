@@ -187,12 +187,9 @@ def _check_same_run(path: Path, content: Mapping[str, Any], identity: Mapping[st
     }
     if found:
         said = ", ".join(f"{k} was {brief(a)} and is {brief(b)}" for k, (a, b) in [*found.items()][:5])
-        back = (
-            "Put back the folder of before nvembed-fast mine --vectors added to it. "
-            if TEACHER in found
-            else ""
-        )
-        way = f"{back}Choose another output, or remove {path.parent} to begin anew"
+        way = f"Choose another output, or remove {path.parent} to begin anew"
+        if TEACHER in found:
+            way = f"Put back the folder of before nvembed-fast mine --vectors added to it. {way}"
         raise ValueError(f"{path} is of another run: {said}. {way}")
 
 
