@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -383,10 +384,78 @@ def test_vectors_of_two_teachers_are_not_mixed(encoder, rows, tmp_path, capsys):
     words = [rows, "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / "t"]
     run(capsys, *words)
     before = TeacherVectors(tmp_path / "t").fingerprint
-    encoder.fingerprint = "another"
+    encoder.fingerprint, encoder.calls = "another", 0
     status, _, error = run(capsys, *words)
     assert status == 1 and "has vectors of another teacher" in error
-    assert TeacherVectors(tmp_path / "t").fingerprint == before
+    assert TeacherVectors(tmp_path / "t").fingerprint == before and encoder.calls == 0
+
+
+def test_a_second_teacher_has_no_vectors_to_keep(encoder, rows, tmp_path, capsys, monkeypatch):
+    second = FakeEncoder()
+    second.fingerprint = "second"
+    monkeypatch.setattr(
+        mine, "encoder_loader", lambda name, **_: lambda: encoder if name == "fake" else second
+    )
+    words = [rows, "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / "t", "--teacher", "second"]
+    assert [run(capsys, *words)[0] for _ in range(2)] == [0, 0]
+
+
+def test_a_teacher_leaves_the_memory_before_the_next_one_comes(rows, tmp_path, capsys, monkeypatch):
+    loaded: list[weakref.ref] = []
+
+    def load() -> FakeEncoder:
+        assert all(encoder() is None for encoder in loaded)
+        encoder = FakeEncoder()
+        loaded.append(weakref.ref(encoder))
+        return encoder
+
+    monkeypatch.setattr(mine, "encoder_loader", lambda name, **_: load)
+    monkeypatch.setattr(mine, "_is_own", lambda name: False)
+    words = [rows, "-o", tmp_path / "out.jsonl", "--vectors", tmp_path / "t", "--teacher", "second"]
+    assert [run(capsys, *words)[0] for _ in range(2)] == [0, 0] and len(loaded) == 4
+
+
+def test_a_teacher_that_comes_meanwhile_is_not_mixed_in(encoder, rows, tmp_path, capsys):
+    """The folder had nothing when the run began."""
+    words = ["--vectors", tmp_path / "t"]
+    encode, other = encoder.encode, FakeEncoder()
+
+    def encoded(texts, prompts):
+        encoder.encode, encoder.fingerprint = encode, "another"
+        assert run(capsys, rows, "-o", tmp_path / "other.jsonl", *words)[0] == 0
+        encoder.fingerprint = other.fingerprint
+        return encode(texts, prompts)
+
+    encoder.encode = encoded
+    status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", *words)
+    assert status == 1 and "has vectors of another teacher" in error, error
+    assert TeacherVectors(tmp_path / "t").made_by == "another"
+
+
+def test_a_query_with_another_prompt_does_not_replace_the_one_of_another_run(encoder, tmp_path, capsys):
+    folder, words = tmp_path / "t", ["--rule", "none", "--vectors", tmp_path / "t"]
+
+    def mined(*lines: dict) -> tuple[int, str]:
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text("".join(json.dumps({"pos": ["d"]} | line) + "\n" for line in lines))
+        encoder.calls = 0
+        status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", *words)
+        return status, error
+
+    assert mined({"query": "q1", "prompt": "a"}, {"query": "q2"})[0] == 0
+    assert mined({"query": "q3", "prompt": "b"}, {"query": "q1", "prompt": "a"})[0] == 0
+    before = TeacherVectors(folder).fingerprint
+    for line in ({"query": "q1", "prompt": "b"}, {"query": "q1"}, {"query": "q2", "prompt": "a"}):
+        status, error = mined({"query": "q0"}, line, {"query": "q4"})
+        assert status == 1 and encoder.calls == 0, line
+        assert f"{folder} has the query {line['query']!r} with another prompt" in error, error
+    assert TeacherVectors(folder).fingerprint == before
+    # a folder from before prompts were kept still serves a training
+    (folder / "queries.prompts.npy").unlink()
+    status, error = mined({"query": "q5"})
+    assert status == 1 and encoder.calls == 0
+    assert f"{folder} has no queries.prompts.npy" in error and "remove it" in error, error
+    assert TeacherVectors(folder).fingerprint == before
 
 
 @pytest.mark.parametrize("step", ["_commit", "_install"])
@@ -402,7 +471,7 @@ def test_vectors_of_a_killed_run_are_the_old_or_the_new_ones(encoder, tmp_path, 
     run(capsys, write_rows(rows, 9), "-o", tmp_path / "out.jsonl", "--vectors", folder)
     write_rows(rows, 12)
     link = files._link_or_copy
-    for num_links in range(4) if step == "_install" else [0]:
+    for num_links in range(5) if step == "_install" else [0]:
         child = os.fork()
         if child == 0:
             left = iter(range(num_links))
@@ -588,7 +657,7 @@ def test_a_judged_candidate_that_no_file_holds_is_told_before_any_work(encoder, 
     assert f"{judged}, line 1: 'candidate' has a lone surrogate" in error, error
 
 
-def test_verdicts_are_not_replaced(encoder, rows, tmp_path, capsys):
+def test_verdicts_are_not_replaced(encoder, rows, tmp_path, capsys, monkeypatch):
     suspects, words = tmp_path / "s.jsonl", [rows, "-o", tmp_path / "out.jsonl"]
     assert run(capsys, *words, "--suspects", suspects)[0] == 0
     assert run(capsys, *words, "--suspects", suspects)[0] == 0  # nobody has judged it
@@ -612,6 +681,16 @@ def test_verdicts_are_not_replaced(encoder, rows, tmp_path, capsys):
     words[2] = tmp_path / "other.jsonl"
     status, _, error = run(capsys, *words, "--suspects", suspects)
     assert status == 1 and "line 3 has a verdict" in error and suspects.read_text() == judged
+    # judged while the rows were written
+    encoder.encode = encode
+    suspects.write_text(judged.replace("false", "null"))
+    write_suspects = mine._write_suspects
+    monkeypatch.setattr(
+        mine, "_write_suspects", lambda *words: suspects.write_text(judged) and write_suspects(*words)
+    )
+    status, _, error = run(capsys, *words, "--suspects", suspects)
+    assert status == 1 and "line 3 has a verdict" in error and suspects.read_text() == judged
+    assert not words[2].exists()
 
 
 def test_a_corpus_gives_the_candidates(encoder, rows, tmp_path, capsys):
@@ -654,6 +733,15 @@ def test_a_part_of_the_rows_is_mined_as_a_file_of_them(encoder, rows, tmp_path, 
     rows.write_text("".join(lines))
     _, printed, error = run(capsys, rows, "-o", outputs[0], "--rows", 7)
     assert ": 6 rows," in printed and f"1 skipped, first {rows}, line 5: 'pos' is empty" in error
+
+
+def test_a_key_that_is_not_mined_keeps_half_a_character(encoder, rows, tmp_path, capsys):
+    with open(rows, "a") as file:
+        file.write('{"query": "w1", "pos": ["\u00e9"], "title": "cut \\ud83d"}\n')
+    assert run(capsys, rows, "-o", tmp_path / "out.jsonl")[0] == 0
+    found = records(tmp_path / "out.jsonl")[-1]
+    assert found["title"] == "cut \ud83d" and found["pos"] == ["\u00e9"] and found["neg"]
+    assert open_rows(tmp_path / "out.jsonl").row(30).negatives == tuple(found["neg"])
 
 
 def test_rows_that_cannot_be_mined_are_counted(encoder, rows, tmp_path, capsys):
@@ -729,6 +817,11 @@ def test_huge_and_duplicate_texts_are_mined_once(encoder, tmp_path, capsys):
         (["--rule", "best"], "no rule 'best'"),
         (["--range", "5:6"], "a range from 5 to 6 has no room for 7 negatives"),
         (["--random"], "a random choice needs the end of its range"),
+        (["--random", "--range", "0:9", "--seed", str(2**63)], "a seed must be a number from 0 to 2**63 - 1"),
+        (
+            ["--random", "--range", "0:9", "--seed", "-1"],
+            "a seed must be a number from 0 to 2**63 - 1, got -1",
+        ),
         (["--judged", "rows"], 'must have "query" and "candidate"'),
         (["-o", "rows"], "--output would replace"),
         (["-o", "."], "--output is a folder, and a file is wanted: ."),
@@ -739,7 +832,7 @@ def test_bad_input_is_one_line(encoder, rows, tmp_path, capsys, change, message)
     change = [str(rows) if word == "rows" else word for word in change]
     before = rows.read_bytes()
     status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl", *change)
-    assert status == 1 and message in error and error.count("\n") == 1, error
+    assert encoder.calls == 0 and status == 1 and message in error and error.count("\n") == 1, error
     assert rows.read_bytes() == before and not (tmp_path / "out.jsonl").exists()
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from nvembed_fast.curation.teachers import Dense, Encoder, Teacher
     from nvembed_fast.tokenization import TextTokenizer
     from nvembed_fast.training.rows import Rows
+    from nvembed_fast.training.teacher_vectors import TeacherVectors
 
 SUMMARY = "Find hard negatives for rows of training data, with their teacher's scores."
 EXAMPLES = """\
@@ -39,6 +40,7 @@ _TEXTS = 256  # that are encoded at once
 _CHUNK = 1024  # rows that are chosen at once
 _CHARACTERS = 64  # of a text for each of its tokens
 _REASONS = 5  # that are shown
+_READ = {"query", "pos", "neg", "pos_scores", "neg_scores", "prompt"}  # keys of a row, the others stay
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,11 +163,15 @@ def run(arguments: argparse.Namespace) -> None:
     process.raise_interrupts()
     with process.telling(lambda: "reading the rows"):
         texts = Texts(rows, corpus, judged)
-    if arguments.vectors is not None and (row := texts.row_of_two_prompts()) is not None:
-        raise ValueError(
-            f"the query {texts.row(row)[2].query!r:.80} stands in rows with different prompts, and "
-            "--vectors keeps one vector of each text: give these rows one prompt, or run without --vectors"
-        )
+    kept = None
+    if arguments.vectors is not None:
+        if (row := texts.row_of_two_prompts()) is not None:
+            raise ValueError(
+                f"the query {texts.row(row)[2].query!r:.80} stands in rows with different prompts, "
+                "and --vectors keeps one vector of each text: give these rows one prompt, or run without "
+                "--vectors"
+            )
+        kept = _kept_vectors(arguments.vectors, texts)
     if arguments.task and (reason := complaint(arguments.task)):
         raise ValueError(f"--task {reason}")
     own = [name for name in arguments.teacher if _is_own(name)]
@@ -180,9 +186,11 @@ def run(arguments: argparse.Namespace) -> None:
         files.alone(folder, ".lock"),
         process.telling_what_was_written(arguments.output, lambda: arguments.output),
     ):
-        names, teachers = [], []
+        names: list[str] = []
+        teachers: list[Teacher] = []
         for name, loader in loaders:
-            made_by, teacher = _teacher(name, loader, texts, folder, arguments)
+            others = kept if _dense(teachers) is None else None
+            made_by, teacher = _teacher(name, loader, texts, folder, arguments, others)
             names.append(made_by)
             teachers.append(teacher)
         choice = _chosen(texts, teachers, names, mining, folder)
@@ -234,6 +242,14 @@ class _Rows:
             raise Unusable(str(error).removeprefix(f"{place}: ")) from error
         if row.prompt and (reason := self._complaint(row.prompt)):
             raise Unusable(f"'prompt' {reason}")
+        for key in [key for key in record if key not in _READ]:
+            try:
+                json.dumps(record[key])
+            except (TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"{place}: {key!r} cannot be written as JSON lines ({error}): remove it, or make it "
+                    "a text"
+                ) from error
         return Entry(row.query, row.positives, row.prompt)
 
 
@@ -404,8 +420,9 @@ def _teacher(
     texts: "Texts",
     folder: Path,
     arguments: argparse.Namespace,
+    kept: "TeacherVectors | None",
 ) -> "tuple[str, Teacher]":
-    """What the teacher's scores are made of, and the teacher."""
+    """What the teacher's scores are made of, and the teacher, whose vectors may lie beside `kept`."""
     import torch
 
     from nvembed_fast.baselines import BM25
@@ -418,6 +435,8 @@ def _teacher(
         teacher = Bm25(index, texts.num_candidates, lambda row: texts.row(row)[2].query[:longest])
         return f"bm25 {longest}", teacher
     encoder = loader()
+    if kept is not None:
+        _check_teacher(arguments.vectors, kept, encoder.fingerprint)
 
     def of_documents(numbers: range) -> "np.ndarray":
         return encoder.encode([texts.document(number)[:longest] for number in numbers], None)
@@ -525,22 +544,56 @@ def _dense(teachers: "list[Teacher]") -> "Dense | None":
     return next((teacher for teacher in teachers if isinstance(teacher, Dense)), None)
 
 
-def _add_vectors(directory: Path, texts: "Texts", made_by: str, teacher: "Dense") -> None:
-    """Put the vectors beside those that the folder has of other files.
+def _kept_vectors(directory: Path, texts: "Texts") -> "TeacherVectors | None":
+    """What the folder of --vectors has of other files.
 
     Raises:
-        ValueError: those are another teacher's.
+        ValueError: it has one of these queries with another prompt, or does not know the prompts.
     """
     import numpy as np
 
-    from nvembed_fast.training.teacher_vectors import KEY_FILE, MADE_BY, Side, TeacherVectors, names
+    from nvembed_fast.training.teacher_vectors import KEY_FILE, PROMPTS, TeacherVectors
 
-    there = TeacherVectors(directory) if (files.current(directory) / KEY_FILE).is_file() else None
-    if there is not None and there.made_by != made_by:
+    if not (files.current(directory) / KEY_FILE).is_file():
+        return None
+    there = TeacherVectors(directory)
+    if there.prompts is None:
+        raise ValueError(
+            f"{directory} has no {PROMPTS}, because an earlier version made it: remove it, or choose another "
+            "folder for --vectors"
+        )
+    _, rows, places = np.intersect1d(texts.query_ids, there.stored("queries")[0], return_indices=True)
+    differs = rows[texts.prompt_ids[rows] != there.prompts[places]]
+    if len(differs):
+        raise ValueError(
+            f"{directory} has the query {texts.row(differs[0])[2].query!r:.80} with another prompt, and "
+            "keeps one vector of each text: give these rows one prompt, or choose another folder for "
+            "--vectors"
+        )
+    return there
+
+
+def _check_teacher(directory: Path, kept: "TeacherVectors", made_by: str) -> None:
+    if kept.made_by != made_by:
         raise ValueError(
             f"{directory} has vectors of another teacher, or of another --max-length, --dtype, --task or "
             "--symmetric: remove it, or choose another folder for --vectors"
         )
+
+
+def _add_vectors(directory: Path, texts: "Texts", made_by: str, teacher: "Dense") -> None:
+    """Put the vectors beside those that the folder has of other files.
+
+    Raises:
+        ValueError: another run has meanwhile put such there that these cannot lie beside.
+    """
+    import numpy as np
+
+    from nvembed_fast.training.teacher_vectors import KEY_FILE, MADE_BY, PROMPTS, Side, names
+
+    there = _kept_vectors(directory, texts)
+    if there is not None:
+        _check_teacher(directory, there, made_by)
     added: dict[Side, tuple[np.ndarray, np.ndarray]] = {
         "queries": (texts.query_ids, teacher.queries),
         "documents": (texts.document_ids, teacher.documents),
@@ -548,6 +601,11 @@ def _add_vectors(directory: Path, texts: "Texts", made_by: str, teacher: "Dense"
     together = files.replacing_together(directory, key=KEY_FILE, outdated=re.compile(""))
     with process.telling(lambda: f"writing {directory}"), together as aside:
         (aside / MADE_BY).write_text(made_by, encoding="utf-8")
+        queries, prompts = texts.query_ids, texts.prompt_ids
+        if there is not None and there.prompts is not None:
+            queries = np.concatenate([there.stored("queries")[0], queries])
+            prompts = np.concatenate([there.prompts, prompts])
+        np.save(aside / PROMPTS, prompts[np.unique(queries, return_index=True)[1]])
         for side, (ids, vectors) in added.items():
             parts = [(ids, vectors)] if there is None else [there.stored(side), (ids, vectors)]
             keys = np.unique(np.concatenate([of_part for of_part, _ in parts]))
@@ -595,7 +653,7 @@ def _write(
             if dense is not None:
                 record["pos_scores"] = _shortest(dense.scores(np.full(len(positives), row), positives))
                 record["neg_scores"] = _shortest(dense.scores(np.full(len(negatives), row), negatives))
-            print(json.dumps(record, ensure_ascii=False), file=output)
+            print(_line(record), file=output)
             num_negatives += len(negatives)
             num_fewer += 0 < len(negatives) < arguments.negatives
             num_without += not len(negatives)
@@ -603,6 +661,7 @@ def _write(
                 num_suspects += _write_suspects(
                     suspects, texts, teachers[0], row, entry, choice.suspects[row]
                 )
+        _check_suspects(arguments.suspects)
     print(f"{arguments.output}: {len(texts)} rows, {num_negatives} negatives")
     by_rule, by_text = choice.by_rule, choice.by_text
     notes = [
@@ -634,6 +693,16 @@ def _aside(path: Path | None) -> "Iterator[Any]":
         yield file
 
 
+def _line(record: dict[str, Any]) -> str:
+    """As JSON. Half a character, which no file in UTF-8 holds, stays an escape."""
+    line = json.dumps(record, ensure_ascii=False)
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record)
+    return line
+
+
 def _write_suspects(
     file: Any, texts: "Texts", teacher: "Teacher", row: int, entry: "Entry", suspects: "np.ndarray"
 ) -> int:
@@ -653,7 +722,7 @@ def _write_suspects(
                 "score": score,
                 "is_positive": None,
             }
-            print(json.dumps(line, ensure_ascii=False), file=file)
+            print(_line(line), file=file)
     return len(suspects)
 
 

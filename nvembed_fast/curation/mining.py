@@ -139,6 +139,8 @@ class Mining:
             )
         if self.seed is not None and self.last is None:
             raise ValueError("a random choice needs the end of its range")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ValueError(f"a seed must be a number from 0 to 2**63 - 1, got {self.seed}")
 
     @property
     def end(self) -> int:

@@ -3,6 +3,8 @@
 A folder holds, for queries and for documents, `<side>.keys.npy` and `<side>.vectors.npy`. Row i of the
 vectors is of the text whose id (`texts.text_id`) is key i, and the keys ascend. So one folder serves every
 data set, and a lookup reads single rows of a memory map. `teacher.txt` names what made the vectors.
+`queries.prompts.npy` has the prompt of each query, by `texts.text_id`, or 0, so that no run replaces its
+vector by that of another prompt. A training does not read it.
 `nvembed-fast mine --vectors` adds those of its rows by `files.replacing_together`, so one run has written
 all files of a folder.
 """
@@ -17,7 +19,7 @@ import torch
 
 from nvembed_fast import files
 
-__all__ = ["KEY_FILE", "MADE_BY", "SIDES", "Side", "TeacherVectors", "names"]
+__all__ = ["KEY_FILE", "MADE_BY", "PROMPTS", "SIDES", "Side", "TeacherVectors", "names"]
 
 Side = Literal["queries", "documents"]
 SIDES: tuple[Side, ...] = ("queries", "documents")
@@ -30,6 +32,7 @@ def names(side: Side) -> tuple[str, str]:
 
 KEY_FILE = names("queries")[0]  # of `files.replacing_together`
 MADE_BY = "teacher.txt"
+PROMPTS = "queries.prompts.npy"
 
 
 class TeacherVectors:
@@ -41,7 +44,9 @@ class TeacherVectors:
     Attributes:
         width: of a vector.
         made_by: the fingerprint of the teacher.
-        fingerprint: 32 hexadecimal digits of all files.
+        prompts: [N] int64 of the queries, in the order of their keys. None: an earlier version made
+            the folder.
+        fingerprint: 32 hexadecimal digits of keys and vectors.
 
     Raises:
         ValueError: a file is missing, or the files do not belong together.
@@ -57,7 +62,7 @@ class TeacherVectors:
             raise ValueError(f"{directory}: vectors of queries and of documents have different widths")
 
     def _read(self) -> str:
-        """Open all files. Returns their fingerprint."""
+        """Open all files. Returns the fingerprint."""
         directory, digest = self._directory, hashlib.blake2b(digest_size=16)
         try:
             self.made_by = (files.current(directory) / MADE_BY).read_text(encoding="utf-8")
@@ -77,6 +82,10 @@ class TeacherVectors:
             if keys.dtype != np.int64 or keys.ndim != 1 or vectors.ndim != 2 or len(keys) != len(vectors):
                 got = f"{list(keys.shape)} {keys.dtype} and {list(vectors.shape)}"
                 raise ValueError(f"{directory}: {side} need keys [N] int64 and vectors [N, D], got {got}")
+        path = files.current(directory) / PROMPTS
+        self.prompts = np.load(path, mmap_mode="r") if path.is_file() else None
+        if self.prompts is not None and self.prompts.shape != self._keys["queries"].shape:
+            raise ValueError(f"{directory}: {PROMPTS} is not of the queries that are there")
         return digest.hexdigest()
 
     def stored(self, side: Side) -> tuple[np.ndarray, np.ndarray]:

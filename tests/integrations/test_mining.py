@@ -1,15 +1,20 @@
 """nvembed-fast mine with the libraries of its teachers: sentence-transformers, our own model, and BM25."""
 
+import datetime
 import json
 import shutil
+from decimal import Decimal
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from tiny_decoders import write_mistral
 
 from nvembed_fast import NVEmbed, cli
+from nvembed_fast.cli import mine
 from nvembed_fast.integrations.sentence_transformers import load_foreign
 
 TEXTS = [f"w{i} w{i + 1} w{i + 2}" for i in range(12)]
@@ -50,6 +55,24 @@ def test_a_model_of_sentence_transformers(foreign, rows, tmp_path):
         vectors = model.encode([row["query"], *row["pos"], *row["neg"]], normalize_embeddings=True)
         assert np.allclose(vectors[1:] @ vectors[0], row["pos_scores"] + row["neg_scores"], atol=1e-5)
         assert len(row["neg"]) == 7 and row["neg_scores"] == sorted(row["neg_scores"], reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(b"1", "bytes"), (datetime.date(2026, 1, 2), "date"), ([Decimal("1.5")], "Decimal")]
+)
+def test_a_column_that_json_lines_cannot_hold_is_told_before_any_work(
+    tmp_path, capsys, monkeypatch, value, kind
+):
+    """The first row has none of it, and another column can be written."""
+    monkeypatch.setattr(mine, "_teacher", lambda *_: pytest.fail("texts are encoded"))
+    rows = [{"query": f"w{i}", "pos": [text], "year": 2026, "more": None} for i, text in enumerate(TEXTS)]
+    rows[3]["more"] = value
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    words = ["mine", str(tmp_path / "rows.parquet"), "-o", str(tmp_path / "out.jsonl"), "--teacher", "bm25"]
+    assert cli.main(words) == 1
+    said = "rows.parquet, row 4: 'more' cannot be written as JSON lines (Object of type"
+    error = capsys.readouterr().err
+    assert f"{said} {kind} is" in error and error.count("\n") == 1, error
 
 
 def test_vectors_of_another_max_length_are_not_taken(foreign, rows, tmp_path, capsys):
