@@ -17,7 +17,11 @@ _QUERIES, _DOCUMENTS = 1024, 8192  # of a tile: 32 MB of scores
 
 
 def topk(
-    queries: torch.Tensor, documents: torch.Tensor, k: int, ceilings: torch.Tensor | None = None
+    queries: torch.Tensor,
+    documents: torch.Tensor,
+    k: int,
+    ceilings: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k documents of the highest inner product with each query.
 
@@ -26,10 +30,11 @@ def topk(
         documents: [N, D] of any float dtype, on any device, or a memory map. Read tile by tile.
         k: how many. Fewer than k documents give columns of -inf and -1.
         ceilings: [Q] fp32. A document with a score above its query's ceiling is passed over. None: none is.
+        rows: [M] int64 on the documents' device, the documents to look at. None: all.
 
     Returns:
-        Scores [Q, k] fp32 from the highest to the lowest, and the numbers of the documents [Q, k] int64.
-        Equal scores come in the order of their documents.
+        Scores [Q, k] fp32 from the highest to the lowest, and the numbers of the documents [Q, k] int64. With
+        `rows` they are numbers among those. Equal scores come in the order of their documents.
 
     Raises:
         ValueError: the widths differ, k is below 1, or a vector is not finite.
@@ -43,14 +48,15 @@ def topk(
         raise ValueError(f"k must be at least 1, got {k}")
     found = []
     for first in range(0, len(queries), _QUERIES):
-        rows = slice(first, first + _QUERIES)
-        block = _finite(queries[rows].float(), "queries", first)
+        part = slice(first, first + _QUERIES)
+        block = _finite(queries[part].float(), "queries", first)
         best = Best(len(block), k, block.device)
-        for start in range(0, len(documents), _DOCUMENTS):
-            tile = documents[start : start + _DOCUMENTS].to(block.device).float()
+        for start in range(0, len(documents if rows is None else rows), _DOCUMENTS):
+            place = slice(start, start + _DOCUMENTS)
+            tile = documents[place if rows is None else rows[place]].to(block.device).float()
             scores = _product(block, _finite(tile, "documents", start))
             if ceilings is not None:
-                above = scores > ceilings[rows].to(block.device)[:, None]
+                above = scores > ceilings[part].to(block.device)[:, None]
                 scores.masked_fill_(above, -torch.inf)
             best.add(scores, start)
         found.append((best.scores, best.indices))

@@ -51,7 +51,8 @@ class Record:
         texts: of the texts, by `fingerprint.of_texts`.
         instruction: in front of every text.
         max_length: tokens at which texts were cut.
-        dtype: in which the model computed.
+        dtype: in which the model computed. Several, such as "float16, bfloat16", where `encode` went on in
+            another one.
         precision: of the vectors in the file, see `precision`.
         width: dimensions of a vector. None for all of the model's.
         ranges: [2, width], of int8 and uint8 vectors.
@@ -81,9 +82,10 @@ def write_vectors(file: IO[bytes], vectors: np.ndarray, record: Record) -> None:
     write_record(file, record)
 
 
-def write_record(file: IO[bytes], record: Record) -> None:
-    """Write what stands behind the vectors."""
-    np.save(file, np.frombuffer(json.dumps(dataclasses.asdict(record)).encode(), dtype=np.uint8))
+def write_record(file: IO[bytes], record: Record, min_bytes: int = 0) -> None:
+    """Write what stands behind the vectors. Spaces fill its JSON up to `min_bytes`."""
+    content = json.dumps(dataclasses.asdict(record)).encode().ljust(min_bytes)
+    np.save(file, np.frombuffer(content, dtype=np.uint8))
 
 
 def write_quantized(file: IO[bytes], vectors: np.ndarray, record: Record) -> None:
@@ -101,7 +103,8 @@ def read_vectors(path: Path) -> tuple[np.ndarray, Record | None]:
 
     Returns:
         [N, D] finite vectors in the file's float dtype and the machine's byte order, and None for a file
-        without a record. Vectors of another precision come back in float32, as exact as they are.
+        without a record. They stay in the file, as a memory map that is not written to. Vectors of another
+        byte order are copied. Those of another precision come back in float32, as exact as they are.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -111,8 +114,7 @@ def read_vectors(path: Path) -> tuple[np.ndarray, Record | None]:
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            _check_header(file, path, size)
-            vectors = np.load(file, allow_pickle=False)
+            vectors = _mapped(file, path, size)
             record = _record(file, path) if file.tell() < size else None
         if vectors.dtype.kind != "f":
             vectors = _restored(vectors, record, path)
@@ -129,8 +131,8 @@ def read_vectors(path: Path) -> tuple[np.ndarray, Record | None]:
     return vectors, record
 
 
-def _check_header(file: IO[bytes], path: Path, size: int) -> None:
-    """Check what follows by numbers alone: np.load would believe them. Leaves the file at its start."""
+def _mapped(file: IO[bytes], path: Path, size: int) -> np.ndarray:
+    """The vectors where they lie, once their header is checked. Leaves the file behind them."""
     first = file.read(8)
     if not first:
         raise ValueError(f"{path} is empty: {_AGAIN}")
@@ -140,7 +142,7 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> None:
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     file.seek(0)
     try:
-        shape, _, dtype = readers[np.lib.format.read_magic(file)](file)
+        shape, is_fortran, dtype = readers[np.lib.format.read_magic(file)](file)
     except _HEADER_ERRORS as error:
         raise ValueError(f"{path} has a broken header: {_AGAIN}") from error
     if dtype not in (np.int8, np.uint8) and (dtype.kind != "f" or dtype.itemsize > 8):
@@ -150,12 +152,15 @@ def _check_header(file: IO[bytes], path: Path, size: int) -> None:
         )
     if len(shape) != 2 or min(shape) < 1:
         raise ValueError(f"{path} has shape {shape}, and vectors have [texts, width]: {_AGAIN}")
-    wanted = file.tell() + math.prod(shape) * dtype.itemsize
+    begin = file.tell()
+    wanted = begin + math.prod(shape) * dtype.itemsize
     if size < wanted:
         raise ValueError(
             f"{path} is cut short: {wanted} bytes by its header, {size} are there. Fetch it again"
         )
-    file.seek(0)
+    vectors = np.memmap(file, dtype, "r", begin, shape, "F" if is_fortran else "C")
+    file.seek(wanted)
+    return vectors
 
 
 def _record(file: IO[bytes], path: Path) -> Record:

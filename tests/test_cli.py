@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 from tiny_decoders import write_mistral
 
-from nvembed_fast import NVEmbed, cli, query_instruction
+from nvembed_fast import NVEmbed, cli, query_instruction, topk
 from nvembed_fast.cli import options
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -117,7 +117,8 @@ def test_search_prints_json_with_whole_texts(tiny_directory, tmp_path, capsys):
     assert not set(printed) & {"\x1b", "\x07", "\u202e"} and printed.count("[31mred caf\u00e9 word") == 2
 
 
-def test_search_never_shows_an_empty_text(tiny_directory, tmp_path, capsys):
+def test_search_never_shows_an_empty_text(tiny_directory, tmp_path, capsys, monkeypatch):
+    found = topk.topk
     file, output = tmp_path / "x.jsonl", tmp_path / "x.npy"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("", "judo", " \n", "tea")))
     arguments = ("search", file, "judo", "--json", "--model", tiny_directory)
@@ -125,7 +126,11 @@ def test_search_never_shows_an_empty_text(tiny_directory, tmp_path, capsys):
     results = json.loads(printed)["results"]
     assert {(result["index"], result["text"]) for result in results} == {(1, "judo"), (3, "tea")}
     assert run(capsys, "encode", file, "-o", output, "--model", tiny_directory)[0] == 0
-    kept = json.loads(run(capsys, *arguments, "--embeddings", output)[1])["results"]
+    seen = []
+    monkeypatch.setattr(topk, "topk", lambda *args, **more: seen.append(args[1]) or found(*args, **more))
+    status, printed, error = run(capsys, *arguments, "--embeddings", output)
+    assert error == "" and len(seen[0]) == 4, "the vectors were copied without those of empty texts"
+    kept = json.loads(printed)["results"]
     assert [result["index"] for result in kept] == [result["index"] for result in results]
     file.write_text('{"text": ""}\n')
     assert "x.jsonl has no text that is not empty" in run(capsys, *arguments)[2]

@@ -10,10 +10,12 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from tiny_decoders import write_mistral
 
 from nvembed_fast import NVEmbed, cli
 from nvembed_fast.cli import process
+from nvembed_fast.vectors import read_vectors
 
 TEXTS = ["a judo throw", "", "parse a date", "tabs\tand caf\u00e9"]
 
@@ -130,6 +132,34 @@ def test_an_interrupted_run_goes_on_where_it_was(model, texts_file, tmp_path, ca
     assert status == 0 and f"note: 2 of 4 rows are in {part} already" in error
     assert len(batches) == 4 and not part.exists()
     np.testing.assert_allclose(np.load(out), wanted, atol=1e-6)
+
+
+def test_texts_that_overflow_in_float16_are_made_in_another_dtype(
+    model, texts_file, tmp_path, capsys, monkeypatch
+):
+    out, real = tmp_path / "o.npy", model.embed
+    arguments = ("encode", texts_file, "-o", out, "--max-batch-tokens", 1)  # each text is a batch
+
+    def overflowing(_, ids, *rest):
+        vectors = real(ids, *rest)
+        return torch.full_like(vectors, torch.nan) if len(ids[0]) == longest else vectors
+
+    longest = max(model.text_tokenizer(TEXTS, "", 4096).lengths())
+    number = model.text_tokenizer(TEXTS, "", 4096).lengths().index(longest)
+    with monkeypatch.context() as patch:
+        patch.setattr(NVEmbed, "embed", overflowing)
+        patch.setattr(NVEmbed, "dtype", torch.float16)
+        for _ in range(2):  # the second run has that text alone
+            status, _, error = run(capsys, *arguments)
+            assert (
+                status == 1 and f"the vector of text {number} (counted from 0) is NaN or Inf in flo" in error
+            )
+            assert "Load the model with --dtype bfloat16" in error and "note: 3 of 4 rows are in" in error
+    status, _, error = run(capsys, *arguments)
+    assert status == 0 and "note: they were made in float16, and the others are made in float32" in error
+    vectors, record = read_vectors(out)
+    assert record.dtype == "float16, float32"
+    np.testing.assert_allclose(vectors, model.encode(TEXTS, output="numpy"), atol=1e-6)
 
 
 def test_ids_are_written_beside_the_vectors_and_shown_by_search(model, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Rows of an interrupted run: what counts as there, and what the next run may take."""
 
+import dataclasses
 import errno
 import os
 
@@ -8,7 +9,7 @@ import pytest
 
 from nvembed_fast.cli import partial
 from nvembed_fast.cli.partial import Partial
-from nvembed_fast.vectors import Record, read_vectors
+from nvembed_fast.vectors import Record, read_vectors, write_vectors
 
 RECORD = Record("m", "f", "t", "", 8, "float32")
 ROWS = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
@@ -95,6 +96,60 @@ def test_rows_of_another_array_stay_untouched(tmp_path, record):
     with pytest.raises(FileExistsError, match=r"o\.npy\.partial holds rows of another model, of other texts"):
         opened(tmp_path, record, "float16" if record == RECORD else "float32")
     assert (tmp_path / "o.npy.partial").read_bytes() == before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_of_two_dtypes_are_one_array_that_names_both(tmp_path, dtype):
+    """What overflows in float16 is made in bfloat16."""
+    half = dataclasses.replace(RECORD, dtype="float16")
+    wide = dataclasses.replace(RECORD, dtype="bfloat16")
+    with pytest.raises(ValueError, match="NaN"), opened(tmp_path, half, dtype) as rows:
+        write(rows, [0, 1, 3, 4])
+        raise ValueError("row 2 is NaN")
+    with pytest.raises(KeyboardInterrupt), opened(tmp_path, wide, dtype) as rows:
+        assert rows.missing() == [2] and rows.record == half
+        raise KeyboardInterrupt
+    with opened(tmp_path, wide, dtype) as rows:
+        assert rows.record == half, "no row was made in bfloat16"
+        write(rows, [2])
+        rows.finish()
+    vectors, record = read_vectors(tmp_path / "o.npy")
+    assert record == dataclasses.replace(RECORD, dtype="float16, bfloat16")
+    np.testing.assert_array_equal(vectors, ROWS.astype(dtype))
+
+
+def test_another_form_is_written_with_the_dtypes_of_its_rows(tmp_path):
+    interrupted(tmp_path, [0, 1])
+    with opened(tmp_path, dataclasses.replace(RECORD, dtype="float64")) as rows:
+        write(rows, rows.missing())
+        rows.finish(write_vectors)
+    assert read_vectors(tmp_path / "o.npy")[1].dtype == "float32, float64"
+
+
+@pytest.mark.parametrize("end", ["renamed", "removed"])
+def test_a_file_that_another_process_ends_before_it_is_locked_stays_untouched(tmp_path, monkeypatch, end):
+    lock, ends = partial.fcntl.flock, []
+
+    def late(file, how):
+        if not ends:  # the other process, between open and lock
+            ends.append(1)
+            if end == "renamed":
+                os.replace(tmp_path / "o.npy.partial", tmp_path / "o.npy")
+            else:
+                os.unlink(tmp_path / "o.npy.partial")
+        lock(file, how)
+
+    interrupted(tmp_path, [0])
+    before = (tmp_path / "o.npy.partial").read_bytes()
+    monkeypatch.setattr(partial.fcntl, "flock", late)
+    with opened(tmp_path) as rows:
+        assert len(rows) == 0
+        assert os.path.samestat(os.fstat(rows._file.fileno()), os.stat(rows.path))
+        if end == "renamed":
+            assert (tmp_path / "o.npy").read_bytes() == before
+        write(rows, rows.missing())
+        rows.finish()
+    np.testing.assert_array_equal(np.load(tmp_path / "o.npy"), ROWS)
 
 
 def test_another_file_of_that_name_stays_untouched(tmp_path):

@@ -36,6 +36,14 @@ def test_equals_a_stable_sort_of_all_scores(tiles, k, num_queries, num_documents
     assert torch.equal(scores, wanted_scores) and torch.equal(indices, wanted_indices)
 
 
+def test_only_the_asked_rows_are_looked_at(tiles):
+    q, d = vectors(7, 0), vectors(33, 1)
+    rows = torch.arange(1, 33, 3)
+    assert all(map(torch.equal, topk(q, d, 5, rows=rows), topk(q, d[rows], 5)))
+    ceilings = torch.tensor([-9.0, -2, -1, 0, 1, 2, 9])
+    assert all(map(torch.equal, topk(q, d, 5, ceilings, rows), topk(q, d[rows], 5, ceilings)))
+
+
 def test_there_are_ties_at_the_border():
     scores = vectors(7, 0) @ vectors(33, 1).T
     values, _ = sorted_in_full(scores, 6)

@@ -59,6 +59,13 @@ def test_a_file_gives_back_its_vectors_and_their_record(tmp_path, dtype, order):
     np.testing.assert_array_equal(np.load(tmp_path / "x.npy", mmap_mode="r"), vectors)
 
 
+def test_vectors_stay_in_their_file(tmp_path):
+    """A search looks at so many that a copy would fill the memory."""
+    (tmp_path / "x.npy").write_bytes(written())
+    got, _ = read_vectors(tmp_path / "x.npy")
+    assert isinstance(got, np.memmap)
+
+
 def test_a_file_of_numpy_has_no_record(tmp_path):
     np.save(tmp_path / "x.npy", VECTORS)
     got, record = read_vectors(tmp_path / "x.npy")

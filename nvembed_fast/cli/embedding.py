@@ -1,5 +1,6 @@
 """Texts to vectors for a command, never in silence, and into the rows of a file if it asks so."""
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ def embed(
     arguments: "argparse.Namespace",
     partial: "Partial | None" = None,
     width: int | None = None,
+    numbers: list[int] | None = None,
 ) -> np.ndarray:
     """Embed texts as `NVEmbed.encode` does, with a line every ten seconds where no bar is seen.
 
@@ -34,12 +36,14 @@ def embed(
         arguments: the text options.
         partial: where the rows go. Those that are there already are not made again.
         width: dimensions to keep. None keeps all.
+        numbers: of the texts in their file, for errors. None: they are all of it.
 
     Returns:
         [N, D] fp32 on the host, or the rows of `partial`.
     """
     missing = list(range(len(texts))) if partial is None else partial.missing()
     left = [texts[row] for row in missing]
+    names = [numbers[row] for row in missing] if numbers else missing
     rows = None if partial is None else torch.from_numpy(partial.rows)
     result = Result(len(texts), width or model.config.hidden_size, model.device, on_host=True, rows=rows)
     progress = Progress(left, arguments.max_length, show=None)
@@ -50,7 +54,7 @@ def embed(
         rate = f"{progress.done / seconds:.3g} texts/s on {model.device}"
         return f"{progress.done} of {len(left)} texts in {seconds:.0f} s, {rate}"
 
-    with progress, process.telling(state), options.note_cut(), _counted_among(left, texts):
+    with progress, process.telling(state), options.note_cut(), _named_as_in_the_file(names):
         model.warn_about(left)
         for indices, vectors in model.stream(left, instruction, **options.encode_options(arguments)):
             landed = result.put([missing[index] for index in indices], vectors[:, :width])
@@ -64,11 +68,15 @@ def embed(
 
 
 @contextmanager
-def _counted_among(left: list[str], texts: list[str]) -> Iterator[None]:
-    """Inside, an error that names a text by its index says from which texts on it counts."""
+def _named_as_in_the_file(numbers: list[int]) -> Iterator[None]:
+    """Inside, an error names a text by its number in the file, and the option of the command."""
     try:
         yield
     except ValueError as error:
-        if len(left) == len(texts):
-            raise
-        raise ValueError(f"{error} (prompts are the {len(left)} texts that were left)") from error
+        message = re.sub(
+            r"prompts\[(\d+)\]",
+            lambda found: f"text {numbers[int(found[1])]} (counted from 0)",
+            str(error),
+            count=1,
+        )
+        raise ValueError(re.sub(r"dtype='(\w+)'", r"--dtype \1", message)) from error

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.path,
         metavar="OUT.npy",
         help="[texts, width]; - writes it to standard output. An interrupted run keeps its rows in "
-        "OUT.npy.partial, and the same command goes on from there",
+        "OUT.npy.partial, and the same command goes on from there, also with another --dtype",
     )
     parser.add_argument(
         "--precision",
@@ -128,11 +128,13 @@ def run(arguments: argparse.Namespace) -> None:
     ):
         if there := len(partial):
             process.say(f"note: {there} of {shape[0]} rows are in {partial.path} already")
+            if (made_in := partial.record.dtype) != record.dtype:
+                process.say(f"note: they were made in {made_in}, and the others are made in {record.dtype}")
         embed(model, texts, instruction, arguments, partial, width=cut)
         if ids:  # first: behind the last rename nothing is left to do
             with files.replacing(_ids_file(output)) as aside:
                 aside.write_text("".join(f"{name}\n" for name in ids), encoding="utf-8")
-        partial.finish(None if is_float else lambda file, rows: write_quantized(file, rows, record))
+        partial.finish(None if is_float else write_quantized)
         print(f"{output}: {made}")
 
 

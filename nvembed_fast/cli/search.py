@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from nvembed_fast.cli import options, process
@@ -93,11 +94,15 @@ def run(arguments: argparse.Namespace) -> None:
             f"note: {len(filled)} texts to embed, anew at every call. To keep their vectors, run "
             "nvembed-fast encode FILE -o OUT.npy once, and search with --embeddings OUT.npy"
         )
-        documents = embed(model, [texts[index] for index in filled], "", arguments)
-    elif len(filled) < len(texts):
-        documents = documents[filled]
+        documents = embed(model, [texts[index] for index in filled], "", arguments, numbers=filled)
+        rows = None
+    else:
+        rows = torch.tensor(filled) if len(filled) < len(texts) else None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        vectors = torch.from_numpy(documents)
     show = _print_json if arguments.json else _print
-    best = topk(torch.from_numpy(queries), torch.from_numpy(documents), min(arguments.top, len(filled)))
+    best = topk(torch.from_numpy(queries), vectors, min(arguments.top, len(filled)), rows=rows)
     for question, *results in zip(arguments.question, *(part.tolist() for part in best), strict=True):
         found = [
             {"index": filled[i], "score": score, "text": texts[filled[i]]}
