@@ -57,9 +57,10 @@ def test_only_weights_config_and_tokenizer_are_fetched(monkeypatch, tmp_path):
 
     index = json.loads('["model-00001-of-00004.safetensors", "model.safetensors.index.json"]')
     wanted = ["config.json", "model.safetensors", *index, *TOKENIZER_FILES, *pipeline.DEFAULTS]
-    wanted += ["sentence_bert_config.json"]
+    wanted += ["sentence_bert_config.json", "1_Dense/config.json", "1_Dense/model.safetensors"]
     assert all(map(fetched, wanted))
     refused = ["modeling_nvembed.py", "pytorch_model.bin", "onnx/model.onnx", "x.pt", "adapter.safetensors"]
+    refused += ["1_Dense/pytorch_model.bin", "1_Dense/evil.py"]
     assert not any(map(fetched, refused))
 
 

@@ -45,6 +45,7 @@ CURATION = {"baselines", "encoder", "corpus", "topk", "texts", "files", "package
 INTEGRATIONS = {
     "config",
     "corpus",
+    "checkpoint.hub",
     "checkpoint.pipeline",
     "encoder",
     "legacy",
@@ -155,7 +156,7 @@ FOLDER_FILES: dict[str, set[str]] = {
     "curation.teachers": {"numpy", "torch"},
     "integrations.__init__": set(),
     "integrations.datasets": {"datasets", "huggingface_hub"},
-    "integrations.sentence_transformers": {"numpy", "sentence_transformers", "torch"},
+    "integrations.sentence_transformers": {"numpy", "safetensors", "sentence_transformers", "torch"},
     "integrations.mteb": {"datasets", "mteb", "numpy", "sklearn", "torch"},
     "integrations.transformers": {"torch", "transformers"},
     "network.__init__": set(),

@@ -13,7 +13,9 @@ from nvembed_fast.tokenization import TOKENIZER_FILES
 __all__ = ["download_size", "resolve"]
 
 _SETTINGS = [CONFIG_FILE, MODULES_FILE, SETTINGS_FILE, LENGTH_FILE]
-_FETCHED = [*_SETTINGS, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES]
+# of modules behind the model, as sentence-transformers names their folders
+_BEHIND = ["[0-9]*_*/config.json", "[0-9]*_*/model.safetensors"]
+_FETCHED = [*_SETTINGS, "model*.safetensors", INDEX_FILE, *TOKENIZER_FILES, *_BEHIND]
 _DOWNLOAD = "Where there is a network, run: hf download {} --local-dir DIRECTORY, and pass DIRECTORY"
 _LOGIN = "token=..., or: hf auth login"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -7,6 +7,7 @@ files of these names for other code, so theirs are neither read nor carried alon
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from nvembed_fast import files
 from nvembed_fast.config import DEFAULT_LENGTH, DEFAULT_TASK, check_integer, query_instruction
@@ -18,9 +19,11 @@ __all__ = [
     "OURS",
     "SETTINGS_FILE",
     "check_modules",
+    "listed_modules",
     "max_seq_length",
     "module_types",
     "pipeline_files",
+    "settings",
 ]
 
 MODULES_FILE = "modules.json"
@@ -28,7 +31,7 @@ SETTINGS_FILE = "config_sentence_transformers.json"
 LENGTH_FILE = "sentence_bert_config.json"
 OURS = "nvembed_fast.integrations.sentence_transformers.NVEmbedModule"
 # without modules.json that library pools by the plain mean, in silence
-DEFAULTS: dict[str, dict | list] = {
+DEFAULTS: dict[str, Any] = {
     MODULES_FILE: [{"idx": 0, "name": "0", "path": "", "type": OURS}],
     SETTINGS_FILE: {
         "model_type": "SentenceTransformer",
@@ -76,6 +79,21 @@ def max_seq_length(directory: Path) -> int:
         raise ValueError(f"{file}: {error}") from error
 
 
+def settings(directory: Path) -> dict[str, Any]:
+    """The prompts and other settings that a pipeline was saved with, or the defaults.
+
+    Raises:
+        ValueError: a file is damaged. The message names it.
+    """
+    file = directory / SETTINGS_FILE
+    if OURS not in module_types(directory)[:1] or not files.is_file(file):
+        return DEFAULTS[SETTINGS_FILE]
+    found = files.read_json(file)
+    if not isinstance(found.get("prompts", {}), dict):
+        raise ValueError(f"{file}: prompts must be an object, got {files.brief(found['prompts'])}")
+    return found
+
+
 def pipeline_files(directory: Path, names: Iterable[str] = (SETTINGS_FILE, LENGTH_FILE)) -> list[Path]:
     """The files of these names that go with a pipeline's model when it is saved. None of other code."""
     try:
@@ -87,10 +105,16 @@ def pipeline_files(directory: Path, names: Iterable[str] = (SETTINGS_FILE, LENGT
 
 def module_types(directory: Path) -> list[str]:
     """The classes that modules.json names, none without that file."""
+    return [kind for kind, _ in listed_modules(directory)]
+
+
+def listed_modules(directory: Path) -> list[tuple[str, str]]:
+    """The classes that modules.json names, each with its folder. None without that file."""
     file = directory / MODULES_FILE
     if not files.is_file(file):
         return []
     try:
-        return [str(module["type"]) for module in json.loads(files.read(file, files.MAX_JSON_BYTES))]
+        modules = json.loads(files.read(file, files.MAX_JSON_BYTES))
+        return [(str(module["type"]), str(module.get("path", ""))) for module in modules]
     except (ValueError, TypeError, LookupError, RecursionError) as error:
         raise ValueError(f"{file} is no list of modules: {error}") from error

@@ -23,11 +23,12 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from nvembed_fast.checkpoint.pipeline import MODULES_FILE, OURS, SETTINGS_FILE, module_types
-from nvembed_fast.config import DEFAULT_TASK, query_instruction
+from nvembed_fast.checkpoint.hub import resolve
+from nvembed_fast.checkpoint.pipeline import MODULES_FILE, OURS, SETTINGS_FILE, listed_modules, settings
 from nvembed_fast.encoder import NVEmbed
 from nvembed_fast.kernels.layout import SeqLayout, to_device
 from nvembed_fast.packing import PackedBatch, token_budget_batches
@@ -36,8 +37,8 @@ from nvembed_fast.tokenization import TokenizedTexts, check_texts
 
 try:
     from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import InputModule
-    from sentence_transformers.util import load_file_path
+    from sentence_transformers.base.modules import Dense, InputModule, Module, Normalize
+    from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm
 except ImportError as error:
     raise ImportError(
         "nvembed_fast.integrations.sentence_transformers needs sentence-transformers 6: "
@@ -46,6 +47,8 @@ except ImportError as error:
 
 __all__ = ["NVEmbedModule", "load", "load_foreign"]
 
+# modules of the library that may stand behind ours: none runs what its folder holds
+_BEHIND = {kind.__name__: kind for kind in (Dense, Dropout, LayerNorm, Normalize)}
 _MERGE = "model[0].network = model[0].network.merge_and_unload()"
 
 
@@ -279,6 +282,8 @@ class NVEmbedModule(InputModule):
         """The library calls it when the model is built, and on its device."""
         if self._takes_dtype_of_device and self.encoder.device.type == "cpu":
             self.network.float()
+        for behind in list(model)[1:]:  # the library gives them our dtype, and a vector is fp32
+            behind.float()
         model.check_peft_compatible_model = _refuse_adapter
 
     def _replicate_for_data_parallel(self) -> NoReturn:
@@ -315,50 +320,63 @@ def load(
     cache_folder: str | None = None,
     local_files_only: bool = False,
     prompts: dict[str, str] | None = None,
+    default_prompt_name: str | None = None,
+    similarity_fn_name: str | None = None,
+    truncate_dim: int | None = None,
+    model_card_data: Any = None,
     model_kwargs: dict[str, Any] | None = None,
-    **keywords: Any,
+    processor_kwargs: dict[str, Any] | None = None,
+    config_kwargs: dict[str, Any] | None = None,
+    backend: str = "torch",
+    trust_remote_code: bool = False,
 ) -> SentenceTransformer:
-    """A `SentenceTransformer` of an NV-Embed model. It needs no trust_remote_code, and runs none.
+    """A `SentenceTransformer` of an NV-Embed model. It runs no code of the model's directory.
 
     Args:
-        path_or_id: a directory or a hub id, saved by this package, by sentence-transformers or as published.
+        path_or_id: a directory or a hub id, saved by this package, by sentence-transformers or as published,
+            or "demo". Behind ours it may have a Dense, Dropout, LayerNorm or Normalize of that library.
         device: where the weights go, tensor by tensor. None: the GPU if there is one, else the CPU.
-        revision, token, cache_folder, local_files_only, prompts: as in `SentenceTransformer`.
+        revision, token, cache_folder, local_files_only, prompts, default_prompt_name, similarity_fn_name,
+            truncate_dim, model_card_data: as in `SentenceTransformer`. None takes what was saved.
         model_kwargs: keywords of `NVEmbed.from_pretrained`, such as dtype, impl and latents.
-        keywords: others of `SentenceTransformer`, such as truncate_dim.
+        processor_kwargs, config_kwargs, backend: refused, if they ask for anything.
+        trust_remote_code: accepted and not needed.
 
     Raises:
         FileNotFoundError, ValueError: something is missing or wrong. The message names it.
     """
-    path_or_id = os.path.expanduser(path_or_id)
-    hub: dict[str, Any] = {"token": token, "revision": revision, "local_files_only": local_files_only}
-    model_kwargs = {} if model_kwargs is None else dict(model_kwargs)
-    if device is not None:
-        model_kwargs["device"] = device
-    listed = load_file_path(path_or_id, MODULES_FILE, cache_folder=cache_folder, **hub)
-    types = [] if listed is None else module_types(Path(listed).parent)
-    if OURS in types:
-        if foreign := [t for t in types if t != OURS and not t.startswith("sentence_transformers.")]:
-            raise ValueError(
-                f"{listed} names {foreign[0]}, which is of neither this package nor sentence-transformers. "
-                "If you trust it, use SentenceTransformer(path, trust_remote_code=True)"
-            )
-        return SentenceTransformer(
-            path_or_id,
-            device=device,
-            prompts=prompts,
-            trust_remote_code=True,
-            cache_folder=cache_folder,
-            model_kwargs=model_kwargs,
-            **hub,
-            **keywords,
-        )
-    module = NVEmbedModule.load(path_or_id, cache_folder=cache_folder, model_kwargs=model_kwargs, **hub)
-    keywords.setdefault("similarity_fn_name", "cosine")
-    prompts = {"query": query_instruction(DEFAULT_TASK), "document": "", **(prompts or {})}
-    return SentenceTransformer(
-        modules=[module], device=str(module.encoder.device), prompts=prompts, **keywords
+    cache_folder = cache_folder or os.getenv("SENTENCE_TRANSFORMERS_HOME")
+    hub: dict[str, Any] = {"token": token, "local_files_only": local_files_only}
+    directory = resolve(path_or_id, revision=revision, cache_dir=cache_folder, config_only=True, **hub)
+    behind, saved = _behind(directory), settings(directory)
+    asked = {
+        "default_prompt_name": default_prompt_name,
+        "similarity_fn_name": similarity_fn_name,
+        "truncate_dim": truncate_dim,
+    }
+    module = NVEmbedModule.load(
+        os.fspath(path_or_id),
+        revision=directory.name,  # a snapshot's folder is named by its commit, so all is of one
+        cache_folder=cache_folder,
+        model_kwargs=(model_kwargs or {}) | ({} if device is None else {"device": device}),
+        processor_kwargs=processor_kwargs,
+        config_kwargs=config_kwargs,
+        backend=backend,
+        **hub,
     )
+    given = Path(os.path.expanduser(path_or_id))
+    # a killed save leaves these folders where they are: see `files.current`
+    root = given if directory.parent == given else directory
+    model = SentenceTransformer(
+        modules=[module, *(_built(kind, root, folder) for kind, folder in behind)],
+        device=str(module.encoder.device),
+        prompts={**saved.get("prompts", {}), **(prompts or {})},
+        **{name: saved.get(name) if value is None else value for name, value in asked.items()},
+        model_card_data=model_card_data,
+    )
+    if (root / "README.md").is_file():  # saving writes it again
+        model._model_card_text = (root / "README.md").read_text("utf-8", "replace")
+    return model
 
 
 def load_foreign(path_or_id: str | PathLike, *, device: str | None = None) -> SentenceTransformer:
@@ -371,6 +389,37 @@ def load_foreign(path_or_id: str | PathLike, *, device: str | None = None) -> Se
         return SentenceTransformer(os.path.expanduser(path_or_id), device=device)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise ValueError(f"{path_or_id} is no model of sentence-transformers: {error}") from error
+
+
+def _behind(directory: Path) -> list[tuple[type[Module], str]]:
+    """Class and folder of each module behind ours.
+
+    Raises:
+        ValueError: modules.json names another one, or does not begin with ours.
+    """
+    file, listed = directory / MODULES_FILE, listed_modules(directory)
+    types = [kind for kind, _ in listed]
+    if OURS not in types:  # as published, for other code
+        return []
+    if OURS in types[1:]:
+        raise ValueError(f"{file} must name {OURS} once and first, got {', '.join(types)}")
+    for kind in types[1:]:
+        if not kind.startswith("sentence_transformers.") or kind.rpartition(".")[2] not in _BEHIND:
+            raise ValueError(
+                f"{file} names {kind}, which is of neither this package nor {', '.join(_BEHIND)} of "
+                "sentence-transformers. If you trust it: SentenceTransformer(path, trust_remote_code=True)"
+            )
+    return [(_BEHIND[kind.rpartition(".")[2]], folder) for kind, folder in listed[1:]]
+
+
+def _built(kind: type[Module], root: Path, folder: str) -> Module:
+    try:
+        activation = str(kind.load_config(str(root), folder).get("activation_function", "torch.nn."))
+        if not activation.startswith("torch.nn."):  # the library would take another one
+            raise ValueError(f"its activation_function {activation} is not of torch.nn")
+        return kind.load(str(root), folder)
+    except (AttributeError, ImportError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
+        raise ValueError(f"{root / folder} holds no {kind.__name__} that can be loaded: {error}") from error
 
 
 def _lengths(features: dict[str, Any]) -> list[int]:

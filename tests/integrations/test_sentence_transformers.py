@@ -1,15 +1,22 @@
 """The model in sentence-transformers."""
 
+import fnmatch
 import json
 import shutil
+from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import errors
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense
+from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.sentence_transformer.modules import LayerNorm
 
 from nvembed_fast import NVEmbed
+from nvembed_fast.checkpoint import demo
+from nvembed_fast.checkpoint.pipeline import OURS
 from nvembed_fast.integrations.sentence_transformers import load
 from nvembed_fast.precision import quantized, value_ranges
 from nvembed_fast.stream import TextsCut
@@ -56,6 +63,33 @@ def test_a_home_directory_is_found(saved, tmp_path, monkeypatch):
     assert load("~/model").prompts["query"].startswith("Instruct: ")
 
 
+@pytest.mark.parametrize("kind", ["saved", "published"])
+def test_keywords_are_those_of_any_folder(kind, saved, tiny_directory):
+    folder = saved if kind == "saved" else tiny_directory
+    model = load(
+        folder,
+        prompts={"other": "x: "},
+        default_prompt_name="other",
+        similarity_fn_name="dot",
+        truncate_dim=7,
+        trust_remote_code=True,
+    )
+    assert set(model.prompts) == {"query", "document", "other"} and model.default_prompt_name == "other"
+    assert model.similarity_fn_name == "dot" and model.encode(TEXTS).shape == (5, 7)
+    for keywords in (
+        {"processor_kwargs": {"padding_side": "left"}},
+        {"config_kwargs": {"is_causal": True}},
+        {"backend": "onnx"},
+    ):
+        with pytest.raises(
+            ValueError, match=f"NVEmbedModule.*{'torch' if 'backend' in keywords else [*keywords][0]}"
+        ):
+            load(folder, **keywords)
+    for name in ("use_auth_token", "tokenizer_kwargs", "model_name_or_path", "modules", "unknown"):
+        with pytest.raises(TypeError, match=name):
+            load(folder, **{name: "x"})
+
+
 def test_a_published_folder_needs_no_modules_json(tiny_directory, encoder):
     assert not (tiny_directory / "modules.json").exists(), "so this test would prove nothing"
     got = load(tiny_directory).encode_query(TEXTS)
@@ -88,7 +122,11 @@ def test_saving_by_the_librarys_own_call_keeps_everything(own_model, tmp_path):
     assert wanted.shape == (5, 48)
     # and once more over itself
     again.save_pretrained(str(tmp_path / "out"))
-    assert load(tmp_path / "out").prompts == own_model.prompts
+    (tmp_path / "out" / "README.md").write_text("a card")
+    again = load(tmp_path / "out")
+    assert again.prompts == own_model.prompts
+    again.save_pretrained(str(tmp_path / "copy"))
+    assert (tmp_path / "copy" / "README.md").read_text() == "a card"
     # and by the encoder, which has the same length
     encoder = NVEmbed.from_pretrained(tmp_path / "out")
     got = encoder.encode(long, own_model.prompts["query"], output="numpy")
@@ -121,6 +159,37 @@ def test_modules_behind_the_model_run_and_stay(own_model, tmp_path):
     again = load(tmp_path / "out", device="cpu")
     np.testing.assert_array_equal(again.encode(TEXTS), own_model.encode(TEXTS))
     assert again.get_embedding_dimension() == 32
+    # after a killed save, too: see `files.current`
+    (tmp_path / "out" / ".saved").mkdir()
+    for file in [path for path in (tmp_path / "out").iterdir() if path.is_file()]:
+        file.rename(tmp_path / "out" / ".saved" / file.name)
+    np.testing.assert_array_equal(load(tmp_path / "out").encode(TEXTS), own_model.encode(TEXTS))
+
+
+def test_modules_behind_a_model_in_half_precision(own_model, tmp_path):
+    own_model.append(Dense(64, 32))
+    own_model.append(LayerNorm(32))
+    own_model.append(Normalize())
+    own_model.save_pretrained(str(tmp_path))
+    wanted, half = own_model.encode(TEXTS), {"dtype": "bfloat16"}
+    for again in (
+        load(tmp_path, device="cpu", model_kwargs=half),
+        SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True, model_kwargs=half),
+    ):
+        assert again[0].encoder.dtype == torch.bfloat16
+        np.testing.assert_allclose(again.encode(TEXTS), wanted, rtol=0, atol=0.05)
+
+
+def test_a_damaged_module_is_named(own_model, tmp_path):
+    own_model.append(Dense(64, 32))
+    own_model.save_pretrained(str(tmp_path))
+    for name, content in (("model.safetensors", b"x"), ("config.json", b"[1]"), ("config.json", b"{}")):
+        (tmp_path / "1_Dense" / name).write_bytes(content)
+        with pytest.raises(ValueError, match="1_Dense holds no Dense that can be loaded: "):
+            load(tmp_path)
+    (tmp_path / "config_sentence_transformers.json").write_text('{"prompts": [1]}')
+    with pytest.raises(ValueError, match="config_sentence_transformers.json: prompts must be an object"):
+        load(tmp_path)
 
 
 def test_a_typeerror_in_preprocess_cannot_switch_the_mask_off(model, monkeypatch):
@@ -162,14 +231,90 @@ def test_an_old_folder_without_modules_json_is_told(saved, tmp_path):
         SentenceTransformer(str(old), trust_remote_code=True)
 
 
-def test_code_of_others_is_not_run(saved, tmp_path):
-    strange = tmp_path / "strange"
-    shutil.copytree(saved, strange)
-    modules = json.loads((strange / "modules.json").read_text())
-    modules.append({"idx": 1, "name": "1", "path": "1_X", "type": "somewhere.X"})
-    (strange / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(ValueError, match="names somewhere.X, which is of neither this package"):
-        load(strange)
+STRANGE = [
+    ([OURS, "somewhere.X"], "", "names somewhere.X, which is of neither this package"),
+    ([OURS, "evil.X"], "", "names evil.X, which"),
+    (
+        [OURS, "sentence_transformers.base.modules.router.Router"],
+        "router_config.json",
+        "router.Router, which",
+    ),
+    ([OURS, "sentence_transformers.base.modules.Transformer"], "config.json", "modules.Transformer, which"),
+    (["sentence_transformers.base.modules.Transformer", OURS], "config.json", "must name .* first"),
+    ([OURS, OURS], "", "must name .* first"),
+    ([OURS, "sentence_transformers.base.modules.dense.Dense"], "config.json", "holds no Dense .*evil.X"),
+]
+
+
+@pytest.mark.parametrize(("types", "file", "message"), STRANGE)
+def test_code_of_others_is_not_run(types, file, message, saved, tmp_path, monkeypatch):
+    """By modules.json, by what a Router or a Transformer names, or as an activation function."""
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(saved, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "evil.py").write_text("raise SystemExit('code of others ran')\n")
+    modules = [
+        {"idx": place, "name": str(place), "path": "" if kind == OURS else f"{place}_X", "type": kind}
+        for place, kind in enumerate(types)
+    ]
+    (tmp_path / "modules.json").write_text(json.dumps(modules))
+    named = {
+        "types": {"query_0_X": "evil.X"}, "structure": {"query": ["query_0_X"]}, "parameters": {},
+        "model_type": "evil", "auto_map": {"AutoConfig": "evil.X", "AutoModel": "evil.X"},
+    }  # fmt: skip
+    if "Dense" in types[-1]:
+        named = {"in_features": 64, "out_features": 32, "activation_function": "evil.X"}
+    for place in range(2):
+        (tmp_path / f"{place}_X").mkdir()
+        (tmp_path / f"{place}_X" / (file or "config.json")).write_text(json.dumps(named))
+        (tmp_path / f"{place}_X" / "evil.py").write_text("raise SystemExit('code of others ran')\n")
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path, device="cpu")
+
+
+def test_one_commit_of_the_hub_is_checked_and_loaded(own_model, tmp_path, monkeypatch):
+    """Between its two answers the simulated hub gets another commit, which names code."""
+    own_model.append(Dense(64, 32))
+    commits = {}
+    for name in ("good", "evil"):
+        commits[name] = tmp_path / name
+        own_model.save_pretrained(str(commits[name]))
+    (commits["evil"] / "modules.json").write_text(json.dumps([{"type": OURS}, {"type": "evil.X"}]))
+    asked = []
+
+    def snapshot(name, *, revision, allow_patterns, **keywords):
+        asked.append(revision)
+        given = commits["good" if len(asked) == 1 else revision or "evil"]
+        kept = tmp_path / "cache" / given.name
+        for file in (path for path in given.rglob("*") if path.is_file()):
+            inside = str(file.relative_to(given))
+            if any(fnmatch.fnmatch(inside, pattern) for pattern in allow_patterns):
+                (kept / inside).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, kept / inside)
+        return str(kept)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    got = load("someone/model", device="cpu")
+    assert asked[0] is None and set(asked[1:]) == {"good"}
+    np.testing.assert_array_equal(got.encode(TEXTS), own_model.encode(TEXTS))
+
+
+def test_the_demo_and_errors_of_the_hub(saved, monkeypatch):
+    """Where the hub answers."""
+
+    def answer(name, *_, **__):
+        kind = errors.GatedRepoError if name == "a/gated" else errors.RepositoryNotFoundError
+        error = kind.__new__(kind)  # they want a response object
+        error.args, error.response = ("404 Client Error.",), SimpleNamespace(status_code=404)
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", answer)
+    monkeypatch.setattr("sentence_transformers.util.file_io.hf_hub_download", answer)
+    monkeypatch.setattr(demo, "expanded", lambda *_, **__: saved)
+    assert load("demo", device="cpu").encode(TEXTS).shape == (5, 64)
+    with pytest.raises(FileNotFoundError, match="no directory a/typo, and the hub has no 'a/typo'"):
+        load("a/typo")
+    with pytest.raises(FileNotFoundError, match="'a/gated' is gated: accept its terms"):
+        load("a/gated")
 
 
 def test_token_embeddings_are_the_states_behind_the_head(model, encoder):
