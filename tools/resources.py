@@ -140,6 +140,7 @@ def _flash_attention() -> Iterator[Example]:
         (" width 32", bf16, 32, 1, TOKENS, both),
         (" smollm2", ("bf16", "fp32"), 64, 3, TOKENS, both),
         (" width 80", bf16, 80, 1, TOKENS, ("fwd",)),
+        (" width 80 group 4", bf16, 80, GROUP, TOKENS, ("bwd",)),  # by the entries of tuned.toml
         (" width 256", ("bf16", "fp32"), 256, 1, TOKENS, both),
         (" largest group", ("bf16", "fp32"), 256, 16, TOKENS, ("bwd",)),
     ):
