@@ -164,7 +164,8 @@ def _look(device: torch.device, dtype: torch.dtype, training: bool, operations: 
     obstacles: dict[tuple[int | None, str, torch.dtype, bool], str | None] = {}
     for operation in operations:
         red = [f for d in directions if (f := found.get((operation, name, d))) is not None and not f.ok]
-        obstacle = f"its self-check failed ({red[0].direction}): {red[0].reason}" if red else None
+        result = "failed" if red and red[0].is_decided else "found out nothing"
+        obstacle = f"its self-check {result} ({red[0].direction}): {red[0].reason}" if red else None
         if obstacle is not None and _obstacles.get((device.index, operation, dtype, False)) is None:
             new.append(f"{operation} ({red[0].direction}: {red[0].reason})")
         obstacles[device.index, operation, dtype, training] = obstacle
@@ -173,8 +174,8 @@ def _look(device: torch.device, dtype: torch.dtype, training: bool, operations: 
     if new:
         more = f" and {len(new) - 1} more" if len(new) > 1 else ""
         warnings.warn(
-            f"PyTorch's library path takes the place of kernels that failed their self-check on {device} in "
-            f"{name}: {new[0]}{more}. `nvembed-fast check` shows all",
+            f"PyTorch's library path takes the place of kernels that did not pass their self-check "
+            f"on {device} in {name}: {new[0]}{more}. `nvembed-fast check` shows all",
             UnprovenKernel,
             stacklevel=4,
         )

@@ -22,7 +22,9 @@ import dataclasses
 import json
 import os
 import queue
+import re
 import signal
+import subprocess
 import sys
 import threading
 import warnings
@@ -55,6 +57,14 @@ EPS = 1e-5
 MAX_HEAD_WIDTH = 256  # of the direct form's kernel: wider heads are library products
 ROWS = 150  # of NaN before and behind an input
 ALIGNED, ODD = 16, 17  # columns of NaN behind a row: with 17 no descriptor can be made
+# what the machine is to blame for: by type, and in the messages of Triton, cuBLAS and CUDA
+ENVIRONMENT = (OSError, subprocess.SubprocessError, ImportError, MemoryError)
+NO_MEMORY = re.compile("out of memory|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)")
+MACHINE = re.compile(
+    "C compiler|Cannot find ptxas|cache dir|libcuda.so cannot|active drivers|failed with error code -(9|15)|"
+    "ECC error|NVLink error|busy or unavailable|no CUDA-capable|initialization error|not yet initialized|"
+    "shutting down|unknown error|MPS "
+)
 # shapes of NV-Embed, with fewer tokens, and with fewer heads where their number is no constant of a kernel
 LONG_TEXTS, SHORT_TEXTS = (1100, 1, 130), (50, 7)
 
@@ -399,13 +409,31 @@ def check(
                         if share > 1:
                             reason = f"{problem.name}: {name} error {found:.2e} > {allowed:.2e}"
     except Exception as failure:  # whatever a compiler or a driver raises
-        if "out of memory" in str(failure):
-            # it says nothing about the kernel
-            return Finding(*item, path, False, reason="there is no memory for it", is_decided=False)
+        failure = _cause(failure, device)
         text = (str(failure).strip().splitlines() or [""])[0]
         kind = "" if isinstance(failure, AssertionError) else f"{type(failure).__name__}: "
+        if _is_of_the_machine(failure):
+            lacks_memory = NO_MEMORY.search(str(failure)) is not None
+            reason = "there is no memory for it" if lacks_memory else f"it could not be checked: {kind}{text}"
+            return Finding(*item, path, False, reason=reason, is_decided=False, lacks_memory=lacks_memory)
         reason = f"{problem.name if problem else 'inputs'}: {kind}{text}"
     return Finding(*item, path, not reason, error, bound, reason)
+
+
+def _is_of_the_machine(failure: Exception) -> bool:
+    """Whether it says nothing about a kernel. The rest does, whatever a compiler or a driver raises."""
+    text = str(failure)
+    return isinstance(failure, ENVIRONMENT) or bool(NO_MEMORY.search(text) or MACHINE.search(text))
+
+
+def _cause(failure: Exception, device: torch.device) -> Exception:
+    """The failure, or what a kernel did to the context before: then cuBLAS cannot be initialized, either."""
+    if device.type == "cuda" and _is_of_the_machine(failure):
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as error:
+            return error
+    return failure
 
 
 def _errors(
@@ -547,7 +575,7 @@ class _DrawnThere(TorchFunctionMode):
 
 
 def _milliseconds(item: Item, device: torch.device, path: ops.Impl) -> float | None:
-    """The median time of a call at the size of NV-Embed's batches. None: there is no memory for it."""
+    """The median time of a call at the size of NV-Embed's batches. None: the machine is to blame."""
     operation, dtype_name, direction = item
     try:
         with _DrawnThere(device):
@@ -574,8 +602,9 @@ def _milliseconds(item: Item, device: torch.device, path: ops.Impl) -> float | N
                 times.append(start.elapsed_time(end))
         return sorted(times[3:])[10]
     except Exception as failure:  # as in `check`: there is a verdict, and a time is no part of it
-        if "out of memory" not in str(failure):
-            raise
+        cause = _cause(failure, device)
+        if not _is_of_the_machine(cause):
+            raise cause from None
         return None
 
 

@@ -7,7 +7,8 @@
    nearly all the time goes to compiling. A child asks for one item after another. An operation that hangs, or
    ends its process, is marked. Another child takes its place.
 3. What finds no memory beside the others is checked by one child alone. So is what is timed, after the
-   verdicts are kept.
+   verdicts are kept. A finding that the machine is to blame for, such as a missing C compiler, a full disk or
+   a process that the system has killed, is not kept: the next process checks again.
 4. Of several processes that start at once one checks, and the others wait for its file.
 5. If no child can check anything, for a reason that is not a kernel's (a GPU in exclusive mode, no memory),
    this process does it, without a time limit, and says so.
@@ -42,6 +43,7 @@ __all__ = ["DIRECTIONS", "Finding", "Item", "check_anew", "facts", "prove"]
 
 DIRECTIONS = ("forward", "backward")
 START_SECONDS, ITEM_SECONDS, ALL_SECONDS, END_SECONDS = 180.0, 120.0, 900.0, 30.0
+KILLED = tuple(-s for s in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
 MAX_CHILDREN = 4  # side by side. Each has a CUDA context of some 500 MB
 # compile longest, so they come first. A backward compiles its forward, too. If one child checks the forward
 # and another the backward, both compile the binaries of the forward (13 of flash_attention)
@@ -71,7 +73,8 @@ class Finding:
         reason: why it is not right. "" if it is.
         time_ms: of one call at NV-Embed's widths, if it was timed.
         library_ms: of the library path, likewise.
-        is_decided: False if nothing was found out, for a reason that is not the kernel's.
+        is_decided: False if nothing was found out, for a reason that is not the kernel's. It is not kept.
+        lacks_memory: it is not decided, and may be where no other process takes the memory.
     """
 
     name: str
@@ -85,6 +88,7 @@ class Finding:
     time_ms: float | None = None
     library_ms: float | None = None
     is_decided: bool = True
+    lacks_memory: bool = False
 
     @property
     def item(self) -> Item:
@@ -219,7 +223,8 @@ def check_anew(
         if known and path == "triton":
             file = _path(known)
             with _alone(file):
-                found = _read(file, known) | {finding.item: finding for finding in findings}
+                new = {finding.item: finding for finding in findings if finding.is_decided}
+                found = _read(file, known) | new
                 _write(file, known, found.values())
 
     with _turn:
@@ -316,10 +321,10 @@ def _check(
         why_here = ""
         try:
             for finding in _from_children(missing(), request, deadline, count):
-                if finding.is_decided:
-                    find(finding)
-                else:
+                if finding.lacks_memory:
                     why_here = finding.reason
+                else:
+                    find(finding)
         except _NoChild as obstacle:
             why_here = str(obstacle)
         except _NoTime as end:
@@ -343,8 +348,8 @@ def _check(
             for finding in _from_children(list(untimed), request | {"timed": True}, deadline, 1):
                 right = untimed.pop(finding.item)
                 one, other = finding.time_ms, finding.library_ms
-                # what the library path ended says nothing about the kernel
-                is_right = finding.ok or finding.path != path
+                # what the library path or the system ended says nothing about the kernel
+                is_right = finding.ok or finding.path != path or not finding.is_decided
                 settle(dataclasses.replace(right, time_ms=one, library_ms=other) if is_right else finding)
     for finding in untimed.values():
         settle(finding)
@@ -383,6 +388,7 @@ def _from_children(
             if child not in children:
                 continue  # its last words came after its end
             if message is None:
+                is_decided = not child.is_killed
                 how = child.end()
                 children.remove(child)
                 if time.monotonic() > deadline:
@@ -390,7 +396,7 @@ def _from_children(
                     raise _NoTime("no time was left for it: nvembed-fast check tries again")
                 if child.has_begun:
                     assert child.item is not None
-                    yield Finding(*child.item, child.path, False, reason=how)
+                    yield Finding(*child.item, child.path, False, reason=how, is_decided=is_decided)
                     continue
                 if child.item is not None:
                     waiting.insert(0, child.item)
@@ -497,6 +503,11 @@ class _Child:
     def finish(self) -> None:
         self.item, self.has_begun, self.has_found = None, False, True
         self._wait(ITEM_SECONDS)
+
+    @property
+    def is_killed(self) -> bool:
+        """By the system or its user: before `end`, nothing here kills it."""
+        return self._process.returncode in KILLED
 
     def end(self) -> str:
         """End it. Returns: how it had ended before."""

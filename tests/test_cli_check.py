@@ -92,6 +92,13 @@ def test_a_red_operation_is_told_with_exit_status_1(findings, capsys, monkeypatc
     assert [row["ok"] for row in report["operations"]] == [False, False, True, True]
 
 
+def test_what_was_not_decided_is_not_called_wrong():
+    finding = Finding("rotary", "float16", "forward", "triton", False, reason="no disk", is_decided=False)
+    assert "WRONG" not in check._line(finding)
+    verdict = check._verdict([finding], {"kernels": {}})
+    assert "0 of 1 are right" in verdict and "? rotary (triton, float16, forward): no disk" in verdict
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.setattr("nvembed_fast.placement.check_device", lambda device: torch.device("cuda", 0))

@@ -70,6 +70,16 @@ def test_auto_takes_the_library_path_where_a_check_is_red_and_warns_once(verdict
     assert len(verdict.asked) == 1, "then it is a look into a dictionary"
 
 
+def test_a_check_that_found_out_nothing_is_no_failed_one(monkeypatch, verdict):
+    undecided = Finding("rotary", "float16", "forward", "triton", False, reason="no disk", is_decided=False)
+    prove = verdicts.prove
+    monkeypatch.setattr(
+        verdicts, "prove", lambda device, items: (prove(device, items)[0] | {undecided.item: undecided}, "")
+    )
+    with pytest.warns(ops.UnprovenKernel, match="did not pass .* rotary .forward: no disk"):
+        assert ops.prove(GPU, HALF) == {"rotary": "its self-check found out nothing (forward): no disk"}
+
+
 def test_a_forced_implementation_asks_no_one(verdict):
     verdict["rotary", "forward"] = "wrong"
     for impl in ("triton", "library", "torch"):

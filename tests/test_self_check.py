@@ -1,5 +1,6 @@
 """The cases that decide whether `auto` takes a kernel. See `tools.mutate --self-check`, too."""
 
+import ast
 import itertools
 import json
 import os
@@ -12,6 +13,8 @@ import pytest
 import torch
 import triton
 from fake_driver import gpu
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources, PTXASError
 
 from nvembed_fast import ops, self_check
 from nvembed_fast.kernels import _common, flash_attention, gated, reference, testing
@@ -162,14 +165,75 @@ def test_what_is_timed_is_drawn_on_the_gpu(direction, fake_gpu):
     assert fake_gpu(drawn_for_a_timed_call, direction) == 2
 
 
-def test_memory_that_is_full_says_nothing_about_a_kernel(device, monkeypatch):
-    def full(x):
-        raise RuntimeError("Triton Error [CUDA]: out of memory")
+# failure -> (it says something about the kernel, another process may have the memory)
+FAILURES = {
+    "full GPU": (RuntimeError("Triton Error [CUDA]: out of memory"), False, True),
+    "cuBLAS without memory": (
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        False,
+        True,
+    ),
+    "cuBLAS on a full GPU": (
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(..)`"),
+        False,
+        True,
+    ),
+    "no compiler": (
+        RuntimeError("Failed to find C compiler. Please specify via CC environment variable"),
+        False,
+        False,
+    ),
+    "no ptxas": (RuntimeError("Cannot find ptxas"), False, False),
+    "no cache folder": (RuntimeError("Could not create or locate cache dir"), False, False),
+    "no driver": (RuntimeError("0 active drivers ([]). There should only be one."), False, False),
+    "no libcuda": (AssertionError("libcuda.so cannot found!"), False, False),
+    "ECC": (RuntimeError("CUDA error: uncorrectable ECC error encountered"), False, False),
+    "busy GPU": (RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable"), False, False),
+    "no Python.h": (subprocess.CalledProcessError(1, ["gcc"]), False, False),
+    "folder of another": (PermissionError(13, "Permission denied", "/root/.triton"), False, False),
+    "full disk": (OSError(28, "No space left on device"), False, False),
+    "noexec": (ImportError("failed to map segment from shared object"), False, False),
+    "full memory": (MemoryError(), False, False),
+    "killed ptxas": (PTXASError("`ptxas` failed with error code -9"), False, False),
+    "ptxas": (PTXASError("Internal Triton PTX codegen error"), True, False),
+    "crashed ptxas": (PTXASError("`ptxas` raised SIGSEGV"), True, False),
+    "shared memory": (OutOfResources(300000, 232448, "shared memory"), True, False),
+    "compilation": (CompilationError("x = y", ast.parse("x = y").body[0], "y is not defined"), True, False),
+    "pass": (RuntimeError("PassManager::run failed"), True, False),
+    "illegal access": (RuntimeError("CUDA error: an illegal memory access was encountered"), True, False),
+    "cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"), True, False),
+    "bug": (TypeError("unsupported operand"), True, False),
+}
+
+
+def _raising(failure: Exception, monkeypatch) -> None:
+    def fail(x):
+        raise failure
 
     ops._kernel("swiglu")
-    monkeypatch.setitem(ops._kernels, "swiglu", full)
+    monkeypatch.setitem(ops._kernels, "swiglu", fail)
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_of_the_machine_says_nothing_about_a_kernel(name, device, monkeypatch):
+    failure, is_decided, lacks_memory = FAILURES[name]
+    _raising(failure, monkeypatch)
     finding = self_check.check(("swiglu", "float16", "forward"), device)
-    assert not finding.ok and not finding.is_decided
+    assert not finding.ok and (finding.is_decided, finding.lacks_memory) == (is_decided, lacks_memory)
+    assert lacks_memory or type(failure).__name__ in finding.reason or isinstance(failure, AssertionError)
+
+
+def test_a_kernel_that_broke_the_context_is_to_blame_for_what_cublas_says(monkeypatch):
+    """The first product behind an illegal access cannot initialize cuBLAS."""
+    _raising(RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED"), monkeypatch)
+    gpu, problem = torch.device("cuda", 0), self_check.Problem("one", [torch.zeros(1, 4)], lambda f, x: f(x))
+    monkeypatch.setattr(self_check, "problems", lambda *_: [problem])
+    synchronize = mock.Mock(side_effect=RuntimeError("CUDA error: an illegal memory access"))
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    finding = self_check.check(("swiglu", "float16", "forward"), gpu)
+    assert finding.is_decided and "illegal memory access" in finding.reason
+    synchronize.side_effect = None
+    assert self_check.check(("swiglu", "float16", "forward"), gpu).lacks_memory
 
 
 def test_it_runs_inside_inference_mode_and_autocast_and_leaves_settings_alone(device):

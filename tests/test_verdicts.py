@@ -233,7 +233,7 @@ def test_what_finds_no_memory_beside_others_is_checked_alone(children, monkeypat
     children(
         start="is_alone = len(pids()) > 3",
         each="wait(lambda: len(pids()) >= 3)",
-        rotary="found |= dict(ok=is_alone, is_decided=is_alone)",
+        rotary="found |= dict(ok=is_alone, is_decided=is_alone, lacks_memory=not is_alone)",
         count=3,
     )
     monkeypatch.setattr(self_check, "run", None)
@@ -491,8 +491,8 @@ def test_a_program_without_an_interpreter_checks_in_its_own_process(children, mo
     assert "no Python interpreter" in verdicts.prove(GPU, ITEMS)[1]
 
 
-def test_what_was_not_decided_is_tried_here_and_not_kept(children, monkeypatch):
-    children(rotary="found |= dict(ok=False, reason='no memory', is_decided=False)")
+def test_what_lacks_memory_is_tried_here_and_not_kept(children, monkeypatch):
+    children(rotary="found |= dict(ok=False, reason='no memory', is_decided=False, lacks_memory=True)")
     tried = []
 
     def run(items, device, path):
@@ -504,6 +504,38 @@ def test_what_was_not_decided_is_tried_here_and_not_kept(children, monkeypatch):
     assert why_here == "no memory" and tried == [[ITEMS[1]]] and not found[ITEMS[1]].ok
     verdicts.prove(GPU, ITEMS)
     assert len(tried) == 2
+
+
+UNDECIDED = {
+    "told": ("found |= dict(ok=False, reason='no C compiler', is_decided=False)", "no C compiler"),
+    "killed": ("os.kill(os.getpid(), 9)", "its process was ended by SIGKILL"),
+    "ended": ("os.kill(os.getpid(), 15)", "its process was ended by SIGTERM"),
+}
+
+
+@pytest.mark.parametrize("how", UNDECIDED)
+def test_what_the_machine_is_to_blame_for_is_not_kept_and_not_tried_here(how, children, monkeypatch):
+    """What the system killed for its memory could take this process with it."""
+    rotary, reason = UNDECIDED[how]
+    children(rotary=rotary)
+    monkeypatch.setattr(self_check, "run", None)
+    found = _prove()
+    assert [finding.ok for finding in found.values()] == [True, False, True]
+    assert found["rotary"].reason == reason and not found["rotary"].is_decided
+    started = len(children.pids())
+    children()
+    assert _prove()["rotary"].ok and len(children.pids()) == started + 1
+    # nor does it replace what is known
+    children(rotary=rotary)
+    verdicts.check_anew(GPU, ITEMS, lambda finding: None)
+    started = len(children.pids())
+    assert _prove()["rotary"].ok and len(children.pids()) == started
+
+
+def test_a_kernel_whose_timing_the_system_killed_stays_right(children):
+    children(rotary="if request['timed']: os.kill(os.getpid(), 9)")
+    findings, _ = verdicts.check_anew(GPU, ITEMS, lambda finding: None, timed=True)
+    assert [finding.ok for finding in findings] == [True, True, True] and findings[1].time_ms is None
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"facts": {}}', "NAN", "KEYS"])

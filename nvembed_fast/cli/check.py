@@ -174,12 +174,16 @@ def _row(finding: "Finding") -> dict[str, Any]:
 
 def _line(finding: "Finding") -> str:
     parts = [f"{finding.path:8}{finding.dtype:9} {finding.direction:9} {finding.name:26}"]
-    parts.append("ok   " if finding.ok else "WRONG")
+    parts.append(f"{_word(finding):5}")
     if finding.error is not None:
         parts.append(f"error {finding.error:.1e} of {finding.tolerance:.1e}")
     if finding.time_ms is not None and finding.library_ms is not None:
         parts.append(f"{finding.time_ms:.3f} ms, library {finding.library_ms:.3f} ms")
     return "  ".join([*parts, finding.reason]).rstrip()
+
+
+def _word(finding: "Finding") -> str:
+    return "ok" if finding.ok else "WRONG" if finding.is_decided else "?"
 
 
 def _model(arguments: argparse.Namespace, device: "torch.device") -> dict[str, Any]:
@@ -214,7 +218,7 @@ def _verdict(found: list["Finding"], report: dict[str, Any]) -> str:
             finding.path, ""
         )
         what = f"{finding.name} ({finding.path}, {finding.dtype}, {finding.direction})"
-        lines.append(f"  WRONG {what}: {finding.reason}{f'; {instead}' if instead else ''}")
+        lines.append(f"  {_word(finding)} {what}: {finding.reason}{f'; {instead}' if instead else ''}")
     if report.get("model", {}).get("ok") is False:
         lines.append(f"  WRONG scores: beyond {MAX_DIFFERENCE} of the published ones")
     return "\n".join(lines)
