@@ -87,6 +87,11 @@ def dtype(request) -> torch.dtype:
     return request.param
 
 
+@pytest.fixture(params=KERNEL_DTYPES[1:], ids=lambda d: str(d).removeprefix("torch."))
+def dtype16(request) -> torch.dtype:
+    return request.param
+
+
 @pytest.fixture
 def all_cores():
     """CPU libraries sum in another order with several threads. `make test` gives a worker one."""

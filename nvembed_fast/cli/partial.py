@@ -62,8 +62,8 @@ class Partial:
         self._arrived: list[int] = []
         self._marked = time.monotonic()
         self.record, self._dtype = record, record.dtype
-        head, tails = _head(shape, dtype), {_tail(found): found for found in _in_any_dtypes(record)}
-        tail = _tail(record)
+        head, tail = _head(shape, dtype), _tail(record)
+        tails = {tail: record} | {_tail(found): found for found in _in_any_dtypes(record)}
         self._tail_at = len(head) + shape[0] * shape[1] * np.dtype(dtype).itemsize
         self._whole = self._tail_at + len(tail)
         try:
