@@ -179,9 +179,10 @@ class SingleTextGraphs:
         return self.model(PackedBatch.from_ids([ids], [first_pooled], device))
 
     def forget(self) -> None:
-        """Drop all graphs: they read tensors that are out of date."""
+        """Drop all graphs, which read tensors that are out of date, and ask anew who goes without."""
         with self._turn(self._place()[0]):
             self._graphs.clear()
+            self._without.clear()
 
     @contextmanager
     def _turn(self, device: torch.device) -> Iterator[None]:

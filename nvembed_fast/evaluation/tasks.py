@@ -541,7 +541,7 @@ _SETS = {
     "mrpc": _Set("pairs", _SIMILAR, 96, partial(_glue, "mrpc")),
     "rte": _Set("pairs", _SIMILAR, 128, partial(_glue, "rte")),
 }
-# our own questions, near the text of the demo model: they count in no mean
+# our own questions, near the text of the demo model: they count in no mean of the tables of scores
 OWN = ("docstrings",)
 # those that need packages of Debian, which another system does not have
 DEBIAN = ("nave", "libreoffice", "debtags")

@@ -188,8 +188,8 @@ def _check_same_run(path: Path, content: Mapping[str, Any], identity: Mapping[st
     if found:
         said = ", ".join(f"{k} was {brief(a)} and is {brief(b)}" for k, (a, b) in [*found.items()][:5])
         way = f"Choose another output, or remove {path.parent} to begin anew"
-        if TEACHER in found:
-            way = f"Put back the folder of before nvembed-fast mine --vectors added to it. {way}"
+        if all(found.get(TEACHER, ("", ""))):
+            way = f"If nvembed-fast mine --vectors has added to the folder, take a copy of before. {way}"
         raise ValueError(f"{path} is of another run: {said}. {way}")
 
 

@@ -73,8 +73,9 @@ def cached_step(
     """
     run = _Run(model, "cached_step", seed)
     chunks = run.plan(token_budget_batches(texts.lengths(), max_tokens))
-    order = torch.tensor([row for rows in chunks for row in rows], dtype=torch.int64)
-    places = torch.argsort(order).to(run.device, non_blocking=True)
+    order = torch.tensor([row for rows in chunks for row in rows], dtype=torch.int64, device="cpu")
+    # Apple's devices would read it later: see kernels.layout.to_device
+    places = torch.argsort(order).to(run.device, non_blocking=run.device.type != "mps")
     with run.step():
         if run.is_at_once:
             with run.chunk(is_last=True):

@@ -71,13 +71,15 @@ class Candidates:
     def to(self, device: torch.device | str) -> "Candidates":
         """The same on a device."""
         given = {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
-        return replace(self, **{name: t.to(device, non_blocking=True) for name, t in given.items()})
+        late = torch.device(device).type != "mps"  # which would read it later: see kernels.layout.to_device
+        return replace(self, **{name: t.to(device, non_blocking=late) for name, t in given.items()})
 
     def part(self, rows: Sequence[int], columns: Sequence[int]) -> "Candidates":
         """Those of some rows and some columns, in the order given. Pairs that fall away are left out."""
-        of_rows, of_columns = (torch.tensor(list(n), dtype=torch.int64) for n in (rows, columns))
+        where = self.row_scopes.device
+        of_rows, of_columns = (torch.tensor([*n], dtype=torch.int64, device=where) for n in (rows, columns))
         row_at, column_at = (
-            torch.full((len(t),), -1).scatter_(0, of, torch.arange(len(of)))
+            torch.full((len(t),), -1, device=where).scatter_(0, of, torch.arange(len(of), device=where))
             for t, of in ((self.row_scopes, of_rows), (self.column_scopes, of_columns))
         )
 

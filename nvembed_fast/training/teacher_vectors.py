@@ -4,7 +4,7 @@ A folder holds, for queries and for documents, `<side>.keys.npy` and `<side>.vec
 vectors is of the text whose id (`texts.text_id`) is key i, and the keys ascend. So one folder serves every
 data set, and a lookup reads single rows of a memory map. `teacher.txt` names what made the vectors.
 `queries.prompts.npy` has the prompt of each query, by `texts.text_id`, or 0, so that no run replaces its
-vector by that of another prompt. A training does not read it.
+vector by that of another prompt. A training does not use it.
 `nvembed-fast mine --vectors` adds those of its rows by `files.replacing_together`, so one run has written
 all files of a folder.
 """
