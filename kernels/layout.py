@@ -226,8 +226,15 @@ def _layout_of(lengths: bytes, device: torch.device) -> SeqLayout:
 
 def to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host tensor on the device, without waiting for a GPU."""
-    # Apple's devices would read it later, from memory that is free by then (pytorch issue 189690)
-    return pinned(host, device).to(device, non_blocking=device.type != "mps")
+    return pinned(host, device).to(device, non_blocking=copies_late(device))
+
+
+def copies_late(device: torch.device) -> bool:
+    """Whether a copy to the device need not be waited for.
+
+    Apple's devices would read the host later, from memory that is free by then (pytorch issue 189690).
+    """
+    return device.type != "mps"
 
 
 def pinned(host: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -41,6 +41,7 @@ __all__ = [
     "current",
     "expanded",
     "identity",
+    "is_at",
     "is_file",
     "link_aside",
     "new_folder",
@@ -364,6 +365,14 @@ def write_all(handle: int, content: bytes, place: int) -> None:
         raise
 
 
+def is_at(file: IO, path: Path) -> bool:
+    """Whether an open file is still the one at that path. Another process may have moved or removed it."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
 def identity(file: Path) -> tuple[int, int, int] | None:
     """What tells a file from one that has taken its place. None: no file is there."""
     with suppress(OSError, ValueError):  # a NUL in the name is a ValueError
@@ -471,10 +480,7 @@ def _locked_folder(directory: Path) -> tuple[IO, Path]:
 
 
 def _is_locked_by(folder: Path, lock: IO) -> bool:
-    try:
-        return os.path.samestat(os.stat(folder / _PLAN), os.fstat(lock.fileno()))
-    except FileNotFoundError:
-        return False
+    return is_at(lock, folder / _PLAN)
 
 
 @contextmanager

@@ -160,11 +160,9 @@ class Partial:
                 raise FileExistsError(f"another process writes {self.path}: wait until it ends") from error
             except OSError:  # not every file system has locks
                 return file
-            # another process may have renamed or removed it before it was locked
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(self.path)):
-                    return file
-            file.close()
+            if files.is_at(file, self.path):
+                return file
+            file.close()  # renamed or removed before it was locked
 
     def _read(self, place: int, num_bytes: int) -> bytes:
         return os.pread(self._file.fileno(), num_bytes, place)

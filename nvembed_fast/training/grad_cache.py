@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nvembed_fast.kernels.layout import copies_late
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch, token_budget_batches
 from nvembed_fast.tokenization import TokenizedTexts
@@ -74,8 +75,7 @@ def cached_step(
     run = _Run(model, "cached_step", seed)
     chunks = run.plan(token_budget_batches(texts.lengths(), max_tokens))
     order = torch.tensor([row for rows in chunks for row in rows], dtype=torch.int64, device="cpu")
-    # Apple's devices would read it later: see kernels.layout.to_device
-    places = torch.argsort(order).to(run.device, non_blocking=run.device.type != "mps")
+    places = torch.argsort(order).to(run.device, non_blocking=copies_late(run.device))
     with run.step():
         if run.is_at_once:
             with run.chunk(is_last=True):

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 
 from nvembed_fast import ops
+from nvembed_fast.kernels.layout import copies_late
 
 __all__ = ["Candidates", "Columns", "LossResult", "contrastive_loss", "matryoshka_loss"]
 
@@ -71,7 +72,7 @@ class Candidates:
     def to(self, device: torch.device | str) -> "Candidates":
         """The same on a device."""
         given = {f.name: t for f in fields(self) if (t := getattr(self, f.name)) is not None}
-        late = torch.device(device).type != "mps"  # which would read it later: see kernels.layout.to_device
+        late = copies_late(torch.device(device))
         return replace(self, **{name: t.to(device, non_blocking=late) for name, t in given.items()})
 
     def part(self, rows: Sequence[int], columns: Sequence[int]) -> "Candidates":
