@@ -160,9 +160,12 @@ def _varlen_is_proven(q: torch.Tensor, k: torch.Tensor) -> bool:
     if key not in _varlen_verdicts:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
-        # autograd records nothing under inference mode, and the verdict is kept
-        with torch.inference_mode(False):
-            _varlen_verdicts[key] = _check_varlen(q, k)
+        try:
+            # autograd records nothing under inference mode, and the verdict is kept
+            with torch.inference_mode(False):
+                _varlen_verdicts[key] = _check_varlen(q, k)
+        except torch.OutOfMemoryError:  # says nothing of varlen_attn
+            return False
     return _varlen_verdicts[key]
 
 
@@ -179,6 +182,8 @@ def _check_varlen(q: torch.Tensor, k: torch.Tensor) -> bool:
             _is_close(*(_with_gradients(fn, inputs, dout, layout, causal) for fn in (_by_varlen, _by_sdpa)))
             for causal in (False, True)
         )
+    except torch.OutOfMemoryError:
+        raise
     except (ImportError, TypeError, RuntimeError):
         # an older torch without it or without an argument, or a build without FlashAttention
         return False

@@ -9,9 +9,12 @@
 The invariant: of equal scores the lower index comes first, whatever the size of a tile.
 """
 
+import warnings
+
+import numpy as np
 import torch
 
-__all__ = ["Best", "topk"]
+__all__ = ["Best", "mapped", "topk"]
 
 _QUERIES, _DOCUMENTS = 1024, 8192  # of a tile: 32 MB of scores
 
@@ -64,6 +67,13 @@ def topk(
         empty = Best(0, k, queries.device)
         return empty.scores, empty.indices
     return torch.cat([scores for scores, _ in found]), torch.cat([indices for _, indices in found])
+
+
+def mapped(vectors: np.ndarray) -> torch.Tensor:
+    """The same memory as a tensor to read. A memory map may be read-only, so that it counts as no memory."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(vectors)
 
 
 class Best:

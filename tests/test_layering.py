@@ -71,7 +71,7 @@ WALLS = {
     "self_check": (GROUND, {"torch"}),
     "texts": (GROUND, set()),
     "tokenization": (GROUND, {"numpy", "tokenizers"}),
-    "topk": (GROUND, {"torch"}),
+    "topk": (GROUND, {"numpy", "torch"}),
     "vectors": (GROUND, {"numpy"}),
     "verdicts": (GROUND, {"filelock", "torch", "triton"}),
     "network": ({"config", "ops", "packing"}, None),

@@ -303,6 +303,16 @@ def test_a_wrong_varlen_attn_is_not_taken(what, ragged, monkeypatch):
     torch.testing.assert_close(out, reference.flash_attention(*ragged, 0.2))
 
 
+def test_a_full_gpu_is_no_verdict_on_varlen_attn(ragged, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", full)
+    out = library.flash_attention(*ragged, 0.2)
+    assert library._varlen_verdicts == {}
+    torch.testing.assert_close(out, reference.flash_attention(*ragged, 0.2))
+
+
 @pytest.mark.parametrize("name", ["mean_pool", "mean_pool_geglu"])
 def test_nan_in_a_dropped_token_or_a_neighbour_does_not_matter(name, device):
     case = PoolCase("nan", (5, 1, 0, 7, 7), 16)

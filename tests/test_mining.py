@@ -525,6 +525,14 @@ def test_another_rule_takes_the_same_vectors(encoder, rows, tmp_path, capsys):
     assert encoder.calls == calls and out.read_bytes() == first
 
 
+def test_kept_vectors_count_as_no_memory(tmp_path, recwarn):
+    path, vectors = tmp_path / "vectors.npy", eighths(40, 1)
+    kept = mine._kept("vectors", path, vectors.shape, "float32", 16, lambda numbers: vectors[numbers])
+    assert (kept.mode, kept.tobytes()) == ("r", vectors.tobytes())
+    scores, _ = Dense(kept, kept, len(kept)).best(range(40), 1)
+    assert np.array_equal(scores[:, 0], (vectors @ vectors.T).max(1)) and not recwarn.list
+
+
 class PromptedEncoder(FakeEncoder):
     """Reads the prompt in front of the query."""
 

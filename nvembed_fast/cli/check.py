@@ -126,6 +126,7 @@ def _findings(
         for path, names in paths.items()
     }
     total = sum(map(len, items.values()))
+    _say(arguments, f"{total} checks")
     progress = process.telling(lambda: f"checked {len(checked)} of {total}")
     # without --json the lines tell it
     with progress if arguments.json else contextlib.nullcontext():

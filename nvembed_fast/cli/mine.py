@@ -527,7 +527,7 @@ def _kept(
                     partial.arrived([*numbers])
                     done += 1
             partial.finish()
-    return np.load(path, mmap_mode="c")
+    return np.load(path, mmap_mode="r")
 
 
 def _name(*parts: str | bytes) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from nvembed_fast.cli import options, process
@@ -74,7 +73,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     from nvembed_fast.cli.embedding import embed
     from nvembed_fast.encoder import query_instruction
-    from nvembed_fast.topk import topk
+    from nvembed_fast.topk import mapped, topk
 
     instruction = query_instruction(arguments.task)
     model = options.load(arguments)
@@ -98,11 +97,8 @@ def run(arguments: argparse.Namespace) -> None:
         rows = None
     else:
         rows = torch.tensor(filled) if len(filled) < len(texts) else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-        vectors = torch.from_numpy(documents)
     show = _print_json if arguments.json else _print
-    best = topk(torch.from_numpy(queries), vectors, min(arguments.top, len(filled)), rows=rows)
+    best = topk(torch.from_numpy(queries), mapped(documents), min(arguments.top, len(filled)), rows=rows)
     for question, *results in zip(arguments.question, *(part.tolist() for part in best), strict=True):
         found = [
             {"index": filled[i], "score": score, "text": texts[filled[i]]}

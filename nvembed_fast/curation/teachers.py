@@ -15,7 +15,7 @@ import torch
 
 from nvembed_fast.baselines import BM25, VectorModel, normalized
 from nvembed_fast.encoder import NVEmbed, instruction_of
-from nvembed_fast.topk import Best, topk
+from nvembed_fast.topk import Best, mapped, topk
 
 __all__ = ["BaselineEncoder", "Bm25", "Dense", "Encoder", "LibraryEncoder", "OwnEncoder", "Teacher"]
 
@@ -142,7 +142,7 @@ class Dense:
 
     def __init__(self, queries: np.ndarray, documents: np.ndarray, num_candidates: int, device: str = "cpu"):
         self.queries, self.documents, self._device = queries, documents, device
-        self._candidates = torch.from_numpy(documents[:num_candidates])
+        self._candidates = mapped(documents[:num_candidates])
 
     def best(self, rows: Rows, k: int, ceilings: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         numbers = np.asarray(rows)
