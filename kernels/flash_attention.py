@@ -82,7 +82,7 @@ from nvembed_fast.kernels.errors import (
     check_flash_attention_bwd,
     mismatch,
 )
-from nvembed_fast.kernels.layout import SeqLayout, layout_of
+from nvembed_fast.kernels.layout import BY_HOST_LISTS, SeqLayout, layout_of
 
 __all__ = ["flash_attention"]
 
@@ -816,7 +816,7 @@ def _launch_bwd(
     return dq, dk, dv
 
 
-@torch.library.custom_op("nvembed_fast::flash_attention", mutates_args=())
+@torch.library.custom_op("nvembed_fast::flash_attention", mutates_args=(), tags=BY_HOST_LISTS)
 def _flash_attention_op(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, host_lengths: torch.Tensor, scale: float, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -828,7 +828,7 @@ def _flash_attention_fake(q, k, v, host_lengths, scale, causal):
     return q.new_empty(q.shape), q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("nvembed_fast::flash_attention_bwd", mutates_args=())
+@torch.library.custom_op("nvembed_fast::flash_attention_bwd", mutates_args=(), tags=BY_HOST_LISTS)
 def _flash_attention_bwd_op(
     q: torch.Tensor,
     k: torch.Tensor,

@@ -22,7 +22,19 @@ import torch
 
 from nvembed_fast.kernels.streams import Kept
 
-__all__ = ["Order", "Run", "SeqLayout", "layout_of", "pinned", "to_device", "to_device_together"]
+__all__ = [
+    "BY_HOST_LISTS",
+    "Order",
+    "Run",
+    "SeqLayout",
+    "layout_of",
+    "pinned",
+    "to_device",
+    "to_device_together",
+]
+
+# tags of an operation that takes host_lengths: a CUDA graph would keep the lists of its first batch
+BY_HOST_LISTS = (torch.Tag.cudagraph_unsafe,)
 
 # the lists that launches asked for, by the device and the longest sequence's power of two
 _asked: dict[tuple[torch.device, int], tuple[tuple[str, int], ...]] = {}
@@ -157,7 +169,9 @@ class SeqLayout:
         if len(self.runs()) - len(set(self.lengths) - {0}) < MIN_RUNS_SAVED:
             return None
         if "order" not in self._cache:
-            self._cache["order"] = self._order()
+            # autograd saves its tensors, also those that inference has made first
+            with torch.inference_mode(False):
+                self._cache["order"] = self._order()
         order = self._cache["order"]
         order.layout.kept.here()
         return order

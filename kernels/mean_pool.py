@@ -35,7 +35,7 @@ from nvembed_fast.kernels._common import (
     with_contiguous_rows,
 )
 from nvembed_fast.kernels.errors import check_mean_pool, check_mean_pool_bwd, check_mean_pool_geglu
-from nvembed_fast.kernels.layout import SeqLayout, layout_of
+from nvembed_fast.kernels.layout import BY_HOST_LISTS, SeqLayout, layout_of
 
 __all__ = ["mean_pool", "mean_pool_geglu"]
 
@@ -294,7 +294,7 @@ def _launch_bwd(
     return dx
 
 
-@torch.library.custom_op("nvembed_fast::mean_pool", mutates_args=())
+@torch.library.custom_op("nvembed_fast::mean_pool", mutates_args=(), tags=BY_HOST_LISTS)
 def _mean_pool_op(
     x: torch.Tensor, host_lengths: torch.Tensor, pool_mask: torch.Tensor | None, geglu: bool
 ) -> torch.Tensor:
@@ -309,7 +309,7 @@ def _mean_pool_fake(x, host_lengths, pool_mask, geglu):
     return x.new_empty(host_lengths.shape[0], width, dtype=torch.float32)
 
 
-@torch.library.custom_op("nvembed_fast::mean_pool_bwd", mutates_args=())
+@torch.library.custom_op("nvembed_fast::mean_pool_bwd", mutates_args=(), tags=BY_HOST_LISTS)
 def _mean_pool_bwd_op(
     x: torch.Tensor | None,
     dout: torch.Tensor,

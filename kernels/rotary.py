@@ -155,6 +155,8 @@ def rotary(
 ) -> torch.Tensor:
     """Triton version of `reference.rotary`: same arguments, same result."""
     if not is_dispatched(qkv):
+        if inplace and not qkv.is_inference():
+            torch.autograd.graph.increment_version(qkv)
         return _launch_fwd(qkv, cos, sin, positions, num_rotated, inplace)
     check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
     if inplace:

@@ -7,8 +7,9 @@
 3. A text is one copy into that buffer and one replay.
 4. While the device computes, the host looks whether the model is still the one that was captured. If not, the
    vector is dropped, and the text runs again by a new capture.
-5. Graphs share scratch memory, and a bucket has one buffer. So a lock lets one thread at a time copy, replay
-   and take its result, and the device does them in this order, whatever streams the threads are on.
+5. Graphs share scratch memory, also those of two models, and a bucket has one buffer. So a lock of the device
+   lets one thread at a time copy, replay and take its result. The device does them in this order, whatever
+   streams the threads are on.
 
 The invariant: a captured launch depends on the bucket alone. So a tile list has the same length for all texts
 of a bucket. If a text needs fewer tiles, one tile is computed twice, to the same values.
@@ -70,7 +71,9 @@ class BucketLayout(SeqLayout):
         self.blocks = blocks
         self._shapes = [(bucket,), (bucket,), (3,), (bucket,), *((self._num_tiles(b), 2) for b in blocks)]
         self._size = sum(map(_aligned_size, self._shapes))
-        self._buffer = torch.zeros(self._size, dtype=torch.int32, device=device)
+        # written to by every later text, also outside of the inference mode of the first one
+        with torch.inference_mode(False):
+            self._buffer = torch.zeros(self._size, dtype=torch.int32, device=device)
         views = (
             part.view(shape) for part, shape in zip(self._parts(self._buffer), self._shapes, strict=True)
         )
@@ -137,6 +140,34 @@ class _Graph:
         return self.replay()[:1].clone()
 
 
+@dataclasses.dataclass
+class _Turns:
+    """Of the graphs of a device. Those of one thread share cuBLAS's memory, whatever their model."""
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    last: torch.cuda.Event | None = None  # behind the last result that was taken
+
+
+_turns: dict[torch.device, _Turns] = {}
+
+
+@contextmanager
+def _turn(device: torch.device) -> Iterator[None]:
+    """One thread at a time, and on the device behind the last turn, even that of another stream."""
+    turns = _turns.setdefault(device, _Turns())
+    if device.type != "cuda":
+        with turns.lock:
+            yield
+        return
+    with turns.lock, torch.cuda.device(device):
+        if turns.last is not None:
+            torch.cuda.current_stream().wait_event(turns.last)
+        try:
+            yield
+        finally:
+            turns.last = torch.cuda.current_stream().record_event()
+
+
 class SingleTextGraphs:
     """The vectors of single texts, by one graph per bucket, captured when its first text comes."""
 
@@ -147,10 +178,7 @@ class SingleTextGraphs:
         self._start()
 
     def _start(self) -> None:
-        self._graphs: dict[int, _Graph] = {}
-        self._pool: tuple | None = None
-        self._lock = threading.Lock()
-        self._last: torch.cuda.Event | None = None  # behind the last result that was taken
+        self._drop()
         self._without: set[tuple[torch.device, torch.dtype]] = set()  # whose work no graph holds
 
     @torch.no_grad()
@@ -164,7 +192,7 @@ class SingleTextGraphs:
         device, dtype = self._place()
         bucket = max(MIN_BUCKET, 1 << (len(ids) - 1).bit_length())
         if (device, dtype) not in self._without:
-            with self._turn(device):
+            with _turn(device):
                 graph, weights = self._graphs.get(bucket), self._weights()
                 if graph is not None and graph.addresses == _addresses(weights):
                     vector = graph(ids, first_pooled)
@@ -175,29 +203,18 @@ class SingleTextGraphs:
                     self._graphs[bucket] = graph
                     return graph(ids, first_pooled)
                 # until the added code has gone, no text is computed in vain
-                self._graphs.clear()
+                self._drop()
         return self.model(PackedBatch.from_ids([ids], [first_pooled], device))
 
     def forget(self) -> None:
         """Drop all graphs, which read tensors that are out of date, and ask anew who goes without."""
-        with self._turn(self._place()[0]):
-            self._graphs.clear()
-            self._without.clear()
+        with _turn(self._place()[0]):
+            self._start()
 
-    @contextmanager
-    def _turn(self, device: torch.device) -> Iterator[None]:
-        """One thread at a time, and on the device behind the last turn, even that of another stream."""
-        if device.type != "cuda":
-            with self._lock:
-                yield
-            return
-        with self._lock, torch.cuda.device(device):
-            if self._last is not None:
-                torch.cuda.current_stream().wait_event(self._last)
-            try:
-                yield
-            finally:
-                self._last = torch.cuda.current_stream().record_event()
+    def _drop(self) -> None:
+        self._graphs: dict[int, _Graph] = {}
+        # PyTorch refuses to capture into a pool that has lost all its graphs
+        self._pool: tuple | None = None
 
     def _place(self) -> tuple[torch.device, torch.dtype]:
         """Device and dtype of the first weight, which is the backbone's."""

@@ -235,17 +235,20 @@ def _kernel(name: str) -> Callable:
             rotary,
         )
 
-        _kernels["flash_attention"] = flash_attention.flash_attention
-        _kernels["latent_attention"] = latent_attention.latent_attention
-        _kernels["absorbed_latent_attention"] = absorbed_latent_attention.absorbed_latent_attention
-        _kernels["mean_pool"] = mean_pool.mean_pool
-        _kernels["mean_pool_geglu"] = mean_pool.mean_pool_geglu
-        _kernels["rms_norm"] = rms_norm.rms_norm
-        _kernels["add_rms_norm"] = rms_norm.add_rms_norm
-        _kernels["rotary"] = rotary.rotary
-        _kernels["swiglu"] = gated.swiglu
-        _kernels["geglu"] = gated.geglu
-        _kernels["masked_lse"] = masked_lse.masked_lse
+        # at once: another thread may look meanwhile
+        _kernels.update(
+            flash_attention=flash_attention.flash_attention,
+            latent_attention=latent_attention.latent_attention,
+            absorbed_latent_attention=absorbed_latent_attention.absorbed_latent_attention,
+            mean_pool=mean_pool.mean_pool,
+            mean_pool_geglu=mean_pool.mean_pool_geglu,
+            rms_norm=rms_norm.rms_norm,
+            add_rms_norm=rms_norm.add_rms_norm,
+            rotary=rotary.rotary,
+            swiglu=gated.swiglu,
+            geglu=gated.geglu,
+            masked_lse=masked_lse.masked_lse,
+        )
     return _kernels[name]
 
 

@@ -128,7 +128,10 @@ def _driver() -> str:
 
 
 def _compiler(part: int) -> str:
-    """What of Triton's compiler is not Triton's: ptxas, its options, and the environment's switches."""
+    """What of Triton's compiler is not Triton's: ptxas, its options, and the environment's switches.
+
+    The interpreter is one of them: it proves no kernel of a GPU.
+    """
     version = switches = "unknown"
     with suppress(ImportError, OSError, RuntimeError, subprocess.CalledProcessError):
         from triton import knobs
@@ -136,9 +139,10 @@ def _compiler(part: int) -> str:
 
         version = f"{get_ptxas_version(part).splitlines()[-1]} {knobs.nvidia.ptxas_options}"
     with suppress(ImportError):
+        from triton import knobs
         from triton._C.libtriton import get_cache_invalidating_env_vars
 
-        switches = str(sorted(get_cache_invalidating_env_vars().items()))
+        switches = f"{sorted(get_cache_invalidating_env_vars().items())} {knobs.runtime.interpret}"
     return f"{version} {switches}"
 
 

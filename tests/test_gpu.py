@@ -90,6 +90,33 @@ def test_cuda_graphs_of_two_threads_with_streams_of_their_own():
         assert min(pool.map(lowest_cosine, (0, 2))) > 0.99999
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_cuda_graphs_are_captured_anew(mode):
+    """Behind `forget` no graph is left, and PyTorch captures into no pool that has lost all of its own."""
+    model = small_model(torch.float16)
+    graphs = SingleTextGraphs(model)
+    for length in (9, 10, 40):
+        ids = np.random.default_rng(length).integers(3, 32000, length)
+        wanted = model(PackedBatch.from_ids([ids], [0], "cuda"))
+        with mode():
+            got = graphs(ids, 0)
+        assert torch.nn.functional.cosine_similarity(got, wanted).min() > 0.99999
+        assert torch.nn.functional.cosine_similarity(graphs(ids, 0), wanted).min() > 0.99999
+        graphs.forget()
+
+
+@torch.no_grad()
+def test_a_cuda_graph_of_torch_compile_reads_the_lengths_of_each_batch():
+    model = small_model(torch.float16)
+    compiled = torch.compile(model, mode="reduce-overhead", dynamic=True)
+    ids = [np.random.default_rng(n).integers(3, 32000, n) for n in (150, 20)]
+    # the first calls of a shape warm up and record
+    for number in range(6):
+        batch = PackedBatch.from_ids(ids[:: -1 if number % 2 else 1], [0, 0], "cuda")
+        cosine = torch.nn.functional.cosine_similarity(compiled(batch), model(batch))
+        assert cosine.min() > 0.9999, (number, cosine)
+
+
 @pytest.fixture
 def byte_directory(tmp_path) -> Path:
     """The golden model with a tokenizer of bytes, so that nothing has to be downloaded."""

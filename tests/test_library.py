@@ -182,6 +182,9 @@ def test_the_order_of_a_layout_is_undone_by_its_places(device):
     assert packed[order.rows].tolist() == [3, 7, 13, 8, 9, 0, 1, 2, 4, 5, 6, 10, 11, 12, 14, 15, 16]
     assert torch.equal(packed[order.rows][order.places], packed)
     assert layout.by_length() is order
+    with torch.inference_mode():  # autograd may save them later
+        layout = SeqLayout(layout.lengths, device)
+        assert not any(t.is_inference() for t in layout.by_length()[1:])
     # sorted, or as many lengths as texts
     for lengths in ((), (5, 5, 5), (1, 2, 3, 4, 5, 6, 7, 8, 9), (5, 6, 5, 6)):
         assert SeqLayout(lengths, device).by_length() is None

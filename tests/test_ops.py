@@ -452,6 +452,18 @@ def _registered(device) -> dict[str, list[object]]:
     }
 
 
+def test_no_cuda_graph_keeps_the_lists_of_its_first_batch(device):
+    """Of mode="reduce-overhead": an operation that takes lengths makes its lists from their values."""
+    ops._kernel("rotary")  # imports all
+    found = {}
+    for name in _registered(device):
+        operation = getattr(torch.ops.nvembed_fast, name).default
+        reads_lengths = "host_lengths" in [argument.name for argument in operation._schema.arguments]
+        assert (torch.Tag.cudagraph_unsafe in operation.tags) is reads_lengths, name
+        found.setdefault(reads_lengths, []).append(name)
+    assert len(found[True]) == 4 and found[False]
+
+
 SPOILS = {
     "one row less": lambda t: t[:-1],
     "one column less": lambda t: t[..., :-1],

@@ -49,6 +49,17 @@ def test_copy_leaves_the_input_and_inplace_returns_it(dtype, device):
     assert inplace is qkv and torch.equal(inplace, copied)
 
 
+def test_what_inplace_overwrites_gives_no_wrong_gradient(device):
+    qkv, *rest = CASE.inputs(device, torch.float32)
+    scale = torch.ones((), requires_grad=True)
+    out = (qkv * scale).sum()
+    rotary(qkv, *rest, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+    with torch.inference_mode():
+        rotary(qkv.clone(), *rest, inplace=True)  # has no version
+
+
 @pytest.mark.parametrize("inplace", [False, True], ids=["copy", "inplace"])
 def test_the_other_heads_pass_through_whatever_they_hold(inplace, dtype, device):
     qkv, cos, sin, positions, num_rotated = CASE.inputs(device, dtype)

@@ -126,6 +126,14 @@ def test_a_verdict_is_not_reused_after_a_key_has_changed(key, children, monkeypa
     assert set(CHANGES) == set(after), "a key without a test"
 
 
+def test_the_interpreter_proves_no_kernel_of_a_gpu(monkeypatch):
+    seen = set()
+    for value in ("0", "1"):
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        seen.add(verdicts._compiler(90))
+    assert len(seen) == 2
+
+
 def test_another_ptxas_and_its_options_are_another_compiler(monkeypatch, tmp_path):
     from triton.backends.nvidia.compiler import get_ptxas_version
 
