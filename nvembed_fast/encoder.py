@@ -99,7 +99,7 @@ class NVEmbed(nn.Module):
         self.graphs = SingleTextGraphs(model) if placement.cuda_graphs else None
         self.max_seq_length = DEFAULT_LENGTH
         self._transformers_tokenizer = None
-        self._tells_untrained = model.config.is_untrained
+        self._tells_untrained = True
         # names of the weights, if loading rounded or merged them: as they were loaded, and of their files
         self._weights_loaded: tuple[str, str] | None = None
 
@@ -392,7 +392,7 @@ class NVEmbed(nn.Module):
 
     def warn_about(self, texts: list[str]) -> None:
         """Warn as `encode` does: of an untrained model, once, and of texts that end with the end mark."""
-        if self._tells_untrained:
+        if self._tells_untrained and self.config.is_untrained:
             self._tells_untrained = False
             warnings.warn(_UNTRAINED, UntrainedModel, stacklevel=3)
         legacy.warn_of_end_marks(texts, self.text_tokenizer.eos_token)

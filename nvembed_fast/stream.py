@@ -14,6 +14,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, islice
 from numbers import Integral
 
 import numpy as np
@@ -143,21 +145,32 @@ class TextStream:
     ) -> Iterator[tuple[int, TokenizedTexts]]:
         """(index of the first text, tokenized texts) of every window, one window ahead of the consumer."""
 
-        def tokenize(first: int, stop: int) -> tuple[int, TokenizedTexts]:
-            window = self.tokenizer(texts[first:stop], instruction, max_length)
-            _check_pooled(window, first, max_length)
-            return first, window
+        def tokenize(window: slice) -> tuple[int, TokenizedTexts]:
+            found = self.tokenizer(texts[window], instruction, max_length)
+            _check_pooled(found, window.start, max_length)
+            return window.start, found
 
+        windows = self.window.slices(texts, self.tokenizer.max_characters(max_length), instruction)
+        begun = [*islice(windows, 2)]
+        if len(begun) < 2:  # a query does not wait for a thread
+            yield from map(tokenize, begun)
+            return
         pool = ThreadPoolExecutor(1, thread_name_prefix="nvembed-tokenize")
+
+        def soon(window: slice) -> Callable[[], tuple[int, TokenizedTexts]]:
+            try:
+                return pool.submit(tokenize, window).result
+            except RuntimeError:  # the main thread has ended, and Python starts no more work
+                return partial(tokenize, window)
+
         try:
             ahead = None
-            limit = self.tokenizer.max_characters(max_length)
-            for window in self.window.slices(texts, limit, instruction):
-                ready, ahead = ahead, pool.submit(tokenize, window.start, window.stop)
+            for window in chain(begun, windows):
+                ready, ahead = ahead, soon(window)
                 if ready is not None:
-                    yield ready.result()
+                    yield ready()
             if ahead is not None:
-                yield ahead.result()
+                yield ahead()
         finally:
             # an interrupted caller does not wait for a window it will not use
             pool.shutdown(wait=False, cancel_futures=True)

@@ -12,7 +12,7 @@ the LlamaTokenizer of transformers 5 gives other ids for leading or repeated spa
 
 import functools
 import json
-from collections.abc import Iterable, KeysView, Mapping, Set
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Set
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ __all__ = ["TOKENIZER_FILES", "TextTokenizer", "TokenizedTexts", "check_texts", 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 _MAX_BYTES = 128 * 2**20
+_GROUP = 2_000_000  # characters that are encoded together
 
 
 class TokenizedTexts(NamedTuple):
@@ -197,16 +198,17 @@ class TextTokenizer:
             return TokenizedTexts([filled] * len(texts), [max_length] * len(texts), len(texts))
         full = [(instruction + text[:limit] + self.eos_token)[:limit] for text in texts]
         by_offset = skips and self.pooling_start == "text_offset"
+        border = len(instruction.rstrip())
         # the fast form gives no offsets
-        encodings = (self.backend.encode_batch if by_offset else self.backend.encode_batch_fast)(full)
-        ids = [self._cut(e.ids, max_length) for e in encodings]
-        # a text clipped to `limit` characters has more tokens than max_length, too
-        num_cut = sum(len(e.ids) > max_length for e in encodings)
-        if by_offset:
-            border = len(instruction.rstrip())
-            starts = [_first_from(e.offsets[:max_length], border) for e in encodings]
-            return TokenizedTexts(ids, starts, num_cut)
-        return TokenizedTexts(ids, [start] * len(ids), num_cut)
+        encode = self.backend.encode_batch if by_offset else self.backend.encode_batch_fast
+        ids, starts, num_cut = [], [], 0
+        for group in _groups(full):
+            for encoding in encode(group):
+                ids.append(self._cut(encoding.ids, max_length))
+                starts.append(_first_from(encoding.offsets[:max_length], border) if by_offset else start)
+                # a text clipped to `limit` characters has more tokens than max_length, too
+                num_cut += len(encoding.ids) > max_length
+        return TokenizedTexts(ids, starts, num_cut)
 
     def _cut(self, ids: list[int], max_length: int) -> np.ndarray:
         kept = np.asarray(ids[:max_length], dtype=np.int32)
@@ -229,6 +231,19 @@ class TextTokenizer:
     @functools.cached_property
     def _longest_token(self) -> int:
         return max(map(len, self.backend.get_vocab()))
+
+
+def _groups(texts: list[str]) -> Iterator[list[str]]:
+    """Neighbours of about _GROUP characters. An encoding takes far more memory than the ids that are kept."""
+    group, characters = [], 0
+    for text in texts:
+        group.append(text)
+        characters += len(text)
+        if characters >= _GROUP:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
 
 
 def _rules(content: str | bytes) -> str:

@@ -9,6 +9,7 @@
 The invariant: of equal scores the lower index comes first, whatever the size of a tile.
 """
 
+import threading
 import warnings
 
 import numpy as np
@@ -17,6 +18,7 @@ import torch
 __all__ = ["Best", "mapped", "topk"]
 
 _QUERIES, _DOCUMENTS = 1024, 8192  # of a tile: 32 MB of scores
+_precision = threading.Lock()  # of products in fp32, which is the process's
 
 
 def topk(
@@ -108,13 +110,18 @@ class Best:
 
 
 def _product(queries: torch.Tensor, documents: torch.Tensor) -> torch.Tensor:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(queries.device.type, enabled=False):
-            return queries @ documents.T
-    finally:
-        torch.set_float32_matmul_precision(before)
+    # by backend: the setting of all raises where the caller has set one of them
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _precision:
+        before = [backend.fp32_precision for backend in backends]
+        try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
+            with torch.autocast(queries.device.type, enabled=False):
+                return queries @ documents.T
+        finally:
+            for backend, precision in zip(backends, before, strict=True):
+                backend.fp32_precision = precision
 
 
 def _finite(vectors: torch.Tensor, name: str, start: int) -> torch.Tensor:

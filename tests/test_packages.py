@@ -115,6 +115,12 @@ def test_a_missing_package_is_an_error_with_the_last_words_of_pip(index, tmp_pat
         packages.fetch("planted==1.0", "0" * 64, tmp_path / "cache")
 
 
+def test_a_python_without_pip(index, tmp_path, monkeypatch):
+    monkeypatch.setattr(packages, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip is missing, which fetches planted==1.0: run .* -m ensurepip"):
+        packages.fetch("planted==1.0", "0" * 64, tmp_path / "cache")
+
+
 @pytest.mark.parametrize("requirement", ["planted", "planted>=1", "planted==1.0 --pre", "../x==1/2", "-r==1"])
 def test_a_package_is_pinned(requirement, tmp_path):
     with pytest.raises(ValueError, match="NAME==VERSION"):

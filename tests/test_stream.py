@@ -1,5 +1,7 @@
 """From texts to vectors: windows, budget, memory, order."""
 
+import subprocess
+import sys
 import threading
 import warnings
 from dataclasses import replace
@@ -141,6 +143,35 @@ def test_an_interrupt_does_not_wait_for_the_next_window():
     still_running = [t for t in threading.enumerate() if t.name.startswith("nvembed-tokenize")]
     release.set()
     assert still_running
+
+
+def test_a_query_waits_for_no_thread(model, monkeypatch):
+    def no_pool(*args, **kwargs):
+        raise AssertionError("a thread for one window")
+
+    monkeypatch.setattr(stream, "ThreadPoolExecutor", no_pool)
+    assert model.encode("a query").shape == (model.config.hidden_size,)
+    assert list(model.stream.tokenized([], "", 16)) == []
+
+
+def test_a_thread_may_encode_behind_the_end_of_the_main_one(tiny_directory):
+    """From then on concurrent.futures starts no work."""
+    code = f"""
+import atexit, threading
+from nvembed_fast import NVEmbed, stream
+model = NVEmbed.from_pretrained({str(tiny_directory)!r}, device="cpu")
+stream.WINDOW = stream.Window(2, 3)
+
+def late(name):
+    if threading.current_thread() is not threading.main_thread():
+        threading.main_thread().join()
+    print(name, len(model.encode(list("abcdefgh"))), flush=True)
+
+threading.Thread(target=late, args=["thread"]).start()
+atexit.register(late, "atexit")
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert sorted(run.stdout.splitlines()) == ["atexit 8", "thread 8"], run.stderr
 
 
 def test_a_stream_gives_every_text_once_with_its_vector(model):

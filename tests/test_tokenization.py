@@ -9,7 +9,7 @@ from tiny_checkpoint import TINY
 from tiny_decoders import write_tokenizer
 from tokenizers import Tokenizer
 
-from nvembed_fast import NVEmbed, NVEmbedConfig
+from nvembed_fast import NVEmbed, NVEmbedConfig, tokenization
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.tokenization import TextTokenizer, check_texts
 
@@ -34,6 +34,34 @@ def test_texts_together_equal_texts_alone(published):
     rows = [r for r in GOLDEN if not r["instruction"] and r["max_length"] == 4096]
     got = published([r["text"] for r in rows], "", 4096)
     assert [i.tolist() for i in got.ids] == [r["input_ids"] for r in rows]
+
+
+class Watched:
+    """A tokenizer that notes how many characters it is given at once."""
+
+    def __init__(self, backend: Tokenizer):
+        self.backend, self.characters = backend, []
+
+    def __getattr__(self, name):
+        found = getattr(self.backend, name)
+        if not name.startswith("encode_batch"):
+            return found
+        return lambda texts: self.characters.append(sum(map(len, texts))) or found(texts)
+
+
+@pytest.mark.parametrize("pooling_start", ["token_count", "text_offset"])
+def test_encodings_of_long_texts_are_not_all_in_memory_at_once(mistral_tokenizer, pooling_start, monkeypatch):
+    texts = [row["text"] for row in GOLDEN if len(row["text"]) < 500] + ["", "word " * 300]
+    tokenizer = TextTokenizer(mistral_tokenizer, "</s>", pooling_start)
+    wanted = tokenizer(texts, "find: ", 16)
+    tokenizer.backend = Watched(mistral_tokenizer)
+    monkeypatch.setattr(tokenization, "_GROUP", 1000)
+    got = tokenizer(texts, "find: ", 16)
+    assert [ids.tolist() for ids in got.ids] == [ids.tolist() for ids in wanted.ids]
+    assert got[1:] == wanted[1:] and wanted.num_cut
+    characters = tokenizer.backend.characters
+    assert len(characters) > 5 and all(1000 <= size < 2600 for size in characters[:-1])
+    assert sum(characters) > 300 * 5 and tokenizer([], "find: ", 16).ids == []
 
 
 @pytest.mark.parametrize("unit", ["x", "ab", " ", "\n", "\U0001f600"])

@@ -58,6 +58,19 @@ def test_a_document_above_the_ceiling_is_passed_over(tiles):
     assert all(map(torch.equal, topk(q, d, 5, ceilings), wanted))
 
 
+def test_a_precision_of_one_backend_stays_and_does_not_reach_the_scores():
+    """torch then refuses to tell that of all."""
+    backend = torch.backends.cuda.matmul
+    before, q, d = backend.fp32_precision, torch.randn(4, 64), torch.randn(50, 64)
+    wanted = topk(q, d, 3)
+    backend.fp32_precision = "tf32"
+    try:
+        assert all(map(torch.equal, topk(q, d, 3), wanted))
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before
+
+
 def test_scores_are_fp32_whatever_the_callers_precision():
     q, d = torch.randn(4, 64), torch.randn(50, 64)
     wanted = topk(q, d, 3)

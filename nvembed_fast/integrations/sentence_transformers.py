@@ -11,6 +11,7 @@ The invariant: a prompt is never pooled, as in `NVEmbed.encode`. After a TypeErr
 them, and cannot be called without a prompt.
 """
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -141,6 +142,8 @@ class NVEmbedModule(InputModule):
         lengths = _lengths(features)
         ids, keep = features["input_ids"][0], features["pool_mask"][0]
         if self.training or torch.is_grad_enabled():
+            if self.training and torch.is_grad_enabled() and self.network.config.is_untrained:
+                self.network.config = dataclasses.replace(self.network.config, is_untrained=False)
             with self.encoder.computing(autocast=True):
                 vectors = self.network(PackedBatch(ids, SeqLayout(lengths, ids.device), keep))
         else:

@@ -1,6 +1,8 @@
 """Training a model with sentence-transformers."""
 
 import copy
+import json
+import shutil
 
 import numpy as np
 import peft
@@ -11,7 +13,8 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
 
-from nvembed_fast import ops
+from nvembed_fast import NVEmbed, ops
+from nvembed_fast.encoder import UntrainedModel
 from nvembed_fast.integrations.sentence_transformers import load
 
 QUERIES = ["what is one?", "and two words?", "which text is the longest of all?", "four"]
@@ -40,6 +43,20 @@ def test_cached_gradients_equal_direct_ones(options, model):
     cached = gradients(model, losses.CachedMultipleNegativesRankingLoss(model, **options))
     for name, wanted in direct.items():
         assert (cached[name] - wanted).norm() <= 2e-5 * wanted.norm(), name
+
+
+def test_a_trained_model_is_no_longer_called_untrained(tiny_directory, tmp_path):
+    fresh = shutil.copytree(tiny_directory, tmp_path / "fresh")
+    config = json.loads((fresh / "config.json").read_text())
+    (fresh / "config.json").write_text(json.dumps(config | {"is_untrained": True}))
+    model = load(fresh, device="cpu")
+    with pytest.warns(UntrainedModel):
+        model.encode("a text")
+    model.train()
+    gradients(model, losses.MultipleNegativesRankingLoss(model))
+    model.save_pretrained(str(tmp_path / "trained"))
+    assert not NVEmbed.from_pretrained(tmp_path / "trained", device="cpu").config.is_untrained
+    assert NVEmbed.from_pretrained(fresh, device="cpu").config.is_untrained
 
 
 def test_the_instruction_is_not_pooled_in_training(model):
