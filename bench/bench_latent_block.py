@@ -17,7 +17,7 @@ from bench.workloads import draw_weights
 from nvembed_fast import ops
 from nvembed_fast.config import LatentConfig
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.kernels.testing import generator
+from nvembed_fast.kernels.testing import generator, randn
 from nvembed_fast.network.latent_head import LatentHead
 
 
@@ -61,14 +61,16 @@ def benches(setting: Setting) -> Iterator[KernelBench]:
 
 def _experiment(setting: Setting, case: LatentBlockCase) -> Experiment:
     device, dtype, compiled = setting.device, setting.dtype, setting.baselines.compiled
-    head = LatentHead(case.config).to(device, dtype).requires_grad_(False)
+    # on the device from the first: a CPU takes seconds to draw its weights
+    with torch.device(device):
+        head = LatentHead(case.config).to(dtype).requires_grad_(False)
     draw_weights(head, case.config.hidden_dim)
     # the forms are one in float64; in the dtype parity is that of the form with the same rounded A and B
     oracle, eager = copy.deepcopy(head).double(), latent_blocks.Absorbed(head)
     oracle.mode = "direct"
     commuted = latent_blocks.Commuted(head, case.num_texts)
     hoisted, layout = latent_blocks.Hoisted(head), SeqLayout((case.length,) * case.num_texts, device)
-    h = torch.randn(layout.num_tokens, case.config.hidden_dim, generator=generator()).to(device, dtype)
+    h = randn(layout.num_tokens, case.config.hidden_dim, generator=generator()).to(device, dtype)
 
     def pooled(block: Callable) -> Callable:
         return lambda h: F.normalize(latent_blocks.mean(block(h), case.num_texts), dim=-1)

@@ -43,7 +43,7 @@ from bench.measure.results import FOLDER, OURS, Figure, ResultsFile, default_pat
 from bench.measure.timing import Times
 from bench.report.comparisons import Comparison
 from bench.report.pictures import draw_waterfall
-from bench.workloads import GPU, SCALES, random_encoder
+from bench.workloads import GPU, IMPLS, SCALES, random_encoder
 from nvembed_fast import ops
 from nvembed_fast.kernels.testing import AttentionCase, LatentCase, RotaryCase, RowCase
 from nvembed_fast.network.latent_head import LatentHead
@@ -99,6 +99,7 @@ def make_step(model: NVEmbedModel, batches: Sequence[Sequence[int]], instruction
     ids = [[draw.integers(vocab_size, size=length) for length in lengths] for lengths in batches]
 
     @torch.no_grad()
+    @ops.use_impl(IMPLS[device.type])
     def step() -> None:
         for batch in ids:
             with record_function(PACKING):
@@ -283,8 +284,9 @@ def limits_ms(
     - products: each product of each layer by itself at this T, as cuBLAS (on a CPU its library) takes it.
     - attention: 4 N H n^2 operations for a text of n tokens in each layer, at the rate of a large product.
     - element-wise: the bytes of fused kernels, at the rate of a large copy. Per token and layer
-      2 * 4 D b (residual add and norm) + 2 (N + G) H b (rotary) + 3 F b (SwiGLU). In all 2 L + 1 norms, the
-      first of which has no residual and moves 2 D b. The embedding moves 2 D b.
+      2 * 2 D b (norms) + 2 (N + G) H b (rotary) + 3 F b (SwiGLU). The last norm and the embedding move 2 D b
+      each. Two norms also add, which moves 2 D b more: the one behind the first attention, and the one behind
+      the first layer. All other residual adds stand inside products.
     - latent head: the longer of its operations at the rate of a large product, and of one reading of its
       weights and input and one writing of the vectors at the rate of a large copy.
     - launch gaps and host work: nothing.
@@ -301,7 +303,8 @@ def limits_ms(
         attention = AttentionCase("", tuple(lengths), n, g, h, causal=config.is_causal)
         total[ATTENTION] += 1e-9 * num_layers * attention.flops() / limits.matrix_rate(dtype)
         row = RowCase("", tokens, config.hidden_size)
-        moved = 2 * num_layers * row.norm_bytes(dtype, residual=True) + row.norm_bytes(dtype, residual=False)
+        moved = (2 * num_layers - 1) * row.norm_bytes(dtype, residual=False)
+        moved += 2 * row.norm_bytes(dtype, residual=True)
         moved += num_layers * RotaryCase("", tuple(lengths), n, g, h).bytes_moved(dtype, inplace=True)
         moved += num_layers * RowCase("", tokens, config.intermediate_size).gated_bytes(dtype)
         moved += 2 * tokens * config.hidden_size * dtype.itemsize

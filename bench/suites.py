@@ -2,7 +2,7 @@
 
 import contextlib
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -12,7 +12,9 @@ from bench.baselines.kernels import Baselines
 from bench.measure.comparison import Prepared
 from bench.measure.limits import Limits
 from bench.measure.results import Figure
+from bench.workloads import IMPLS
 from nvembed_fast import ops
+from nvembed_fast.kernels.testing import drawn_on
 
 # quick ones first
 SUITES = (
@@ -47,6 +49,8 @@ class Setting:
 
     @classmethod
     def here(cls, smallest: bool, compiles: bool) -> "Setting":
+        """That of this machine. fp32 products stay fp32, whatever an environment variable allows."""
+        torch.set_float32_matmul_precision("highest")
         return cls("cuda" if torch.cuda.is_available() else "cpu", smallest, compiles)
 
     @property
@@ -68,9 +72,14 @@ class Setting:
     def choose(self, *, gpu: T, cpu: T, smallest: T) -> T:
         return smallest if self.smallest else gpu if self.device == "cuda" else cpu
 
-    def implementation(self) -> contextlib.AbstractContextManager:
-        """Inside, ours is the Triton path on a GPU, and the PyTorch path on a CPU."""
-        return ops.use_impl("triton" if self.device == "cuda" else "torch")
+    @contextlib.contextmanager
+    def implementation(self) -> Iterator[None]:
+        """Inside, ours is the Triton path on a GPU, and the PyTorch path on a CPU.
+
+        Inputs are drawn on the device: one core of a CPU would draw for longer than a GPU times them.
+        """
+        with ops.use_impl(IMPLS[self.device]), drawn_on(self.device):
+            yield
 
 
 class Bench(Protocol):

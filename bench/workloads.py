@@ -11,10 +11,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from nvembed_fast import NVEmbed
+from nvembed_fast import NVEmbed, ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.kernels.testing import skewed_lengths
 from nvembed_fast.network.model import NVEmbedModel
+from nvembed_fast.placement import Placement
 from nvembed_fast.tokenization import TextTokenizer
 
 EOS, EOS_ID = "</s>", 2
@@ -148,6 +149,8 @@ SMALLEST = Scale(
 
 # by device
 SCALES = {"cuda": GPU, "cpu": SMALL}
+# of ours. "auto" would take the library's path where a kernel is unproven, and time it under our name
+IMPLS: dict[str, ops.Impl] = {"cuda": "triton", "cpu": "torch"}
 
 
 def _word(token: int) -> str:
@@ -183,4 +186,5 @@ def random_encoder(config: NVEmbedConfig, device: str, dtype: torch.dtype) -> NV
     model.to_empty(device=device).requires_grad_(False)
     draw_weights(model, config.hidden_size)
     tokenizer = TextTokenizer(word_tokenizer(config.text_config.vocab_size), EOS, config.pooling_start)
-    return NVEmbed(model, tokenizer).eval()
+    placement = Placement.decide(config, device=device, dtype=dtype, impl=IMPLS[device])
+    return NVEmbed(model, tokenizer, placement).eval()

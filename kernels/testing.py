@@ -5,9 +5,10 @@ a frozen problem: `name` is the pytest id and the row label of the benchmark,
 `bench` marks the sizes of the real model, too large for the interpreter.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,38 @@ RAGGED = (5, 1, 17, 64, 33)
 EMPTY_MIDDLE = (7, 0, 9)
 
 
+# where `generator` draws
+_place: ContextVar[str] = ContextVar("_place", default="cpu")
+
+
+@contextmanager
+def drawn_on(device: str | torch.device) -> Iterator[None]:
+    """Inside, inputs and upstream gradients are drawn on this device.
+
+    A GPU draws other values than a CPU, and is done in no time. So this is for what is timed there. The tests
+    compare the same values everywhere.
+    """
+    before = _place.set(str(device))
+    try:
+        yield
+    finally:
+        _place.reset(before)
+
+
 def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator(_place.get()).manual_seed(seed)
 
 
-# whatever device and dtype the caller has made the default
-_randn, _rand = (functools.partial(f, dtype=torch.float32, device="cpu") for f in (torch.randn, torch.rand))
+def _on_its_device(draw: Callable) -> Callable[..., torch.Tensor]:
+    """Draws where the generator does, whatever device and dtype the caller has made the default."""
+
+    def drawn(*size, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return draw(*size, generator=generator, dtype=dtype, device=generator.device)
+
+    return drawn
+
+
+randn, _rand = _on_its_device(torch.randn), _on_its_device(torch.rand)
 
 
 def skewed_lengths(count: int, median: int = 128, minimum: int = 16, maximum: int = 4096) -> tuple[int, ...]:
@@ -55,7 +82,7 @@ class AttentionCase:
     def inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
         layout = SeqLayout(self.lengths, device)
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = _randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
+        qkv = randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
         qkv[:, : self.num_heads + self.num_kv_heads] *= self.peak
         q, k, v = qkv.to(device, dtype).split((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return q, k, v, layout
@@ -168,8 +195,8 @@ class LatentCase:
 
     def direct_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
         g = generator(seed)
-        q = self.peak * _randn(self.num_tokens, self.num_heads, self.head_width, generator=g)
-        kv = _randn(self.num_latents, 2, self.num_heads, self.head_width, generator=g)
+        q = self.peak * randn(self.num_tokens, self.num_heads, self.head_width, generator=g)
+        kv = randn(self.num_latents, 2, self.num_heads, self.head_width, generator=g)
         kv[:, 0] *= self.peak
         k, v = kv.to(device, dtype).unbind(1)
         return q.to(device, dtype), k, v
@@ -177,10 +204,10 @@ class LatentCase:
     def absorbed_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
         g = generator(seed)
         columns = self.num_heads * self.num_latents
-        x = self.peak * _randn(self.num_tokens, self.width, generator=g)
-        a = self.peak * _randn(columns, self.width, generator=g) / self.width**0.5
-        b = _randn(columns, self.width, generator=g)
-        residual = _randn(self.num_tokens, self.width, generator=g)
+        x = self.peak * randn(self.num_tokens, self.width, generator=g)
+        a = self.peak * randn(columns, self.width, generator=g) / self.width**0.5
+        b = randn(columns, self.width, generator=g)
+        residual = randn(self.num_tokens, self.width, generator=g)
         return *(t.to(device, dtype) for t in (x, a, b, residual)), self.num_heads
 
     def direct_flops(self, backward: bool = False) -> int:
@@ -223,7 +250,7 @@ class PoolCase:
     def inputs(self, device: str, dtype: torch.dtype, seed: int = 0, geglu: bool = False):
         g = generator(seed)
         layout = SeqLayout(self.lengths, device)
-        x = _randn(layout.num_tokens, self.width * (2 if geglu else 1), generator=g).to(device, dtype)
+        x = randn(layout.num_tokens, self.width * (2 if geglu else 1), generator=g).to(device, dtype)
         mask = (_rand(layout.num_tokens, generator=g) > 0.3).to(device) if self.masked else None
         return x, layout, mask
 
@@ -260,12 +287,12 @@ class RowCase:
 
     def norm_inputs(self, device: str, dtype: torch.dtype, seed: int = 0):
         g = generator(seed)
-        x, residual = (_randn(self.num_tokens, self.width, generator=g) for _ in range(2))
-        weight = 1 + 0.1 * _randn(self.width, generator=g)
+        x, residual = (randn(self.num_tokens, self.width, generator=g) for _ in range(2))
+        weight = 1 + 0.1 * randn(self.width, generator=g)
         return tuple(t.to(device, dtype) for t in (x, residual, weight))
 
     def gated_input(self, device: str, dtype: torch.dtype, seed: int = 0):
-        return (2 * _randn(self.num_tokens, 2 * self.width, generator=generator(seed))).to(device, dtype)
+        return (2 * randn(self.num_tokens, 2 * self.width, generator=generator(seed))).to(device, dtype)
 
     def norm_bytes(self, dtype: torch.dtype, residual: bool, backward: bool = False) -> int:
         # backward: h, dy, dh, and behind a residual add the gradient of h
@@ -312,7 +339,7 @@ class RotaryCase:
         """(qkv, cos, sin, positions, num_rotated). The tables are fp32 as in the model."""
         layout = SeqLayout(self.lengths, device)
         heads = self.num_heads + 2 * self.num_kv_heads
-        qkv = _randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
+        qkv = randn(layout.num_tokens, heads, self.head_width, generator=generator(seed))
         evens = torch.arange(0, self.head_width, 2, dtype=torch.float32, device=device)
         frequency = 10000.0 ** -(evens / self.head_width)
         angle = torch.arange(max(layout.max_length, 1), device=device)[:, None] * frequency
@@ -358,8 +385,8 @@ class ScoreCase:
     def inputs(self, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
         """(q, d, row_scopes, column_scopes, row_keys, column_keys, limits, scale)."""
         g = generator(seed)
-        q = _randn(self.num_rows, self.width, generator=g).to(dtype)
-        d = _randn(self.num_columns, self.width, generator=g).to(dtype)
+        q = randn(self.num_rows, self.width, generator=g).to(dtype)
+        d = randn(self.num_columns, self.width, generator=g).to(dtype)
         scale = self.peak / self.width**0.5
         numbers = torch.arange(self.num_columns, device="cpu")
         # the scope 1, and as a second one 2 or none
@@ -367,7 +394,7 @@ class ScoreCase:
         row_scopes[5::11] = -1
         column_scopes = torch.tensor([(1, -1), (2, -1), (1, 2)], device="cpu")[numbers % 3]
         column_keys = 1 + numbers[:, None] % max(1, 3 * self.num_columns // 4)
-        row_keys = torch.randint(1, self.num_columns + 2, (self.num_rows, 4), generator=g, device="cpu")
+        row_keys = torch.randint(1, self.num_columns + 2, (self.num_rows, 4), generator=g, device=g.device)
         row_keys[:, 2] = 0
         column_keys[3::7] = 0
         if not self.masked:
@@ -543,7 +570,7 @@ def _rms(t: torch.Tensor) -> torch.Tensor:
 def upstream_of(outputs: Tensors, seed: int = 1, contiguous: bool = True) -> list[torch.Tensor]:
     """A random gradient for every output, rounded to its dtype, transposed in memory if not contiguous."""
     g = generator(seed)
-    grads = [_randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
+    grads = [randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
     if not contiguous:
         grads = [t.transpose(0, -1).contiguous().transpose(0, -1) for t in grads]
         assert not any(t.is_contiguous() for t in grads if min(t.shape) > 1), "this would prove nothing"

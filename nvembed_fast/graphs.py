@@ -37,7 +37,7 @@ from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.network.pooling_heads import runs_as_written
 from nvembed_fast.packing import PackedBatch
 
-__all__ = ["MAX_TOKENS", "MIN_BUCKET", "BucketLayout", "SingleTextGraphs", "captured"]
+__all__ = ["MAX_TOKENS", "MIN_BUCKET", "BucketLayout", "SingleTextGraphs", "bucket_of", "captured"]
 
 T = TypeVar("T")
 
@@ -48,6 +48,11 @@ MIN_BUCKET = 16
 _ALIGNMENT = 4
 # whose work a graph holds. Tests play a graph on a CPU
 _DEVICE_TYPES = ("cuda",)
+
+
+def bucket_of(length: int) -> int:
+    """The tokens of the bucket of a text."""
+    return max(MIN_BUCKET, 1 << (length - 1).bit_length())
 
 
 class BucketLayout(SeqLayout):
@@ -181,6 +186,11 @@ class SingleTextGraphs:
         self._drop()
         self._without: set[tuple[torch.device, torch.dtype]] = set()  # whose work no graph holds
 
+    @property
+    def buckets(self) -> list[int]:
+        """Those that have a graph. Texts of all others have run without one."""
+        return sorted(self._graphs)
+
     @torch.no_grad()
     def __call__(self, ids: np.ndarray, first_pooled: int) -> torch.Tensor:
         """[1, D] fp32 vector of a text.
@@ -190,7 +200,7 @@ class SingleTextGraphs:
             first_pooled: the number of leading tokens that are not pooled.
         """
         device, dtype = self._place()
-        bucket = max(MIN_BUCKET, 1 << (len(ids) - 1).bit_length())
+        bucket = bucket_of(len(ids))
         if (device, dtype) not in self._without:
             with _turn(device):
                 graph, weights = self._graphs.get(bucket), self._weights()

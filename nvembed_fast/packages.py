@@ -250,7 +250,7 @@ def debian_lists(cache: str | os.PathLike | None = None) -> list[Path]:
         command = [*apt, "indextargets", "--format", "$(FILENAME)"]
         kinds = ("Created-By: Packages", "Created-By: Translations")
         found = "".join(_run([*command, kind], "apt-get could not list its files") for kind in kinds)
-    return sorted(path for path in map(Path, found.split()) if path.is_file())
+    return sorted(path for path in map(Path, found.splitlines()) if path.is_file())
 
 
 @contextmanager

@@ -35,7 +35,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference, testing
@@ -281,7 +280,7 @@ def _rotations(
         def call(function: Callable, qkv: torch.Tensor):
             tables = (t.double() if qkv.dtype == torch.float64 else t for t in (cos, sin))
             out = function(qkv.clone() if inplace else qkv, *tables, positions, rotated, inplace=inplace)
-            return out.masked_fill(out.isinf(), 7.0)
+            return out.masked_fill(out.isinf(), 7.0) if has_infinite else out
 
         if has_infinite:
             qkv[:, rotated:] = float("inf")
@@ -560,30 +559,16 @@ def with_times(
     return dataclasses.replace(finding, time_ms=times[0], library_ms=times[1])
 
 
-class _DrawnThere(TorchFunctionMode):
-    """Inside, `torch.randn` draws on this device.
-
-    On a CPU, `_milliseconds` of all operations would draw for longer than the kernels compile.
-    """
-
-    def __init__(self, device: torch.device):
-        super().__init__()
-        self._there = {"device": device, "generator": None}
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return function(*args, **(kwargs or {}) | (self._there if function is torch.randn else {}))
-
-
 def _milliseconds(item: Item, device: torch.device, path: ops.Impl) -> float | None:
     """The median time of a call at the size of NV-Embed's batches. None: the machine is to blame."""
     operation, dtype_name, direction = item
     try:
-        with _DrawnThere(device):
+        with testing.drawn_on(device):
             (problem,) = _PROBLEMS[operation](operation, device, getattr(torch, dtype_name), True)
         leaves = [t.detach().requires_grad_(direction == "backward") for t in problem.tensors]
         with ops.use_impl(path):
             outputs = testing.as_tuple(problem.call(getattr(ops, operation), *leaves))
-            with _DrawnThere(device):
+            with testing.drawn_on(device):
                 upstream = testing.upstream_of(outputs)
 
             def call() -> None:

@@ -5,10 +5,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from fake_driver import gpu
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import bench_latent_block
@@ -23,7 +25,14 @@ from bench.measure.timing import Times
 from bench.suites import SUITES, Setting, benches
 from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels.layout import SeqLayout
-from nvembed_fast.kernels.testing import ATTENTION_CASES, ROTARY_CASES, assert_parity, skewed_lengths
+from nvembed_fast.kernels.testing import (
+    ATTENTION_CASES,
+    ROTARY_CASES,
+    RowCase,
+    assert_parity,
+    skewed_lengths,
+    upstream_of,
+)
 
 ROOT = Path(__file__).parents[1]
 FACTS = Machine("GPU", "1", "2", "3", "4", "commit", "command")
@@ -103,6 +112,38 @@ def test_the_intensity_is_of_inputs_outputs_and_their_gradients(backward):
     moved = 2 * 64 * 32 * 4 * (2 if backward else 1)
     assert of(rows, OURS)["intensity"].value == pytest.approx(10**6 / moved)
     assert "intensity" not in of(run(experiment()), OURS)
+
+
+def drawn_for_a_bench(backward: bool) -> int:
+    """How many tensors PyTorch draws on the GPU, for ours alone."""
+
+    def make() -> Experiment:
+        gate_up = RowCase("rows", 8, 64).gated_input("cuda:0", torch.float32)
+        return Experiment([gate_up], reference.swiglu, reference.swiglu)
+
+    # the fake GPU has neither
+    without = mock.patch.multiple(
+        comparison, peak_memory=lambda call: None, copy=SimpleNamespace(deepcopy=lambda tensors: tensors)
+    )
+    gpu.forget_counts()
+    with without, Setting("cuda").implementation():
+        KernelBench("suite", "case", make, WORK, backward, part=make).prepare()
+    return gpu.operations()["randn"]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_gpu_times_is_drawn_there(backward, fake_gpu):
+    """The inputs of both experiments. With backward also the upstream gradient of each."""
+    assert fake_gpu(drawn_for_a_bench, backward) == (4 if backward else 2)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_a_forward_draws_no_upstream_gradient(backward, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(comparison, "upstream_of", lambda outputs: drawn.append(1) or upstream_of(outputs))
+    bench(experiment(Implementation("other", torch.sin)), WORK, backward).prepare()
+    # of the parity check, and of the outputs of each implementation
+    assert len(drawn) == (3 if backward else 0)
 
 
 def test_a_baseline_that_gives_nan_is_wrong():
@@ -250,6 +291,15 @@ def test_another_file_is_not_overwritten(tmp_path):
     path.write_bytes(b"\x89PNG")
     with pytest.raises(ValueError, match="r.csv is no results file: it is not text"):
         ResultsFile(path, FACTS)
+
+
+def test_benches_forbid_tf32():
+    torch.set_float32_matmul_precision("high")
+    try:
+        Setting.here(smallest=True, compiles=False)
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.parametrize("lengths", [(3, 5, 1), (4, 4)])

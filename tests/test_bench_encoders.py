@@ -6,12 +6,14 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from bench import workloads
+from bench import profiling, workloads
 from bench.baselines import encoders
 from bench.baselines.encoders import ENCODERS
 from bench.baselines.parity import PARITY_BATCH, ParityCheck
@@ -20,7 +22,7 @@ from bench.measure.passes import ENOUGH_SECONDS, Entry, fitting_batch_sizes, sea
 from bench.measure.results import read
 from bench.suites import Setting
 from bench.workloads import GPU, SMALL, SMALLEST, Workload
-from nvembed_fast import stream
+from nvembed_fast import ops, stream
 from nvembed_fast.tokenization import TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,6 +154,44 @@ class WrongIn16Bits(encoders.Ours):
 def test_an_encoder_that_is_wrong_in_16_bits_alone_is_red(fp32, bf16):
     assert fp32.of(WrongIn16Bits).obstacle is None
     assert "cosine" in bf16.of(WrongIn16Bits).obstacle
+
+
+def ours_on_a_gpu() -> list[str]:
+    """How the encoder computes, its fp32 copy, and the model of the profile. Nothing is proven."""
+    seen = []
+
+    def fails(*args, **kwargs):
+        raise AssertionError("a kernel is proven, so a red one would give way to the library")
+
+    class Model(torch.nn.Module):
+        embedding_model = SimpleNamespace(
+            embed_tokens=SimpleNamespace(weight=torch.empty(1, device="cuda:0"))
+        )
+        config = SimpleNamespace(text_config=SimpleNamespace(vocab_size=97))
+
+        def forward(self, batch):
+            seen.append(ops._state.impl)
+
+    with mock.patch.object(ops, "prove", fails):
+        encoder = workloads.random_encoder(SMALLEST.config, "cuda", torch.bfloat16)
+        seen += [encoder.placement.impl, encoder.float().placement.impl]
+        profiling.make_step(Model(), [[3]], 0)()
+    return seen
+
+
+def test_ours_takes_the_kernels_of_a_gpu_unproven(fake_gpu):
+    assert fake_gpu(ours_on_a_gpu) == ["triton"] * 3
+    assert workloads.random_encoder(SMALLEST.config, "cpu", torch.float32).placement.impl == "torch"
+
+
+def test_an_encoder_without_its_graphs_is_no_baseline():
+    graphed = encoders.Graphed.__new__(encoders.Graphed)
+    graphs = SimpleNamespace(buckets=[])
+    graphed.ours = SimpleNamespace(encode=lambda *args, **kwargs: [[1.0, 0.0]], graphs=graphs)
+    with pytest.raises(RuntimeError, match="no CUDA graph was captured"):
+        graphed.encode(["text"], "", 1)
+    graphs.buckets.append(16)
+    assert graphed.encode(["text"], "", 1).tolist() == [[1.0, 0.0]]
 
 
 def test_baselines_hold_no_weights_of_their_own(fp32):

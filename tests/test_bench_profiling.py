@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -271,10 +272,28 @@ def test_limits_by_hand():
     )
     assert limits[PRODUCTS] == 2 * 4 * (12 + 3)
     assert limits[ATTENTION] == pytest.approx(1e-9 * 2 * 4 * 4 * 16 * (7**2 + 5**2 + 3**2))
-    per_token_and_layer = 2 * 4 * 64 + 2 * (4 + 2) * 16 + 3 * 96
-    elements = 15 * (2 * per_token_and_layer + 2 * 64 + 2 * 64)
+    per_token_and_layer = 2 * 2 * 64 + 2 * (4 + 2) * 16 + 3 * 96
+    # the last norm, two that add, and the embedding
+    elements = 15 * (2 * per_token_and_layer + 2 * 64 + 2 * 2 * 64 + 2 * 64)
     assert limits[ELEMENTWISE] == pytest.approx(1e-6 * 4 * elements)
     assert (limits[GAPS], limits[HOST], limits[OTHER]) == (0, 0, None)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_limit_counts_the_norms_that_a_step_runs(layers, monkeypatch):
+    model, lengths, moved = profiling.build_model("cpu", layers), [[7, 5, 3]], []
+
+    def counted(norm, rows, x, *args):
+        moved.append(rows * x.nbytes)
+        return norm(x, *args)
+
+    for name, rows in (("rms_norm", 2), ("add_rms_norm", 4)):
+        monkeypatch.setattr(ops, name, partial(counted, getattr(ops, name), rows))
+    profiling.make_step(model, lengths, 0)()
+    # rotary, SwiGLU and the embedding
+    others = 4 * 15 * (layers * (2 * (4 + 2) * 16 + 3 * 96) + 2 * 64)
+    limit = profiling.limits_ms(model, lengths, _Rates())[ELEMENTWISE]
+    assert 1e6 * limit == pytest.approx(sum(moved) + others)
 
 
 @pytest.mark.parametrize(

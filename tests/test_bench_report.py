@@ -384,6 +384,24 @@ def test_the_roofline_has_its_roof_and_its_points(write):
     assert pictures.draw_roofline(without) is None
 
 
+def test_a_roofline_has_the_cases_of_its_roof_alone(write):
+    """masked_lse computes in fp32. Its limit is another roof."""
+    copies = [Figure("limits", "copy", "torch", "rate", 4000.0, "GB/s")]
+    cases = {"bf16": (800.0, 300.0), "bf16 again": (790.0, 200.0), "fp32": (50.0, 100.0)}
+    rows = [
+        [
+            *times(case, "nvembed_fast", 2.0),
+            Figure("flash_attention", case, "nvembed_fast", "limit", limit, "TFLOP/s"),
+            Figure("flash_attention", case, "nvembed_fast", "intensity", intensity, "FLOP/byte"),
+        ]
+        for case, (limit, intensity) in cases.items()
+    ]
+    (comparisons,) = load([write(copies, *rows)]).values()
+    (ax,) = pictures.draw_roofline(comparisons).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in ax.lines}
+    assert [intensity for intensity, _ in lines["nvembed_fast"]] == [300.0, 200.0]
+
+
 def test_a_comparison_that_was_measured_again_counts_as_a_whole(write):
     first = times(ATTENTION, "nvembed_fast", 2.0) + times(ATTENTION, "torch", 4.0)
     again = times(ATTENTION, "nvembed_fast", 1.0) + skipped(ATTENTION, "torch", "out of memory")

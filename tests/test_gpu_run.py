@@ -1,5 +1,6 @@
 """tools/gpu_run.py with slices that are no GPU's, and the checks of tools/gpu_checks.py on small cases."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -16,7 +17,10 @@ import pytest
 import torch
 from test_layering import KERNELS
 
+from nvembed_fast import graphs, ops
+from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.kernels import tuned
+from nvembed_fast.network.model import NVEmbedModel
 from tools import gpu_checks, gpu_run, host_time
 from tools.gpu_run import Slice
 
@@ -222,6 +226,68 @@ def test_a_replay_that_differs_is_counted(capsys):
         return kept.copy_(torch.as_tensor(ids))
 
     assert gpu_checks.unequal_replays(through_one_buffer, (5,), 2) == 0 and len(texts) == 2
+
+
+@pytest.fixture
+def tiny_model() -> NVEmbedModel:
+    text = BackboneConfig(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    latent = LatentConfig(
+        num_latents_value=16, num_cross_heads=2, cross_dim_head=16, hidden_dim=32, latent_dim=32
+    )
+    return NVEmbedModel(NVEmbedConfig(text, latent)).requires_grad_(False)
+
+
+@pytest.fixture
+def impls(monkeypatch) -> set[str]:
+    """Those of the forwards of a model."""
+    seen, forward = set(), NVEmbedModel.forward
+    monkeypatch.setattr(NVEmbedModel, "forward", lambda *args: seen.add(ops._state.impl) or forward(*args))
+    monkeypatch.setattr(gpu_checks, "LENGTHS", (9, 30))
+    return seen
+
+
+def test_graphs_that_are_not_captured_are_counted(tiny_model, impls, monkeypatch, capsys):
+    # Triton's interpreter knows one thread
+    monkeypatch.setattr(gpu_checks, "IMPL", "torch")
+    assert gpu_checks.replays(tiny_model, 1) == 2 and gpu_checks.threads(tiny_model, False, 1) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "captured" in line] == [
+        "no graph of 16, 32 tokens was captured",
+        "no graph of 64 tokens was captured",
+    ]
+    assert impls == {"torch"}
+
+
+def test_graphs_are_checked_by_the_kernels(tiny_model, impls, monkeypatch):
+    """A graph is played on a CPU."""
+    monkeypatch.setattr(graphs, "_DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(graphs, "captured", lambda run, pool: run)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    assert gpu_checks.replays(tiny_model, 1) == 0 and impls == {"triton"}
+
+
+def test_repeats_draw_on_their_device(monkeypatch):
+    places = []
+
+    @contextlib.contextmanager
+    def drawn_on(device):
+        places.append(device)
+        yield
+        places.pop()
+
+    def problems(*_):
+        assert places == ["cpu"]
+        yield "sum", torch.sum, [torch.ones(3)]
+
+    monkeypatch.setattr(gpu_checks.testing, "drawn_on", drawn_on)
+    monkeypatch.setattr(gpu_checks, "problems", problems)
+    assert gpu_checks.repeats("sum", 2, "cpu", torch.float32) == 0
 
 
 # kernels before their times, and both before the whole

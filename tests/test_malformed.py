@@ -17,8 +17,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from tiny_checkpoint import everything
 from tiny_decoders import write_tokenizer
 
@@ -27,6 +25,10 @@ from nvembed_fast.checkpoint import load_model, save_model
 from nvembed_fast.checkpoint.decoders import open_decoder
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.network.model import NVEmbedModel
+
+# a bare checkout of a machine with a GPU may lack it
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 SECONDS, BYTES = 5, 2**30
 VOCAB, WIDTH = 99, 16
@@ -68,14 +70,14 @@ def long_too(few: int, many: int):
 
 def check_all(count: int, body, *strategies) -> None:
     """Run `body` on examples. The few are the same in every run."""
-    rules = settings(
+    rules = hypothesis.settings(
         max_examples=count,
         derandomize=count <= 200,
         database=None,
         deadline=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
-    rules(given(*strategies)(body))()
+    rules(hypothesis.given(*strategies)(body))()
 
 
 @contextlib.contextmanager

@@ -44,12 +44,13 @@ def write_sdist(folder: Path, texts: dict[str, str]) -> Path:
 @pytest.fixture
 def index(tmp_path, monkeypatch) -> Path:
     """The only place where pip looks for packages."""
-    folder = tmp_path / "index"
+    folder = tmp_path / "an index"
     folder.mkdir()
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    # pip cuts it at spaces
+    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     return folder
 
@@ -178,10 +179,10 @@ def test_a_file_of_a_wheel_has_its_own_hash(index, tmp_path, no_downloads):
 
 
 APT_GET = """#!/bin/sh
-echo "$*" >> {log}
+echo "$*" >> "{log}"
 case "$*" in
-*indextargets*Packages*) echo {lists}/Packages; echo {lists}/absent ;;
-*indextargets*) echo {lists}/Translation-en ;;
+*indextargets*Packages*) echo "{lists}/Packages"; echo "{lists}/absent" ;;
+*indextargets*) echo "{lists}/Translation-en" ;;
 *update*) ;;
 *planted) echo deb > planted_1.0_all.deb ;;
 *) echo "E: Unable to locate package" >&2; exit 100 ;;
@@ -198,12 +199,13 @@ esac
 @pytest.fixture
 def apt(tmp_path, monkeypatch) -> Path:
     """A planted apt-get and dpkg-deb. Returns the log of the calls of apt-get."""
-    programs, log = tmp_path / "bin", tmp_path / "log"
-    programs.mkdir()
+    folder = tmp_path / "an apt"
+    programs, log = folder / "bin", folder / "log"
+    programs.mkdir(parents=True)
     for name in ("Packages", "Translation-en"):
-        (tmp_path / name).touch()
+        (folder / name).touch()
     for name, text in {"apt-get": APT_GET, "dpkg-deb": DPKG_DEB}.items():
-        (programs / name).write_text(text.replace("{log}", str(log)).replace("{lists}", str(tmp_path)))
+        (programs / name).write_text(text.replace("{log}", str(log)).replace("{lists}", str(folder)))
         (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     return log
@@ -219,6 +221,7 @@ def test_a_debian_package_is_kept_with_its_version(apt, tmp_path, no_downloads):
 
 def test_apt_keeps_its_state_in_the_cache(apt, tmp_path):
     packages.debian("planted", tmp_path / "cache")
+    # they lie in a folder with a space
     assert [p.name for p in packages.debian_lists(tmp_path / "cache")] == ["Packages", "Translation-en"]
     calls = apt.read_text().splitlines()
     assert [" update" in call for call in calls] == [True, False, False, False]
@@ -228,9 +231,9 @@ def test_apt_keeps_its_state_in_the_cache(apt, tmp_path):
 def test_stale_lists_are_fetched_again(apt, tmp_path, monkeypatch):
     """The mirror has another version than the lists say, until they are fetched again."""
     packages.debian_lists(tmp_path / "cache")
-    text = APT_GET.replace("{log}", str(apt)).replace("*update*) ;;", f"*update*) touch {tmp_path}/new ;;")
-    text = text.replace("*planted)", f"*planted) [ -e {tmp_path}/new ] || exit 100;")
-    (tmp_path / "bin/apt-get").write_text(text)
+    text = APT_GET.replace("{log}", str(apt)).replace("*update*) ;;", f'*update*) touch "{apt}.new" ;;')
+    text = text.replace("*planted)", f'*planted) [ -e "{apt}.new" ] || exit 100;')
+    (apt.parent / "bin/apt-get").write_text(text)
     assert packages.debian("planted", tmp_path / "cache").version == "1:1.0-2"
     calls = [call.split()[-2:] for call in apt.read_text().splitlines()[-3:]]
     assert [call[-1] for call in calls] == ["planted", "update", "planted"]

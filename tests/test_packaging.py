@@ -4,6 +4,7 @@ The folder is called kernels/, and so is a package on PyPI that transformers loo
 in the folder, `from transformers import MistralModel` would fail in the repository's root.
 """
 
+import ast
 import importlib.metadata
 import importlib.util
 import os
@@ -12,13 +13,14 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "nvembed_fast", "kernels")
+SOURCES = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "nvembed_fast", "kernels")
 IMPORT = "from nvembed_fast import *; import nvembed_fast.cli; print(nvembed_fast.kernels.reference.__file__)"
 
 
@@ -65,6 +67,8 @@ def checkout(tmp_path_factory) -> Path:
         else:
             shutil.copy(source, copy / name)
     assert (copy / "nvembed_fast" / "kernels").is_symlink()
+    (copy / "tests").mkdir()
+    (copy / "tests" / "test_planted.py").touch()
     return copy
 
 
@@ -143,6 +147,8 @@ def test_a_wheel_made_from_the_sdist_is_the_same(checkout, wheel, tmp_path):
     with tarfile.open(sdist) as tar:
         tar.extractall(tmp_path, filter="data")
     unpacked = tmp_path / sdist.name.removesuffix(".tar.gz")
+    # setuptools' own choice would be those called test_*.py, without what they need
+    assert not (unpacked / "tests").exists()
     assert (unpacked / "kernels").is_dir() and not (unpacked / "nvembed_fast" / "kernels").exists()
     _pip("wheel", ".", "-w", tmp_path / "again", cwd=unpacked)
     (again,) = (tmp_path / "again").glob("*.whl")
@@ -173,6 +179,40 @@ def test_transformers_imports_from_the_root_beside_the_kernels_package():
     code = "import kernels; from transformers import MistralModel; print(kernels.__file__)"
     found = Path(_run(sys.executable, "-c", code, cwd=ROOT))
     assert ROOT / "kernels" not in found.parents, "the folder took the place of the package"
+
+
+def _imported(path: Path) -> set[str]:
+    """The first names of all modules that a file imports at once."""
+    tree = ast.parse(path.read_text())
+    names = [a.name for node in tree.body if isinstance(node, ast.Import) for a in node.names]
+    names += [node.module for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_to_collect_the_tests_takes_the_requirements_and_pytest():
+    """`pytest -m gpu` in a bare checkout collects all files: one import error, and no test runs."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    known = {re.match(r"\w+", name)[0] for name in project["dependencies"]}
+    # two that huggingface_hub brings
+    known |= {
+        "pytest",
+        "filelock",
+        "yaml",
+        "nvembed_fast",
+        "bench",
+        "tools",
+        "examples",
+    } | sys.stdlib_module_names
+    todo, seen = [*ROOT.glob("tests/test_*.py"), ROOT / "tests" / "conftest.py"], set()
+    while todo:
+        path = todo.pop()
+        seen.add(path)
+        for name in _imported(path) - known:
+            found = [ROOT / "tests" / f"{name}.py", *ROOT.glob(f"tests/{name}/*.py")]
+            found = [helper for helper in found if helper.exists()]
+            assert found, f"{path.name} imports {name}"
+            todo += set(found) - seen - set(todo)
+    assert len(seen) > 100
 
 
 def test_the_folder_stays_a_namespace():

@@ -7,11 +7,13 @@ import threading
 import tracemalloc
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nvembed_fast.training import rows as module
 from nvembed_fast.training.rows import JsonRows, Labelled, Row, open_rows
+
+# a bare checkout of a machine with a GPU may lack it
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 
 GOOD = {"query": "a", "pos": ["b"], "neg": ["c", "d"]}
 
@@ -42,8 +44,8 @@ def test_both_forms_of_a_list_and_the_scores_of_a_teacher(tmp_path):
     ).labelled(0) == Labelled("t", "3")
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.booleans(), st.integers(1, 64))
-@settings(max_examples=50, deadline=None)
+@hypothesis.given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.booleans(), st.integers(1, 64))
+@hypothesis.settings(max_examples=50, deadline=None)
 def test_every_line_is_found_whatever_the_chunks(tmp_path_factory, lengths, ends, chunk_bytes):
     file = tmp_path_factory.mktemp("rows") / "x.jsonl"
     lines = [json.dumps(str(i) + "x" * length) for i, length in enumerate(lengths)]

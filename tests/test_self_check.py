@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 from fake_driver import gpu
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -163,6 +164,34 @@ def drawn_for_a_timed_call(direction: str) -> int:
 def test_what_is_timed_is_drawn_on_the_gpu(direction, fake_gpu):
     """The input, and the gradient of the output."""
     assert fake_gpu(drawn_for_a_timed_call, direction) == 2
+
+
+class _Bytes(TorchDispatchMode):
+    """The bytes that PyTorch's operations read and write inside."""
+
+    moved = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.moved += sum(t.nbytes for t in (*args, *testing.as_tuple(out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("operation", ops.OPERATIONS)
+def test_a_timed_call_is_the_operation_and_little_else(operation, monkeypatch):
+    monkeypatch.setattr(self_check, "_named", lambda cases, name: testing.small(cases)[1])
+    (problem,) = self_check._PROBLEMS[operation](operation, torch.device("cpu"), torch.float16, True)
+    outputs = []
+
+    def recorded(*args, **kwargs):
+        outputs.append(getattr(reference, operation)(*args, **kwargs))
+        return outputs[-1]
+
+    problem.call(recorded, *problem.tensors)
+    with _Bytes() as beside:
+        problem.call(lambda *args, **kwargs: outputs[-1], *problem.tensors)
+    own = sum(t.nbytes for t in (*problem.tensors, *testing.as_tuple(outputs[-1])) if t is not None)
+    assert beside.moved < 0.1 * own
 
 
 # failure -> (it says something about the kernel, another process may have the memory)

@@ -1,5 +1,6 @@
 """Tuned entries change the speed of a kernel and nothing else. The search keeps what beats the spread."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -667,6 +668,27 @@ def test_a_candidate_whose_parity_is_red_gets_no_time(search, monkeypatch, capsy
     assert "parity is red, dropped: BLOCK_T=4 num_warps=1: rms_norm.fwd" in capsys.readouterr().out
 
 
+def test_what_a_search_times_is_drawn_on_its_device(search, device, monkeypatch):
+    places = []
+
+    @contextlib.contextmanager
+    def drawn_on(place):
+        places.append(place)
+        yield
+        places.pop()
+
+    def prepare(case, device, dtype):
+        assert places == [device]
+        launch = tuning._norm_forward(case, device, dtype)
+        return launch._replace(
+            wanted=lambda: launch.wanted() if places == [device] else pytest.fail("wanted")
+        )
+
+    monkeypatch.setattr(tuning, "drawn_on", drawn_on)
+    fake_clock(monkeypatch, {})
+    search(problem=dataclasses.replace(TINY, prepare=prepare))
+
+
 def test_recording_keeps_the_other_entries(tmp_path):
     path = written(tmp_path, f"# head\n\n[{NAME}]\n{CONSTANTS}{PROVENANCE}")
     entry = {"BLOCK_T": 2, "num_warps": 2} | tuning_provenance()
@@ -686,6 +708,17 @@ def test_what_cannot_be_read_back_is_not_written(tmp_path):
     with pytest.raises(ValueError, match="missing: num_warps"):
         tuning.record(path, ("rms_norm.fwd", 90, "width64-bits16"), {"BLOCK_T": 2} | tuning_provenance())
     assert path.read_text() == "# head\n"
+
+
+def test_tuning_forbids_tf32(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(SystemExit, match="--only must be one of"):
+            tuning.main(["--only", "nothing"])
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @pytest.mark.skipif(HAS_GPU, reason="what is said without a GPU")

@@ -24,13 +24,15 @@ import torch
 
 from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
-from nvembed_fast.graphs import SingleTextGraphs
+from nvembed_fast.graphs import SingleTextGraphs, bucket_of
 from nvembed_fast.kernels import testing
 from nvembed_fast.kernels.testing import as_tuple, gradients, upstream_of
 from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
 EPS = 1e-5
+IMPL: ops.Impl = "triton"  # "auto" would check the library in the place of an unproven kernel
+LENGTHS = (9, 30, 50, 100, 200)  # a bucket each
 STEMS = (
     "absorbed_latent_attention",
     "flash_attention",
@@ -116,7 +118,7 @@ def unequal_runs(operation: Callable, tensors: Sequence[torch.Tensor], repeats: 
 def repeats(stem: str, count: int, device: str, dtype: torch.dtype, smallest: bool = False) -> int:
     """Print a line for each operation. Returns the number of those whose bits changed."""
     red = 0
-    with ops.use_impl("triton"):
+    with ops.use_impl(IMPL), testing.drawn_on(device):
         for label, operation, tensors in problems(stem, device, dtype, smallest):
             unequal = unequal_runs(operation, tensors, count)
             red += unequal > 0
@@ -169,6 +171,29 @@ def unequal_replays(encode: Callable[[np.ndarray], torch.Tensor], lengths: Seque
     return wrong
 
 
+def _by_kernels(graphs: SingleTextGraphs) -> Callable[[np.ndarray], torch.Tensor]:
+    def encode(ids: np.ndarray) -> torch.Tensor:
+        # threads do not share it
+        with ops.use_impl(IMPL):
+            return graphs(ids, 0)
+
+    return encode
+
+
+def _uncaptured(graphs: SingleTextGraphs, lengths: Sequence[int]) -> int:
+    """How many graphs of texts so long are missing. Without one, equal bits show nothing of graphs."""
+    missing = sorted({bucket_of(length) for length in lengths} - set(graphs.buckets))
+    if missing:
+        print(f"no graph of {', '.join(map(str, missing))} tokens was captured")
+    return len(missing)
+
+
+def replays(model: NVEmbedModel, count: int) -> int:
+    """Returns the number of wrong vectors, and of graphs that are missing."""
+    graphs = SingleTextGraphs(model)
+    return unequal_replays(_by_kernels(graphs), LENGTHS, count) + _uncaptured(graphs, LENGTHS)
+
+
 def small_model(dtype: torch.dtype) -> NVEmbedModel:
     """On the GPU: the real widths per head on few layers, weights drawn like a fresh model's."""
     text = BackboneConfig(
@@ -187,18 +212,22 @@ def small_model(dtype: torch.dtype) -> NVEmbedModel:
     return model.to("cuda", dtype)
 
 
-def threads(streams: bool, count: int) -> int:
-    """Two threads ask for the vectors of two texts of one bucket. Returns the number of wrong ones."""
-    graphs = SingleTextGraphs(small_model(torch.float16))
+def threads(model: NVEmbedModel, streams: bool, count: int) -> int:
+    """Two threads ask for the vectors of two texts of one bucket.
+
+    Returns:
+        The number of wrong ones, and 1 more if there is no graph.
+    """
+    graphs = SingleTextGraphs(model)
     texts = [np.random.default_rng(seed).integers(3, 32000, 50) for seed in range(2)]
 
     def context():
         return torch.cuda.stream(torch.cuda.Stream()) if streams else contextlib.nullcontext()
 
-    wrong = wrong_vectors(lambda ids: graphs(ids, 0), texts, count, context)
+    wrong = wrong_vectors(_by_kernels(graphs), texts, count, context)
     where = "a stream each" if streams else "the same stream"
     print(f"two threads on {where}: {wrong} of {2 * count} vectors are wrong")
-    return wrong
+    return wrong + _uncaptured(graphs, [len(ids) for ids in texts])
 
 
 def kept(model: NVEmbedModel, count: int, length: int = 2000) -> int:
@@ -213,7 +242,7 @@ def kept(model: NVEmbedModel, count: int, length: int = 2000) -> int:
 
     def encode(model: NVEmbedModel, ids: np.ndarray) -> torch.Tensor:
         # the operations, and with them the layouts that all calls share, are those of training
-        with torch.enable_grad():
+        with torch.enable_grad(), ops.use_impl(IMPL if device.type == "cuda" else "torch"):
             return model(PackedBatch.from_ids([ids], [0], device)).detach()
 
     def context():
@@ -272,11 +301,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.check == "repeats":
         return 1 if repeats(args.stem, args.count, "cuda", torch.bfloat16) else 0
     if args.check == "replays":
-        graphs = SingleTextGraphs(small_model(torch.bfloat16))
-        return 1 if unequal_replays(lambda ids: graphs(ids, 0), (9, 30, 50, 100, 200), args.count) else 0
+        return 1 if replays(small_model(torch.bfloat16), args.count) else 0
     if args.check == "kept":
         return 1 if kept(small_model(torch.float16), args.count) else 0
-    return 1 if threads(args.streams, args.count) else 0
+    return 1 if threads(small_model(torch.float16), args.streams, args.count) else 0
 
 
 if __name__ == "__main__":

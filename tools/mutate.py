@@ -50,7 +50,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MUTATIONS = Path("tests", "mutations")
 COPIED = ("ablations", "bench", "docs", "examples", "kernels", "nvembed_fast", "recipes", "tests", "tools")
-COPIED_FILES = ("*.py", "*.toml", "*.md", "*.txt", "*.cff", "LICENSE", "Makefile")
+COPIED_FILES = ("*.py", "*.in", "*.toml", "*.md", "*.txt", "*.cff", "LICENSE", "Makefile")
 KEYS = {"breaks", "file", "tests", "inside", "search", "replace", "red", "needs"}
 WILD_ADDRESS = {-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT}
 # a mutation with a typing error fails every test

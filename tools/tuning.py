@@ -55,6 +55,7 @@ from nvembed_fast.kernels.testing import (
     as_tuple,
     assert_parity,
     attention_gradients,
+    drawn_on,
     gradients,
     honest,
     upstream_of,
@@ -543,9 +544,10 @@ def measure(
         The key of the entry; label -> one `Times` a case, RULE among the labels. A line for each candidate
         whose parity is red.
     """
-    part = problem.prepare(problem.part, device, dtype)
-    low, high = part.wanted()
-    launches = [problem.prepare(case, device, dtype) for case in problem.cases]
+    with drawn_on(device):
+        part = problem.prepare(problem.part, device, dtype)
+        low, high = part.wanted()
+        launches = [problem.prepare(case, device, dtype) for case in problem.cases]
     key = key_of(problem.kernel, [part.run, *(launch.run for launch in launches)])
     entries: dict[str, dict] = {RULE: {}} | {name: {key: config} for name, config in configs.items()}
     red = []
@@ -717,6 +719,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--commit", metavar="ID", help="of the code, where there is no git to ask")
     args = parser.parse_args(argv)
+    # an environment variable may allow TF32, whose rounding would be the cost of fp32
+    torch.set_float32_matmul_precision("highest")
     if args.list and args.write:
         parser.error("--list measures nothing, so there is nothing to --write")
     if os.environ.get("TRITON_INTERPRET"):

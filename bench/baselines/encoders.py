@@ -222,8 +222,14 @@ class Graphed:
         self.ours = NVEmbed(ours.model, ours.text_tokenizer, placement)
 
     def encode(self, texts: list[str], instruction: str, batch_size: int) -> torch.Tensor:
-        """As `Ours.encode`."""
+        """As `Ours.encode`.
+
+        Raises:
+            RuntimeError: no text was short enough, or no graph holds what the model runs.
+        """
         vectors = [self.ours.encode([text], instruction, MAX_LENGTH, show_progress=False) for text in texts]
+        if not self.ours.graphs.buckets:
+            raise RuntimeError("no CUDA graph was captured")
         return torch.cat([torch.as_tensor(vector) for vector in vectors])
 
 

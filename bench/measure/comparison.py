@@ -231,8 +231,10 @@ def _min_bytes(experiment: Experiment, backward: bool) -> int:
 
 def _parity(case: str, experiment: Experiment, backward: bool) -> tuple[dict[str, float], dict[str, str]]:
     """(name -> error of all that are right, name -> reason of all that are skipped)."""
-    with torch.no_grad():
-        upstream = upstream_of(as_tuple(experiment.reference(*experiment.tensors)))
+    upstream: Tensors = ()
+    if backward:
+        with torch.no_grad():
+            upstream = upstream_of(as_tuple(experiment.reference(*experiment.tensors)))
     wide = [t.double() for t in experiment.tensors]
     high = _results(experiment.reference, wide, upstream, backward)
     if backward and experiment.low is not None:

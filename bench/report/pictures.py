@@ -11,6 +11,8 @@ from bench.report.comparisons import LIMITS, PROFILE, SUITES, SWEEP, Comparison,
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#BBBBBB"
 BASELINE_COLOURS = ("#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#000000", "#E69F00", "#777777")
 MARKERS = "sv^Dx+*P"
+# the rates of products in one dtype, measured again and again, differ by less
+NEAR_ROOF = 0.75
 
 
 def _figure(heights: Sequence[float]):
@@ -147,12 +149,16 @@ def draw_shares(comparisons: Sequence[Comparison]):
 
 
 def draw_roofline(comparisons: Sequence[Comparison]):
-    """Rates against operations per byte, below the roof of a large copy and of a large product."""
+    """Rates against operations per byte, below the roof of a large copy and of a large product.
+
+    Cases whose limit is far below the roof are left out: they compute in a wider dtype.
+    """
     copies = [c.figure(LIMITS_IMPL, "rate") for c in comparisons if (c.suite, c.case) == (LIMITS, "copy")]
     cases = [c for c in comparisons if c.figure(OURS, "intensity") and c.figure(OURS, "limit")]
     if not cases or not copies or copies[0] is None:
         return None
     slope, peak = copies[0].value / 1000, max(c.figure(OURS, "limit").value for c in cases)
+    cases = [c for c in cases if c.figure(OURS, "limit").value > NEAR_ROOF * peak]
     figure, (ax,) = _figure([3.6])
     points = [(c, c.figure(OURS, "intensity").value) for c in cases]
     ridge = peak / slope

@@ -130,6 +130,18 @@ class DeviceTensor(torch.Tensor):
         return f"DeviceTensor({self.memory}, {self.place})"
 
 
+class _Generator(torch.Generator):
+    """A generator of the CPU that tells Python that it draws on a GPU."""
+
+    device = property(lambda self: self.place)
+
+    @staticmethod
+    def __new__(cls, device="cpu"):
+        generator = super().__new__(cls)
+        generator.place = torch.device(device)
+        return generator
+
+
 class _Copied(torch.autograd.Function):
     """From one device to another."""
 
@@ -340,6 +352,7 @@ def _patch_torch() -> None:
         setattr(torch.cuda, name, value)
     torch._C._cuda_getCurrentRawStream = lambda index: index + 1
     torch.Tensor.to = _to
+    torch.Generator = _Generator
     # Module.to: not by exchanging the memory of a parameter
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.Tensor.cuda = lambda self, device=0: self.to(torch.device("cuda", torch.device(device).index or 0))
