@@ -4,14 +4,15 @@
     python -m bench --suites rms_norm flash_attention
     python -m bench --suites encode --cases skewed
     python -m bench --again --compile                 # anew, and torch.compile also on a CPU
-    python -m bench --commit 1a2b3c4 --results bench/results/my-gpu.csv
+    python -m bench --commit 1a2b3c4 --results bench/results/my-gpu-2026-01-31.csv
     python -m bench --base main~1 --suites rms_norm   # is this tree slower than that commit?
 
 Every suite runs in a process of its own for at most --minutes. The same command goes on with the rest. The
-figures of a comparison are on disk when it ends, so Ctrl-C loses the one that is running.
+figures of a comparison are on disk when it ends, so Ctrl-C loses the one that is running. The exit code is 75
+while cases are left, and then 1 if a case failed.
 
 With --base the packages of COMMIT and of this tree take turns, case by case. Nothing is added to the
-results. The exit code is 1 if a case became slower by more than its spread.
+results. The exit code is 1 if a case became slower by more than its spread, or is wrong in this tree.
 """
 
 import argparse
@@ -28,7 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(argv)
 
-    from bench.measure.results import FOLDER, ROOT, ResultsFile, default_path, machine, read, warn_if_busy
+    from bench.measure.results import (
+        FOLDER,
+        ROOT,
+        UNFINISHED,
+        ResultsFile,
+        default_path,
+        machine,
+        read,
+        warn_if_busy,
+    )
     from bench.measure.run import run_suite
 
     if args.base:
@@ -56,10 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(args.suites) != 1:
             parser.error("--no-report runs one suite: name it with --suites")
         try:
-            ran = run_suite(args.suites[0], Setting.here(args.smallest, args.compile), file, args)
+            return run_suite(args.suites[0], Setting.here(args.smallest, args.compile), file, args)
         except KeyboardInterrupt:
             return 130
-        return 0 if ran else 1
 
     warn_if_busy()
     # relative where it can be: the command is in every row
@@ -68,12 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options += [f"--commit={args.commit}"] if args.commit else []
     options += [f"--{name}" for name in ("again", "compile", "smallest") if getattr(args, name)]
     options += ["--cases", *args.cases] if args.cases else []
-    failed = []
+    codes = {}
     try:
         for suite in args.suites:
             command = [sys.executable, "-m", "bench", f"--results={shown}", *options, "--no-report"]
-            if subprocess.run([*command, "--suites", suite], cwd=ROOT).returncode:
-                failed.append(suite)
+            codes[suite] = subprocess.run([*command, "--suites", suite], cwd=ROOT).returncode
     except KeyboardInterrupt:
         measured = len({(row["suite"], row["case"]) for row in read(results)})
         print(f"\nStopped. {results} has {measured} cases; the same command goes on from there.")
@@ -90,9 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"report:  {write_report(files, folder / 'report')}")
         except ModuleNotFoundError as error:
             print(f"report:  {error}; python -m bench.report makes it later")
+    failed = [suite for suite, code in codes.items() if code not in (0, UNFINISHED)]
     if failed:
         print(f"failed:  {', '.join(failed)}")
-    return 1 if failed else 0
+    return UNFINISHED if UNFINISHED in codes.values() else int(bool(failed))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,7 +4,8 @@
     python -m bench --suites encode --cases skewed
     python -m bench --suites encode --smallest         # a tiny model, once
 
-1. Every encoder has to agree with our fp32 path on the first layers, or it is skipped.
+1. Every encoder has to agree with our fp32 path on the first layers, or it is skipped. So is a baseline that
+   raises, here or in a later step.
 2. On a part of the workload each baseline finds its best batch size.
 3. The encoders take turns on the whole workload, from strings to vectors on the device, by the wall clock. An
    encoder that has had its seconds sits out the later rounds.
@@ -23,7 +24,7 @@ import torch
 
 from bench.baselines.encoders import ENCODERS, GPU_ONLY, WITHOUT_BATCH_SIZE
 from bench.baselines.parity import PARITY_LAYERS, Parity, ParityCheck
-from bench.measure.comparison import Prepared
+from bench.measure.comparison import Prepared, skipped_if_it_fails
 from bench.measure.limits import Limits
 from bench.measure.passes import Entry, fitting_batch_sizes, search_runs, warm_up
 from bench.measure.results import GRAPHED, OURS, SKIPPED, TIMES, Figure
@@ -59,19 +60,27 @@ def participants(setting: Setting, only_ours: bool = False) -> Participants:
         makers = {OURS: ENCODERS[OURS]}
     say(f"parity of {len(makers)} encoders on {PARITY_LAYERS} layers")
     check = ParityCheck(scale, setting.device, setting.dtype)
-    parity = {name: check.of(make) for name, make in makers.items()}
-    for name, found in parity.items():
-        obstacle = f", {found.obstacle}" if found.obstacle else ""
-        say(f"  {name}: {found.error:.2g} ({found.unit}){obstacle}")
-    assert parity[OURS].obstacle is None, parity[OURS].obstacle
-    skipped |= {name: found.obstacle for name, found in parity.items() if found.obstacle}
+    parity = {}
+    # ours first: no baseline is compiled for nothing
+    for name in sorted(makers, key=OURS.__ne__):
+        with skipped_if_it_fails(name, skipped):
+            parity[name] = check.of(makers[name])
+            if parity[name].obstacle:
+                skipped[name] = parity[name].obstacle
+        found = f"{parity[name].error:.2g} ({parity[name].unit})" if name in parity else "none"
+        say(f"  {name}: {found}" + (f", {skipped[name]}" if name in skipped else ""))
+        assert OURS not in skipped, skipped[OURS]
     del check
     gc.collect()
     if setting.device == "cuda":
         torch.cuda.empty_cache()
     say("the whole model")
     ours = random_encoder(scale.config, setting.device, setting.dtype)
-    encoders = {name: make(ours) for name, make in makers.items() if name not in skipped}
+    encoders = {}
+    for name, make in makers.items():
+        if name not in skipped:
+            with skipped_if_it_fails(name, skipped):
+                encoders[name] = make(ours)
     return Participants(scale, ours, encoders, parity, skipped)
 
 
@@ -106,15 +115,16 @@ class EncoderBench:
             if not self._takes_part(name):
                 continue
             encode = functools.partial(_encode, encoder, instruction)
-            warm_up(encode, texts)
             is_ours = name in WITHOUT_BATCH_SIZE
-            runs = search_runs(self.workload, texts, who.scale, getattr(encoder, "by_length", True))
-            sizes = fitting_batch_sizes(encode, runs, [NO_SIZE] if is_ours else who.scale.batch_sizes)
-            say(f"{self.case}: {name}" + ("" if is_ours else f", batch sizes from the best {sizes}"))
-            if sizes:
-                entries[name] = Entry(functools.partial(encode, texts), sizes)
-            else:
-                skipped[name] = _too_large(who)
+            with skipped_if_it_fails(name, skipped):
+                warm_up(encode, texts)
+                runs = search_runs(self.workload, texts, who.scale, getattr(encoder, "by_length", True))
+                sizes = fitting_batch_sizes(encode, runs, [NO_SIZE] if is_ours else who.scale.batch_sizes)
+                say(f"{self.case}: {name}" + ("" if is_ours else f", batch sizes from the best {sizes}"))
+                if sizes:
+                    entries[name] = Entry(functools.partial(encode, texts), sizes)
+                else:
+                    skipped[name] = _too_large(who)
         return entries, skipped
 
     def _takes_part(self, name: str) -> bool:
@@ -133,14 +143,15 @@ class EncoderBench:
                 say(f"{self.case}: round {done + 1} of {self.workload.rounds}")
             # ours is the last
             for name, entry in entries.items():
-                if name == OURS:
-                    entry.run()
-                else:
-                    entry.take_turn()
+                with skipped_if_it_fails(name, skipped):
+                    if name == OURS:
+                        entry.run()
+                    elif name not in skipped:
+                        entry.take_turn()
         limit_ms = _limit_ms(limits, who, self.setting.dtype, self.workload.num_tokens)
         figures = []
         for name in filter(self._takes_part, ENCODERS):
-            if name in entries and not entries[name].seconds:
+            if name not in skipped and not entries[name].seconds:
                 skipped[name] = _too_large(who)
             if name in skipped:
                 figures.append(Figure(SUITE, self.case, name, SKIPPED, None, skipped[name]))

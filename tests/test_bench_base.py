@@ -1,6 +1,7 @@
 """`python -m bench --base`: two commits take turns, and a case slower by more than its spread is flagged."""
 
 import argparse
+import contextlib
 import shutil
 import subprocess
 import sys
@@ -65,8 +66,10 @@ def workers(monkeypatch) -> list:
 
 
 def test_trees_take_turns_and_the_order_changes(workers):
-    [found] = base.compare_suite("s", {"a": 40.0}, {"a": 60.0}, ARGS)
-    assert found.ratios == (1.5,) * base.MIN_ROUNDS and found.is_slower and found.case == "s: a"
+    [found], failed = base.compare_suite("s", {"a": 40.0}, {"a": 60.0}, ARGS)
+    assert (
+        not failed and found.ratios == (1.5,) * base.MIN_ROUNDS and found.is_slower and found.case == "s: a"
+    )
     turns = [name for name, do in workers if do == "sample"]
     assert turns == [base.OLD, base.NEW, base.NEW, base.OLD] * 2 + [base.OLD, base.NEW]
     assert [name for name, do in workers if do == "close"] == [base.NEW, base.OLD]
@@ -83,11 +86,23 @@ def test_short_cases_are_captured_in_both_trees(workers):
 def test_a_case_of_one_tree_alone_or_red_in_one_is_named_and_not_timed(workers, capsys):
     old = {"both": 10.0, "gone": 10.0, "red": "AssertionError: parity"}
     new = {"both": 10.0, "new": 10.0, "red": 10.0}
-    [found] = base.compare_suite("s", old, new, ARGS)
-    assert found.case == "s: both" and not found.is_slower
+    [found], failed = base.compare_suite("s", old, new, ARGS)
+    assert found.case == "s: both" and not found.is_slower and not failed
     out = capsys.readouterr().out
     assert "s: only base has gone\n" in out and "s: only this tree has new\n" in out
     assert "s: red: not timed, base: AssertionError: parity\n" in out
+
+
+@pytest.mark.parametrize("old", [10.0, "AssertionError: parity"])
+def test_a_case_that_is_wrong_in_this_tree_is_a_failure(old, workers, capsys, monkeypatch):
+    cases = {"right": 10.0, "red": old}
+    monkeypatch.setattr(base, "checked_out", lambda commit, root: contextlib.nullcontext(cases))
+    args = argparse.Namespace(**{**vars(ARGS), "suites": ["s"]})
+    assert base.compare("HEAD", args, {"right": 10.0, "red": "AssertionError: parity"}) == 1
+    out = capsys.readouterr().out
+    assert "s: red: not timed, this tree: AssertionError: parity\n" in out
+    assert "0 of 1 cases are slower" in out and "failed: s: red\n" in out
+    assert base.compare("HEAD", args, {"right": 10.0, "red": 10.0}) == 0
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -272,10 +273,41 @@ def test_two_changes_are_two_commits(monkeypatch):
     for change in ("", "a change", "another"):
         answers = {"rev-parse": "1a2b3c", "diff": change}
         monkeypatch.setattr(results, "_output", lambda *command, answers=answers: answers.get(command[3], ""))
-        commits.append(results._commit.__wrapped__())
+        commits.append(results.commit_of_tree.__wrapped__())
     assert commits[0] == "1a2b3c" and len(set(commits)) == 3
     monkeypatch.setattr(results, "_output", lambda *command: "")
-    assert re.fullmatch("sources-[0-9a-f]{8}", results._commit.__wrapped__())
+    assert re.fullmatch("sources-[0-9a-f]{8}", results.commit_of_tree.__wrapped__())
+
+
+@pytest.mark.parametrize("has_git", [True, False])
+def test_a_change_of_any_file_that_counts_is_another_commit(has_git, tmp_path, monkeypatch):
+    if has_git and shutil.which("git") is None:
+        pytest.skip("no git")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    for name in ("kernels", "bench/results", "tests"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    if has_git:
+        git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
+            subprocess.run([*git, *command], check=True)
+    found = [results.commit_of_tree.__wrapped__("tests")]
+    for name in (
+        "kernels/a.py",
+        "bench/new \u00e9.py",
+        "bench/new \u00e9.py",
+        "kernels/tuned.toml",
+        "tests/b.py",
+    ):
+        with (tmp_path / name).open("a") as file:
+            file.write("2")
+        found.append(results.commit_of_tree.__wrapped__("tests"))
+    assert len(set(found)) == 6
+    (tmp_path / "bench" / "results" / "r.csv").write_text("3")
+    assert results.commit_of_tree.__wrapped__("tests") == found[-1]
+    assert results.commit_of_tree.__wrapped__() != found[-1]
+    (tmp_path / "tests" / "b.py").unlink()
+    assert results.commit_of_tree.__wrapped__("tests") == found[-2]
 
 
 def test_another_file_is_not_overwritten(tmp_path):

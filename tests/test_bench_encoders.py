@@ -16,10 +16,11 @@ from torch._dynamo.utils import counters
 from bench import profiling, workloads
 from bench.baselines import encoders
 from bench.baselines.encoders import ENCODERS
-from bench.baselines.parity import PARITY_BATCH, ParityCheck
-from bench.bench_encode import benches
+from bench.baselines.parity import PARITY_BATCH, PARITY_LAYERS, ParityCheck
+from bench.bench_encode import benches, participants
+from bench.measure.limits import Limits
 from bench.measure.passes import ENOUGH_SECONDS, Entry, fitting_batch_sizes, search_runs
-from bench.measure.results import read
+from bench.measure.results import OURS, read
 from bench.suites import Setting
 from bench.workloads import GPU, SMALL, SMALLEST, Workload
 from nvembed_fast import ops, stream
@@ -353,6 +354,59 @@ def test_the_bench_writes_a_row_for_each_goes_on_where_it_was_and_times_nothing_
             assert rate == pytest.approx(1e3 * workload.num_tokens / ms, rel=1e-4)
             assert float(found["tokens_rate"]["share_of_limit"]) > 0
             assert ("batch_size" in found) == (name not in encoders.WITHOUT_BATCH_SIZE)
+
+
+class Breaks(encoders.Original):
+    """It raises at a place: where it is made, in its first batches, or with the whole workload."""
+
+    place = ""
+
+    def __init__(self, ours):
+        super().__init__(ours)
+        layers = len(ours.model.embedding_model.layers)
+        self.is_whole = layers > PARITY_LAYERS
+        self.fail("made" if self.is_whole else "parity made")
+
+    def encode(self, texts, instruction, batch_size):
+        self.fail("warm-up" if self.is_whole else "parity")
+        # the batch size is searched on four
+        if self.is_whole and len(texts) > 4:
+            self.fail("pass")
+        return super().encode(texts, instruction, batch_size)
+
+    def fail(self, place):
+        if place == self.place:
+            raise RuntimeError(f"broken: {place}")
+
+
+@pytest.fixture
+def fresh():
+    participants.cache_clear()
+    yield
+    participants.cache_clear()
+
+
+@pytest.mark.parametrize("place", ["parity made", "parity", "made", "warm-up", "pass"])
+def test_a_baseline_that_raises_is_skipped_and_ends_nothing(place, fresh, monkeypatch):
+    monkeypatch.setattr(Breaks, "place", place)
+    monkeypatch.setitem(ENCODERS, "original", Breaks)
+    bench = next(bench for bench in benches(Setting("cpu", smallest=True)) if len(bench.workload.lengths) > 4)
+    rows = [figure for figure in bench.measure(Limits("cpu", 0.01), 0.0) if figure.impl == "original"]
+    assert [(row.metric, row.unit) for row in rows] == [("skipped", f"cannot run: broken: {place}")]
+
+
+def test_ours_is_checked_first_and_its_error_is_one(fresh, monkeypatch):
+    made = []
+    for name in ENCODERS:
+        monkeypatch.setitem(ENCODERS, name, NotANumber if name == OURS else made.append)
+    first, *_ = benches(Setting("cpu", smallest=True))
+    with pytest.raises(AssertionError, match="parity is red"):
+        first.measure(Limits("cpu", 0.01), 0.0)
+    assert not made
+    monkeypatch.setitem(ENCODERS, OURS, Breaks)
+    monkeypatch.setattr(Breaks, "place", "parity")
+    with pytest.raises(RuntimeError, match="broken: parity"):
+        first.measure(Limits("cpu", 0.01), 0.0)
 
 
 def test_scales_are_frozen_and_follow_the_device():

@@ -123,7 +123,7 @@ def test_no_value_is_no_number_and_one_that_is_not_finite_makes_no_factor(write)
 
 
 def test_a_baseline_that_was_skipped_is_not_the_best(write):
-    wrong = times(ATTENTION, "torch.compile", 0.5) + skipped(ATTENTION, "torch.compile", "parity is red: 0.3")
+    wrong = skipped(ATTENTION, "torch.compile", "parity is red: 0.3")
     path = write(times(ATTENTION, "nvembed_fast", 2.0), times(ATTENTION, "SDPA flash", 2.5), wrong)
     assert "1.25 times as fast as the best baseline (SDPA flash)" in headlines_of(path)["Attention, forward"]
     assert "parity is red: 0.3" in text_of(page_of(path))
@@ -408,3 +408,25 @@ def test_a_comparison_that_was_measured_again_counts_as_a_whole(write):
     [[comparison]] = load([write(first, again)]).values()
     assert comparison.figure("nvembed_fast").value == 1.0
     assert comparison.figure("torch") is None and comparison.skipped("torch") == "out of memory"
+
+
+@pytest.mark.parametrize("is_timed_first", [False, True])
+def test_an_implementation_that_is_skipped_in_one_of_two_runs_belongs_to_its_own(is_timed_first, write):
+    """Behind the first row of the second run no figure of the first one counts, whatever that row is."""
+    timed, none = times(ATTENTION, "original", 8.0), skipped(ATTENTION, "original", "no memory")
+    first, again = (timed, none) if is_timed_first else (none, timed)
+    others = times(ATTENTION, "torch", 4.0) + times(ATTENTION, "nvembed_fast", 2.0)
+    [[comparison]] = load([write(first, others, again, others)]).values()
+    assert list(comparison.impls) == ["original", "torch", "nvembed_fast"]
+    assert comparison.skipped("original") == ("no memory" if is_timed_first else None)
+    assert comparison.factor("original") == (None if is_timed_first else 4.0)
+
+
+def test_a_file_without_a_date_is_said_to_count_as_the_oldest(write, capsys):
+    undated = write(times(ATTENTION, "nvembed_fast", 1.0), name="results.csv", commit="bbb")
+    load([undated])
+    assert capsys.readouterr().err == ""
+    dated = write(times(ATTENTION, "nvembed_fast", 2.0))
+    [[comparison]] = load([undated, dated]).values()
+    assert comparison.figure("nvembed_fast").value == 2.0
+    assert capsys.readouterr().err == f"{undated}: older than every file whose name ends in YYYY-MM-DD.csv\n"

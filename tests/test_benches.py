@@ -1,5 +1,7 @@
 """Every bench file runs once, with its smallest cases, so that none can rot."""
 
+import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -8,11 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from bench import bench_train
 from bench.__main__ import main
 from bench.measure import results
-from bench.measure.results import OURS
+from bench.measure import run as measure_run
+from bench.measure.results import OURS, Figure, Machine
 from bench.report import comparisons
-from bench.suites import SUITES
+from bench.suites import SUITES, Setting
+from nvembed_fast import ops
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "bench").glob("bench_*.py"))
@@ -58,7 +63,35 @@ def test_a_run_goes_on_where_it_was(tmp_path):
 @pytest.mark.slow
 def test_time_that_is_over_leaves_the_rest_to_the_next_run(tmp_path):
     late = run(tmp_path, "--suites", "rms_norm", "--minutes", "0")
-    assert late.returncode == 0 and "4 skipped" in late.stdout, late.stdout
+    assert late.returncode == results.UNFINISHED and "4 skipped" in late.stdout, late.stdout
+    assert "failed" not in late.stdout
+
+
+class FakeBench:
+    suite = "s"
+
+    def __init__(self, case, figures=()):
+        self.case, self.figures = case, figures
+
+    def measure(self, limits, seconds, rounds):
+        if not self.figures:
+            raise RuntimeError("ours")
+        return list(self.figures)
+
+
+@pytest.mark.parametrize(
+    ("has_failed", "minutes", "code"),
+    [(False, 1, 0), (True, 1, 1), (False, 0, results.UNFINISHED), (True, 0, results.UNFINISHED)],
+)
+def test_cases_that_are_left_have_an_exit_code_of_their_own(has_failed, minutes, code, tmp_path, monkeypatch):
+    file = results.ResultsFile(tmp_path / "r.csv", Machine(*"1234567"))
+    # no limit is measured
+    file.add([Figure("limits", "copy", "torch", "rate", 1.0, "GB/s")])
+    found = [FakeBench("a", [Figure("s", "a", OURS, "time_p50", 1.0, "ms")])]
+    found += [FakeBench("b")] if has_failed else []
+    monkeypatch.setattr(measure_run, "benches", lambda suite, setting: found)
+    args = argparse.Namespace(cases=(), minutes=minutes, seconds=0.0)
+    assert measure_run.run_suite("s", Setting("cpu", smallest=True), file, args) == code
 
 
 WRONG = """
@@ -79,6 +112,56 @@ def test_a_wrong_result_of_ours_fails_the_suite_and_has_no_row(tmp_path):
     assert "_max error" in wrong.stderr
     timed = {row["case"] for row in results.read(tmp_path / "r.csv") if row["suite"] == "rms_norm"}
     assert timed == {"add_rms_norm one-token forward", "add_rms_norm one-token forward+backward"}
+
+
+@pytest.fixture
+def train(monkeypatch):
+    """The smallest case, with a baseline that is `cached_step`."""
+
+    def baseline(model, batch, max_tokens, setting):
+        options = {"max_tokens": max_tokens, "seed": lambda chunk: chunk}
+        return lambda: bench_train.cached_step(
+            model.model, batch.texts, bench_train._loss_of(batch), **options
+        )
+
+    monkeypatch.setattr(bench_train, "find_spec", lambda name: object())
+    monkeypatch.setattr(bench_train, "_hugging_face", baseline)
+    [bench] = bench_train.benches(Setting("cpu", smallest=True))
+    return bench
+
+
+def test_a_training_step_of_a_baseline_that_fails_or_has_another_loss_is_skipped(train, monkeypatch):
+    right = bench_train._hugging_face
+    assert bench_train.HUGGING_FACE in train.prepare().calls
+
+    def fails():
+        raise RuntimeError("no memory\nof it")
+
+    def is_far(*args):
+        return lambda: dataclasses.replace(found := right(*args)(), loss=1.01 * found.loss)
+
+    def cannot_be_made(*args):
+        raise ImportError("no peft")
+
+    for made, reason in (
+        (lambda *args: fails, "cannot run: no memory"),
+        (is_far, "parity is red: the loss is "),
+        (cannot_be_made, "cannot run: no peft"),
+    ):
+        monkeypatch.setattr(bench_train, "_hugging_face", made)
+        ready = train.prepare()
+        assert list(ready.calls) == [OURS, "cached"]
+        assert ready.skipped[bench_train.HUGGING_FACE].startswith(reason)
+
+
+@pytest.mark.parametrize("only_ours", [False, True])
+def test_a_wrong_training_step_of_ours_gets_no_time(only_ours, train, monkeypatch):
+    """Both steps and, as it may be, the baseline agree."""
+    exact = ops.rms_norm
+    wrong = lambda *tensors: exact(*tensors) * (1.0 if ops._state.impl == "library" else 1.1)  # noqa: E731
+    monkeypatch.setattr(ops, "rms_norm", wrong)
+    with ops.use_impl("torch"), pytest.raises(AssertionError, match="nvembed_fast: parity is red"):
+        train.prepare(only_ours)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import pytest
 import torch
 from test_layering import KERNELS
 
+from bench.measure import results
 from nvembed_fast import graphs, ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.kernels import tuned
@@ -72,20 +73,137 @@ def test_a_call_starts_no_slice_that_would_end_too_late(tmp_path, capsys):
     assert "left: 2 slices, about 6 minutes" in capsys.readouterr().out
 
 
-def test_a_slice_ends_at_its_time_limit_with_all_that_it_started(tmp_path, monkeypatch):
+def until(is_there):
+    end = time.monotonic() + 60
+    while not is_there():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """The time limit of a slice that has a condition passes when the condition holds, on any machine."""
+    conditions = {}
+
+    class Child(subprocess.Popen):
+        def wait(self, timeout=None):
+            condition = conditions.pop(self.args[2], None)
+            if condition is None:
+                return super().wait(timeout)
+            until(condition)
+            raise subprocess.TimeoutExpired(self.args, timeout)
+
+    def limit(one, condition):
+        conditions[one.command[2]] = condition
+        return one
+
+    monkeypatch.setattr(gpu_run.subprocess, "Popen", Child)
+    monkeypatch.setattr(gpu_run, "GRACE", 0.5)
+    return limit
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_slice_ends_at_its_time_limit_with_all_that_it_started(tmp_path, limit):
     pid_file = tmp_path / "pid"
     code = (
         "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
         "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
-        f"open({str(pid_file)!r}, 'w').write(str(p.pid)); print('begun', flush=True); time.sleep(600)"
+        f"print('begun', flush=True); open({str(pid_file)!r}, 'w').write(f'{{p.pid}}.'); time.sleep(600)"
     )
-    monkeypatch.setattr(gpu_run, "TIMEOUT", 2.0)
-    monkeypatch.setattr(gpu_run, "GRACE", 0.5)
-    assert run(tmp_path / "out", [python("endless", code), python("next", "pass")]) == 1
+    endless = limit(python("endless", code), lambda: pid_file.exists() and "." in pid_file.read_text())
+    assert run(tmp_path / "out", [endless, python("next", "pass")]) == 1
     assert statuses(tmp_path / "out") == {"endless": "timed out", "next": "passed"}
     assert "begun" in (tmp_path / "out" / "log.txt").read_text()
-    state = Path(f"/proc/{pid_file.read_text()}/stat")
-    assert not state.exists() or state.read_text().split()[2] == "Z"
+    until(lambda: not is_running(pid_file.read_text().rstrip(".")))
+
+
+HEADER = ",".join(results.COLUMNS)
+# a bench that measures a case a call, and none without a number of cases
+MEASURES = """
+import pathlib, sys, time
+path, count, ending = pathlib.Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+again = sys.argv[4:]
+text = path.read_text() if path.exists() else HEADER
+done = text.count("case") - 1
+path.write_text(text + ("case,," + str(again) + NEWLINE if done < count else ""))
+print("done", flush=True)
+if ending == "late" and done + 1 < count or not count:
+    sys.exit(75)
+if ending == "endless":
+    time.sleep(600)
+"""
+
+
+def bench(name, count, ending="late"):
+    code = MEASURES.replace("HEADER", repr(HEADER + "\n")).replace("NEWLINE", repr("\n"))
+    command = ("{python}", "-c", code, "{results}", str(count), ending)
+    return Slice(name, command, 0.01, goes_on=True)
+
+
+def rows(out):
+    [path] = out.glob("results-????-??-??.csv")
+    return results.read(path)
+
+
+def test_a_bench_that_left_cases_goes_on_until_a_call_adds_no_row(tmp_path, capsys):
+    todo = [python("a", "pass"), bench("b", 2), bench("stuck", 0), python("c", "pass")]
+    assert run(tmp_path, todo[:2]) == 0
+    assert statuses(tmp_path) == {"a": "passed"}
+    assert "left: 1 slices" in capsys.readouterr().out
+    assert run(tmp_path, todo) == 1
+    assert statuses(tmp_path) == {"a": "passed", "b": "passed", "stuck": "failed", "c": "passed"}
+    assert len(rows(tmp_path)) == 2 and "nothing is left" in capsys.readouterr().out
+
+
+def test_a_bench_goes_on_after_its_time_limit_if_it_has_added_rows(tmp_path, limit, capsys):
+    todo = [bench("b", 1, "endless")]
+    log = tmp_path / "log.txt"
+    limit(todo[0], lambda: log.read_text().count("\ndone\n") == 1)
+    assert run(tmp_path, todo) == 0 and statuses(tmp_path) == {} and len(rows(tmp_path)) == 1
+    assert "left: 1 slices" in capsys.readouterr().out
+    limit(todo[0], lambda: log.read_text().count("\ndone\n") == 2)
+    assert run(tmp_path, todo) == 1 and statuses(tmp_path) == {"b": "timed out"} and len(rows(tmp_path)) == 1
+
+
+def test_again_measures_a_bench_anew_and_one_that_is_cut_off_is_open(tmp_path):
+    todo = [bench("b", 1), python("a", "import sys; assert not sys.argv[1:]")]
+    assert run(tmp_path, todo) == 0 and statuses(tmp_path) == {"b": "passed", "a": "passed"}
+    todo[0] = bench("b", 3)
+    assert run(tmp_path, todo, "--again") == 0 and statuses(tmp_path) == {"a": "passed"}
+    assert [row["impl"] for row in rows(tmp_path)] == ["[]", "['--again']"]
+
+
+def test_the_benches_go_on_and_draw_no_report():
+    for one in gpu_run.slices():
+        is_bench = one.command[1:3] == ("-m", "bench")
+        assert one.goes_on == is_bench == ("--no-report" in one.command), one.name
+
+
+def test_rows_of_another_day_go_into_the_file_of_the_first(tmp_path):
+    today = gpu_run._results(tmp_path)
+    assert re.fullmatch(r"results-\d{4}-\d\d-\d\d.csv", today.name)
+    (tmp_path / "results-2020-01-02.csv").touch()
+    assert gpu_run._results(tmp_path).name == "results-2020-01-02.csv"
+
+
+def test_a_changed_tree_is_not_its_commit(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(gpu_run, "commit_of_tree", lambda *more: asked.append(more) or "abc+1")
+    assert gpu_run.main([str(tmp_path)], [python("a", "pass")]) == 0
+    assert json.loads((tmp_path / "state.json").read_text())["commit"] == "abc+1"
+    assert asked == [("tests", "tools")]
+
+
+def test_a_torch_that_cannot_be_imported_is_for_a_slice_to_report():
+    code = "import sys; sys.modules['torch'] = None; from tools import gpu_run; gpu_run.main(['--dry-run'])"
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
 
 
 def test_a_slice_cut_off_by_the_end_of_a_call_runs_again(tmp_path, capsys):
@@ -95,22 +213,73 @@ def test_a_slice_cut_off_by_the_end_of_a_call_runs_again(tmp_path, capsys):
     assert "left: 1 slices" in capsys.readouterr().out
 
 
-def test_ctrl_c_loses_the_slice_that_runs_and_no_other(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_or_a_signal_loses_the_slice_that_runs_and_no_other(number, tmp_path):
     code = (
         "from tools import gpu_run as g; import signal, sys; "
         # a shell's background job is started with SIGINT ignored
         "signal.signal(signal.SIGINT, signal.default_int_handler); "
         "mk = lambda n, c: g.Slice(n, ('{python}', '-c', c), 0.01); "
-        "todo = [mk('a', 'pass'), mk('b', 'import time; print(\"begun\", flush=True); time.sleep(60)')]; "
+        "sleeps = 'import os, time; print(os.getpid(), flush=True); time.sleep(600)'; "
+        "todo = [mk('a', 'pass'), mk('b', sleeps)]; "
         f"sys.exit(g.main([{str(tmp_path)!r}, '--commit', 'abc'], todo))"
     )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    for line in child.stdout:
-        if line == "begun\n":
-            break
-    os.kill(child.pid, signal.SIGINT)
+    pid = next(line for line in child.stdout if line.strip().isdigit()).strip()
+    os.kill(child.pid, number)
     assert child.wait(30) == 130
     assert statuses(tmp_path) == {"a": "passed"}
+    until(lambda: not is_running(pid))
+
+
+def test_a_second_signal_does_not_cut_off_the_end_of_a_slice():
+    before, has_ended = signal.getsignal(signal.SIGTERM), False
+    with pytest.raises(KeyboardInterrupt), gpu_run._interruptible():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        finally:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            has_ended = True
+    assert has_ended and signal.getsignal(signal.SIGTERM) == before
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before, goes_on = signal.signal(signal.SIGHUP, signal.SIG_IGN), False
+    try:
+        with contextlib.suppress(KeyboardInterrupt), gpu_run._interruptible():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            goes_on = True
+        assert goes_on and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("screen", ["latin-1", "closed"])
+def test_a_slice_may_print_what_the_screen_cannot_show(screen, tmp_path):
+    """Nobody would empty its pipe, which holds 64 KiB."""
+    prints = (
+        r"import sys; sys.stdout.buffer.write(b'bar \xe2\x96\x88\xff\n'); sys.stdout.flush(); "
+        "print(('x' * 99 + chr(10)) * 3000); print('the end')"
+    )
+    code = (
+        "from tools import gpu_run as g; g.TIMEOUT = 30.0; g.GRACE = 1.0; "
+        f"todo = [g.Slice('a', ('{{python}}', '-c', {prints!r}), 0.1)]; "
+        f"g.main([{str(tmp_path)!r}, '--commit', 'abc'], todo)"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    env = os.environ | {"PYTHONIOENCODING": "latin-1"}
+    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, **pipes)
+    if screen == "closed":
+        child.stdout.close()
+    else:
+        assert b"bar \xe2\x96\x88\xff\n" in child.stdout.read()
+    child.stderr.read()
+    child.wait()
+    assert statuses(tmp_path) == {"a": "passed"}
+    assert b"the end" in (tmp_path / "log.txt").read_bytes()
 
 
 def test_files_of_the_slices_go_into_one_archive(tmp_path):

@@ -1,6 +1,6 @@
 """Everything that a GPU has to decide, as one command that goes on where it stopped.
 
-    python3 -m tools.gpu_run OUT --commit ID      again and again, until it says that nothing is left
+    python3 -m tools.gpu_run OUT                  again and again, until it says that nothing is left
     python3 -m tools.gpu_run OUT --only bench-encode --again
     python3 -m tools.gpu_run --dry-run            the slices and their expected minutes
 
@@ -9,16 +9,18 @@ in the root of a checkout. The project need not be installed.
 
 1. The work is cut into slices. Each is a process of its own that ends within TIMEOUT, whatever it does.
 2. A slice that passed, failed or timed out has an entry in OUT/state.json before the next one starts. Another
-   call skips it. A slice that was interrupted has no entry and runs again.
+   call skips it. A slice that was interrupted has no entry and runs again. A bench that added rows and left
+   cases has none either, and goes on.
 3. A call starts no slice that is expected to end after `--minutes`. The first slice of a call always starts.
 
-OUT holds a few files: state.json, log.txt with the output of all slices, results.csv with the rows of the
-benches and their report/, tuned.toml with the launch configurations that won, artifacts.zip with pictures and
-traces.
+OUT holds a few files: state.json, log.txt with the output of all slices, results-<date>.csv with the rows of
+the benches, tuned.toml with the launch configurations that won, artifacts.zip with pictures and traces.
+`python3 -m bench.report OUT/results-*.csv -o OUT/report` draws the page.
 """
 
 import argparse
 import contextlib
+import datetime
 import json
 import os
 import shlex
@@ -34,6 +36,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from bench.measure.results import UNFINISHED, commit_of_tree, read
 from tools.cpus import tests_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,15 +76,18 @@ class Slice:
 
     Attributes:
         name: its key in state.json, and what `--only` takes.
-        command: {python}, {out}, {scratch} and {commit} are filled in. What is in {scratch} is kept.
+        command: {python}, {out}, {results}, {scratch} and {commit} are filled in. The files in {scratch} are
+            kept.
         minutes: expected, not measured.
         needs: a program without which the slice is skipped.
+        goes_on: the same command does the rest of what it began, and all again with `--again`.
     """
 
     name: str
     command: tuple[str, ...]
     minutes: float
     needs: str | None = None
+    goes_on: bool = False
 
 
 def slices() -> list[Slice]:
@@ -98,11 +104,12 @@ def slices() -> list[Slice]:
         "--commit",
         "{commit}",
         "--results",
-        "{out}/results.csv",
+        "{results}",
         "--minutes",
         "7.5",
+        "--no-report",
     )
-    profile = (*python, "-m", "bench.profiling", "--commit", "{commit}", "--results", "{out}/results.csv")
+    profile = (*python, "-m", "bench.profiling", "--commit", "{commit}", "--results", "{results}")
 
     def tuned(kernel: str) -> tuple[str, ...]:
         return (*tuning, "--only", kernel, "--write", "{out}/tuned.toml")
@@ -114,13 +121,13 @@ def slices() -> list[Slice]:
         *(Slice(f"repeats-{stem}", (*check, "repeats", stem), 2) for stem in KERNELS),
         *(Slice(f"variants-{k}", tuned(f"flash_attention.{k}"), 4) for k in ("fwd", "dq", "dkv")),
         Slice("one-query", (*profile, "--workload", "one query", "-o", "{scratch}"), 3),
-        Slice("bench-one-query", (*bench, "--suites", "encode", "--cases", "one query"), 8),
+        Slice("bench-one-query", (*bench, "--suites", "encode", "--cases", "one query"), 8, goes_on=True),
         Slice("graphs", (*pytest, "-m", "gpu", "tests/test_gpu.py", "-k", "graphs"), 1),
         Slice("replays", (*check, "replays"), 1),
         Slice("threads", (*check, "threads"), 1),
         Slice("streams", (*check, "threads", "--streams"), 1),
         Slice("streams-kept", (*check, "kept"), 1),
-        *(Slice(f"bench-{suite}", (*bench, "--suites", suite), 8) for suite in SUITES),
+        *(Slice(f"bench-{suite}", (*bench, "--suites", suite), 8, goes_on=True) for suite in SUITES),
         *(
             Slice(f"profile-{name.replace(' ', '-')}", (*profile, "--workload", name, "-o", "{scratch}"), 4)
             for name in ("all 512", "skewed", "all 4096")
@@ -149,7 +156,7 @@ def slices() -> list[Slice]:
 def table(todo: Sequence[Slice], state: dict) -> str:
     """A line for each slice, and the sum of the expected minutes."""
     lines, width = [], max((len(one.name) for one in todo), default=0) + 2
-    shown = {"python": "python", "out": "OUT", "scratch": "SCRATCH", "commit": "COMMIT"}
+    shown = {name: name.upper() for name in ("out", "results", "scratch", "commit")} | {"python": "python"}
     for one in todo:
         status = state.get(one.name, {}).get("status", "")
         command = shlex.join(_fill(part, shown) for part in one.command)
@@ -182,14 +189,20 @@ def write_state(out: Path, commit: str, state: dict) -> None:
     os.replace(scratch, out / "state.json")
 
 
-def run_slice(one: Slice, out: Path, commit: str, timeout: float) -> dict:
-    """Run one slice to its end or to its time limit. Returns its entry of state.json."""
+def run_slice(one: Slice, out: Path, commit: str, timeout: float, again: bool = False) -> dict:
+    """Run one slice to its end or to its time limit.
+
+    Returns:
+        Its entry of state.json. One that is "unfinished" has done a part, and does the rest in another call.
+    """
     started = time.monotonic()
     if one.needs is not None and shutil.which(one.needs) is None:
         return {"status": "skipped", "why": f"there is no {one.needs}"}
     with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("ab") as log:
         values = {"python": sys.executable, "out": str(out), "scratch": scratch, "commit": commit}
-        command = [_fill(part, values) for part in one.command]
+        results = _results(out)
+        values["results"], before = str(results), _num_rows(results)
+        command = [_fill(part, values) for part in one.command] + ["--again"] * (again and one.goes_on)
         _tee(log, f"\n=== {one.name}: {shlex.join(command)}\n".encode())
         # a session of its own: nothing that a slice started outlives it
         child = subprocess.Popen(
@@ -206,9 +219,21 @@ def run_slice(one: Slice, out: Path, commit: str, timeout: float) -> dict:
             _end(child)
             reader.join(GRACE)
             _keep(Path(scratch), one.name, out / "artifacts.zip")
+        if one.goes_on and code in (None, UNFINISHED) and _num_rows(results) > before:
+            status = "unfinished"
         seconds = round(time.monotonic() - started, 1)
         _tee(log, f"=== {one.name}: {status} after {seconds} s\n".encode())
     return {"status": status, "exit": code, "seconds": seconds}
+
+
+def _results(out: Path) -> Path:
+    """One file for all calls, with the date of the first: `bench.report` takes the newest comparison."""
+    today = out / f"results-{datetime.date.today().isoformat()}.csv"
+    return max(out.glob("results-????-??-??.csv"), default=today)
+
+
+def _num_rows(path: Path) -> int:
+    return len(read(path)) if path.exists() else 0
 
 
 def _fill(part: str, values: dict[str, str]) -> str:
@@ -224,10 +249,11 @@ def _copy(source, log) -> None:
 
 
 def _tee(log, data: bytes) -> None:
-    log.write(data)
-    log.flush()
-    sys.stdout.write(data.decode(errors="replace"))
-    sys.stdout.flush()
+    """To the log and, as it is, to the screen. A full disk or a closed screen does not stop a slice."""
+    for file in (log, sys.stdout.buffer):
+        with contextlib.suppress(OSError):
+            file.write(data)
+            file.flush()
 
 
 def _end(child: subprocess.Popen) -> None:
@@ -258,17 +284,18 @@ def run_all(todo: Sequence[Slice], out: Path, commit: str, minutes: float, again
     failed, left = 0, list(waiting)
     for one in waiting:
         rest = 60 * minutes - (time.monotonic() - started)
-        is_first = len(left) == len(waiting)
+        is_first = one is waiting[0]
         if not is_first and 60 * one.minutes > rest:
             break
-        ended = run_slice(one, out, commit, TIMEOUT if is_first else min(TIMEOUT, rest))
-        left.remove(one)
-        if ended["status"] == "timed out" and not is_first and rest < TIMEOUT:
-            # it had less time than a call of its own would give it
-            left.append(one)
-            break
-        failed += ended["status"] in ("failed", "timed out")
-        state[one.name] = ended
+        ended = run_slice(one, out, commit, TIMEOUT if is_first else min(TIMEOUT, rest), again)
+        # it had less time than a call of its own would give it
+        was_short = ended["status"] == "timed out" and not is_first and rest < TIMEOUT
+        if was_short or ended["status"] == "unfinished":
+            state.pop(one.name, None)
+        else:
+            left.remove(one)
+            failed += ended["status"] in ("failed", "timed out")
+            state[one.name] = ended
         write_state(out, commit, state)
     print(_summary(todo, state, left))
     return failed
@@ -289,11 +316,25 @@ def _summary(todo: Sequence[Slice], state: dict, left: Sequence[Slice]) -> str:
     return "\n".join(lines)
 
 
-def _commit() -> str | None:
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        command = ["git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    return None
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """What ends this process raises KeyboardInterrupt, once: the slice that runs has to end first."""
+    kinds = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+    # nohup and a shell's background job ignore some
+    before = {kind: signal.getsignal(kind) for kind in kinds if signal.getsignal(kind) != signal.SIG_IGN}
+
+    def interrupt(*_):
+        for kind in before:
+            signal.signal(kind, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    try:
+        for kind in before:
+            signal.signal(kind, interrupt)
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
 
 
 @contextlib.contextmanager
@@ -317,7 +358,7 @@ def main(argv: Sequence[str] | None = None, todo: Sequence[Slice] | None = None)
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT", help="folder of the results")
-    parser.add_argument("--commit", metavar="ID", help="of the code, where there is no git to ask")
+    parser.add_argument("--commit", metavar="ID", help="of the code [git's, with a hash of what has changed]")
     parser.add_argument("--minutes", type=float, default=9.0, help="for this call [%(default)s]")
     parser.add_argument("--only", nargs="+", metavar="SLICE", help="these slices, or all that begin so")
     parser.add_argument("--again", action="store_true", help="run what has a result already, too")
@@ -330,17 +371,15 @@ def main(argv: Sequence[str] | None = None, todo: Sequence[Slice] | None = None)
                 f"no slice begins with {', '.join(unknown)}; there are {', '.join(s.name for s in todo)}"
             )
         todo = [one for one in todo if one.name.startswith(tuple(args.only))]
-    commit = args.commit or _commit()
+    commit = args.commit or commit_of_tree("tests", "tools")
     if args.out is None and not args.dry_run:
         parser.error("OUT, the folder of the results, is missing")
-    if commit is None and not args.dry_run:
-        parser.error("there is no git to ask for the commit: name it with --commit ID")
     try:
         if args.dry_run:
-            print(table(todo, read_state(args.out, commit) if args.out and commit else {}))
+            print(table(todo, read_state(args.out, commit) if args.out else {}))
             return 0
         out = args.out.resolve()
-        with _locked(out):
+        with _locked(out), _interruptible():
             return 1 if run_all(todo, out, commit, args.minutes, args.again) else 0
     except ValueError as error:
         parser.error(str(error))

@@ -2,7 +2,7 @@
 
     python -m tools.predict                        the table of the goals
     python -m tools.predict --write                put it into bench/NOTES.md
-    python -m tools.predict --results OUT/results.csv    with the measured cells of this file
+    python -m tools.predict --results OUT/results-*.csv  with the measured cells of this file
     python -m tools.predict --kernels              operations, bytes, rounds and time, kernel by kernel
 
 No prediction stands in README. The model is arithmetic:

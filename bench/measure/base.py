@@ -6,6 +6,7 @@
    make the same inputs and check parity. Then they take turns, and the order changes from round to round: a
    clock that drifts drifts for both.
 3. A case is slower if the 20th percentile of this tree's samples is above the 80th of COMMIT's.
+4. A case that is wrong in this tree has failed. One that is wrong in COMMIT alone is named and not timed.
 """
 
 import argparse
@@ -92,7 +93,7 @@ class Worker:
 
 
 def compare(commit: str, args: argparse.Namespace, root: Path = ROOT) -> int:
-    """Exit code: 1 if a case became slower or a suite did not run.
+    """Exit code: 1 if a case became slower or is wrong in this tree, or a suite did not run.
 
     Args:
         args: suites, cases, seconds, smallest and compile of `python -m bench`.
@@ -107,10 +108,13 @@ def compare(commit: str, args: argparse.Namespace, root: Path = ROOT) -> int:
         )
         for suite in args.suites:
             try:
-                verdicts += compare_suite(suite, tree, root, args)
+                found, wrong = compare_suite(suite, tree, root, args)
             except ValueError as error:
                 print(f"{suite}: {error}", flush=True)
                 failed.append(suite)
+            else:
+                verdicts += found
+                failed += wrong
     slower = sum(verdict.is_slower for verdict in verdicts)
     print(f"{slower} of {len(verdicts)} cases are slower than {commit} by more than their spread")
     if failed:
@@ -142,13 +146,17 @@ def _git(root: Path, *command: str) -> None:
         raise ValueError(f"git {' '.join(command)}: {run.stderr.strip()}")
 
 
-def compare_suite(suite: str, tree: Path, root: Path, args: argparse.Namespace) -> list[Verdict]:
-    """The verdict on every case that both trees have, printed one by one.
+def compare_suite(
+    suite: str, tree: Path, root: Path, args: argparse.Namespace
+) -> tuple[list[Verdict], list[str]]:
+    """(the verdict on every case that both trees can time, the cases that fail in this tree).
+
+    Each is printed when it is known.
 
     Raises:
         ValueError: the benches do not run in one of the trees.
     """
-    verdicts = []
+    verdicts, failed = [], []
     with contextlib.ExitStack() as open_workers:
         workers = []
         for name, folder in ((OLD, tree), (NEW, root)):
@@ -161,20 +169,24 @@ def compare_suite(suite: str, tree: Path, root: Path, args: argparse.Namespace) 
                     print(f"{suite}: only {worker.name} has {case}", flush=True)
         for case in cases[1]:
             if case in cases[0] and (not args.cases or any(word in case for word in args.cases)):
-                verdict = take_turns(f"{suite}: {case}", case, workers, args)
-                if verdict is not None:
-                    print(verdict, flush=True)
-                    verdicts.append(verdict)
-    return verdicts
+                title = f"{suite}: {case}"
+                answers = [worker.ask(do="open", case=case) for worker in workers]
+                obstacles = [answer.get("obstacle") for answer in answers]
+                for worker, obstacle in zip(workers, obstacles, strict=True):
+                    if obstacle is not None:
+                        print(f"{title}: not timed, {worker.name}: {obstacle}", flush=True)
+                if obstacles[1] is not None:
+                    failed.append(title)
+                elif obstacles[0] is None:
+                    verdicts.append(take_turns(title, answers, workers, args))
+                    print(verdicts[-1], flush=True)
+    return verdicts, failed
 
 
-def take_turns(title: str, case: str, workers: Sequence[Worker], args: argparse.Namespace) -> Verdict | None:
-    """None where the case cannot be timed in one of the trees."""
-    answers = [worker.ask(do="open", case=case) for worker in workers]
-    for worker, answer in zip(workers, answers, strict=True):
-        if "obstacle" in answer:
-            print(f"{title}: not timed, {worker.name}: {answer['obstacle']}", flush=True)
-            return None
+def take_turns(
+    title: str, answers: Sequence[dict], workers: Sequence[Worker], args: argparse.Namespace
+) -> Verdict:
+    """Time the case that all workers have opened with these answers."""
     if min(answer["estimate_ms"] for answer in answers) < GRAPH_BELOW_MS:
         # both, or one would be timed with a cold cache and the other with a warm one
         answers = [worker.ask(do="capture") for worker in workers]

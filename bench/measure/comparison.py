@@ -8,11 +8,12 @@
    "forward+backward" also has "backward": the time beyond a forward that keeps nothing.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -162,20 +163,15 @@ class KernelBench:
             name = implementation.name
             if name in skipped:
                 continue
-            try:
+            with skipped_if_it_fails(name, skipped):
                 call, forward = _calls(implementation, experiment.tensors, self.backward)
                 call()
                 if forward is not None:
                     forward()
                 peaks[name] = peak_memory(call)
-            except Exception as error:
-                if name == OURS:
-                    raise
-                skipped[name] = _obstacle(error)
-                continue
-            calls[name] = call
-            if forward is not None:
-                forwards[name] = forward
+                calls[name] = call
+                if forward is not None:
+                    forwards[name] = forward
         return PreparedKernels(calls, skipped, experiment, forwards, errors, peaks)
 
     def measure(self, limits: Limits, seconds: float, rounds: int | None = None) -> list[Figure]:
@@ -250,24 +246,30 @@ def _parity(case: str, experiment: Experiment, backward: bool) -> tuple[dict[str
         if baseline.obstacle:
             skipped[baseline.name] = baseline.obstacle
             continue
-        try:
+        with skipped_if_it_fails(baseline.name, skipped):
             error = _error(_results(baseline, experiment.tensors, upstream, backward), high)
-        except Exception as theirs:
-            skipped[baseline.name] = _obstacle(theirs)
-            continue
-        if error <= bound:
-            errors[baseline.name] = error
-        else:
-            skipped[baseline.name] = f"parity is red: error {error:.1e} > {bound:.1e}"
+            if error <= bound:
+                errors[baseline.name] = error
+            else:
+                skipped[baseline.name] = f"parity is red: error {error:.1e} > {bound:.1e}"
     return errors, skipped
 
 
-def _obstacle(error: Exception) -> str:
-    """Why a baseline has no time. It is the code of others on any machine, so it may raise anything."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    first_line = next(iter(str(error).strip().splitlines()), "")
-    return f"cannot run: {first_line[:120] or type(error).__name__}"
+@contextlib.contextmanager
+def skipped_if_it_fails(name: str, skipped: dict[str, str]) -> Iterator[None]:
+    """A baseline that raises inside is skipped, with the reason. An error of ours is raised.
+
+    A baseline is the code of others on any machine, so it may raise anything.
+    """
+    try:
+        yield
+    except Exception as error:
+        if name == OURS:
+            raise
+        first_line = next(iter(str(error).strip().splitlines()), "")
+        has_no_memory = isinstance(error, torch.OutOfMemoryError)
+        reason = f"cannot run: {first_line[:120] or type(error).__name__}"
+        skipped[name] = "out of memory" if has_no_memory else reason
 
 
 def _results(fn: Callable, tensors: Tensors, upstream: Tensors, backward: bool) -> tuple[torch.Tensor, ...]:

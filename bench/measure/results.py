@@ -22,13 +22,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "bench" / "results"
 # the impl of this project
 OURS = "nvembed_fast"
 GRAPHED = f"{OURS}, CUDA graphs"
+# exit code of a run that leaves cases to the next one: sysexits' EX_TEMPFAIL
+UNFINISHED = 75
 # metrics, with their units
 TIMES = ("time_p20", "time_p50", "time_p80")  # ms
 # has no value, and the reason as its unit
@@ -92,19 +92,24 @@ _SAME_RUN = tuple(f.name for f in dataclasses.fields(Machine) if f.name != "comm
 
 def machine(commit: str | None = None) -> Machine:
     """This machine. Give the commit where there is no git to ask."""
+    # not at the top: tools.gpu_run reports on a torch that cannot be imported
+    import torch
+
     return Machine(
-        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name(torch.get_num_threads()),
         driver=_driver(),
         torch=torch.__version__,
         triton=_version("triton"),
         transformers=_version("transformers"),
-        commit=commit or _commit(),
+        commit=commit or commit_of_tree(),
         command=shlex.join(["python", *sys.orig_argv[1:]]),
     )
 
 
 def warn_if_busy() -> None:
     """Warn if the CPU is busy, because other processes would distort the timings."""
+    import torch
+
     if not torch.cuda.is_available() and os.getloadavg()[0] > 0.5 * (os.cpu_count() or 1):
         print(
             f"this machine is busy (load {os.getloadavg()[0]:.1f}): timings will be too slow",
@@ -119,12 +124,12 @@ def _version(package: str) -> str:
         return "none"
 
 
-def _cpu_name() -> str:
+def _cpu_name(threads: int) -> str:
     try:
         name = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())[1].strip()
     except (OSError, TypeError):
         name = platform.processor() or platform.machine()
-    return f"CPU {name} x{torch.get_num_threads()}"
+    return f"CPU {name} x{threads}"
 
 
 @functools.cache
@@ -135,14 +140,27 @@ def _driver() -> str:
 
 
 @functools.cache
-def _commit() -> str:
-    commit = _output("git", "-C", str(ROOT), "rev-parse", "--short=12", "HEAD")
+def commit_of_tree(*more: str) -> str:
+    """The commit of this tree, with a hash of what has changed since. Without git a hash of the sources.
+
+    Args:
+        more: folders that count beside those of the package and the benches.
+    """
+    git = ("git", "-C", str(ROOT))
+    commit = _output(*git, "rev-parse", "--short=12", "HEAD")
     if not commit:
-        folders = ("kernels", "nvembed_fast", "bench")
-        sources = sorted(path for folder in folders for path in ROOT.glob(f"{folder}/**/*.py"))
-        return f"sources-{_hash(b''.join(path.read_bytes() for path in sources))}"
-    changes = _output("git", "-C", str(ROOT), "diff", "HEAD", "--", "kernels", "nvembed_fast", "bench/*.py")
-    return f"{commit}+{_hash(changes.encode())}" if changes else commit
+        folders = ("kernels", "nvembed_fast", "bench", *more)
+        files = [path for folder in folders for path in ROOT.glob(f"{folder}/**/*")]
+        return f"sources-{_hash(_contents(path for path in files if path.suffix in ('.py', '.toml')))}"
+    counted = ("--", "kernels", "nvembed_fast", "bench/*.py", *more)
+    changes = _output(*git, "diff", "HEAD", *counted).encode()
+    new = _output(*git, "ls-files", "-z", "--others", "--exclude-standard", *counted).split("\0")
+    changes += _contents(path for path in map(ROOT.joinpath, new) if path.is_file())
+    return f"{commit}+{_hash(changes)}" if changes else commit
+
+
+def _contents(paths: Iterable[Path]) -> bytes:
+    return b"".join(str(path.relative_to(ROOT)).encode() + path.read_bytes() for path in sorted(paths))
 
 
 def _hash(content: bytes) -> str:

@@ -5,14 +5,14 @@ import time
 import traceback
 
 from bench.measure.limits import SUITE as LIMITS
-from bench.measure.results import OURS, SKIPPED, Figure, ResultsFile
+from bench.measure.results import OURS, SKIPPED, UNFINISHED, Figure, ResultsFile
 from bench.suites import Setting, benches, selected
 
 OF_LIMIT = {"TFLOP/s": "of a large product", "GB/s": "of a large copy"}
 
 
-def run_suite(suite: str, setting: Setting, results: ResultsFile, args: argparse.Namespace) -> bool:
-    """Whether all benches ran, or were skipped for a reason.
+def run_suite(suite: str, setting: Setting, results: ResultsFile, args: argparse.Namespace) -> int:
+    """Exit code: UNFINISHED if a bench is left to the next run, else 1 if one failed.
 
     Args:
         args: cases, minutes, seconds and smallest of `python -m bench`.
@@ -47,7 +47,7 @@ def run_suite(suite: str, setting: Setting, results: ResultsFile, args: argparse
         print(f"{suite}: {len(late)} skipped: {args.minutes:g} minutes are over; the same command goes on")
     if failed:
         print(f"{suite}: {len(failed)} failed: {', '.join(failed)}")
-    return not failed
+    return UNFINISHED if late else int(bool(failed))
 
 
 def table(figures: list[Figure]) -> list[str]:

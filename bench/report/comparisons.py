@@ -2,13 +2,15 @@
 
 1. Of every case on every GPU the newest comparison counts, as a whole. The figures of two runs were not taken
    in turns, so they are never compared with each other. What a run skipped does not come back from an older
-   one.
+   one. A comparison begins anew where a figure comes again, and where an implementation has both a time and a
+   reason to have none.
 2. An implementation that was skipped has no time, and is never the best baseline.
 3. A figure without a row is "not measured".
 """
 
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,14 +70,12 @@ class Comparison:
     def figure(self, impl: str, metric: str | None = None) -> Figure | None:
         """None where it was not measured, or is not to be shown. The default is the metric that decides."""
         figure = self.impls.get(impl, {}).get(metric or self.metric)
-        if figure is None or self.skipped(impl) or figure.value is None:
+        if figure is None or figure.value is None:
             return None
         return figure if math.isfinite(figure.value) and figure.value > 0 else None
 
     def share(self, impl: str) -> float | None:
         """Of the limit, by the first figure that has one."""
-        if self.skipped(impl):
-            return None
         shares = (figure.share_of_limit for figure in self.impls.get(impl, {}).values())
         return next((share for share in shares if share is not None), None)
 
@@ -95,14 +95,19 @@ class Comparison:
 def load(paths: Iterable[Path]) -> dict[str, list[Comparison]]:
     """GPU -> the newest comparison of every case, GPUs before CPUs. The date of a file is in its name."""
     newest: dict[tuple, Comparison] = {}
-    for path in sorted(paths, key=_date):
+    paths = sorted(paths, key=_date)
+    for path in paths if len(paths) > 1 else ():
+        if not _date(path):
+            print(f"{path}: older than every file whose name ends in YYYY-MM-DD.csv", file=sys.stderr)
+    for path in paths:
         for row in results.read(path):
             key = row["gpu"], row["suite"], row["case"]
             run = {name: row[name] for name in ("driver", "torch", "triton", "transformers", "commit")}
             run["date"] = _date(path) or "unknown"
             known = newest.get(key)
-            # the same figure again: measured anew
-            if known is None or known.run != run or row["metric"] in known.impls.get(row["impl"], {}):
+            found = known.impls.get(row["impl"], {}) if known else {}
+            is_again = row["metric"] in found or (found and results.SKIPPED in (*found, row["metric"]))
+            if known is None or known.run != run or is_again:
                 newest[key] = Comparison(row["suite"], row["case"], run, {})
             value, share = _float(row["value"]), _share(row["share_of_limit"])
             names = row["suite"], row["case"], row["impl"], row["metric"]
