@@ -476,6 +476,7 @@ def test_ranks_wait_for_what_the_first_does_alone(monkeypatch):
     """It reads all rows, and writes models. The default of NCCL is ten minutes."""
     given = {}
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(ranks, "_meeting_place", lambda: (ranks.dist.HashStore(), 1, 2))
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **options: given.update(options))
     monkeypatch.setattr(ranks.dist, "get_rank", lambda: 1)
     monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)

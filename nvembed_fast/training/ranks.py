@@ -1,7 +1,9 @@
 """The processes of a run: one alone, or those that torchrun has started. And the model spread over them."""
 
 import ctypes
+import functools
 import gc
+import itertools
 import os
 import platform
 import traceback
@@ -22,6 +24,7 @@ __all__ = ["Ranks", "joined", "spread"]
 # the others wait while the first rank reads all rows or writes a model. torchrun ends them if it dies
 _PATIENCE = timedelta(hours=3)
 _M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_numbers = itertools.count()  # of the groups of this process
 
 
 @dataclass(frozen=True)
@@ -65,12 +68,12 @@ def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
     holds is given up here.
 
     Args:
-        device: None takes the GPU of this rank if there is one, else the CPU.
+        device: "cuda" is the GPU of this rank. None takes it if there is one, else the CPU.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if device is None:
-        device = f"cuda:{local}" if torch.cuda.is_available() else "cpu"
-    place = check_device(device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    place = check_device(f"cuda:{local}" if str(device) == "cuda" else device)
     if place.type == "cuda":
         torch.cuda.set_device(place)
     else:
@@ -78,7 +81,14 @@ def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
     # another one may have joined them, such as a test
     starts = size > 1 and not dist.is_initialized()
     if starts:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=_PATIENCE)
+        store, rank, size = _meeting_place()
+        dist.init_process_group(
+            "nccl" if place.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"group {next(_numbers)}", store),
+            rank=rank,
+            world_size=size,
+            timeout=_PATIENCE,
+        )
     try:
         yield Ranks(dist.get_rank() if size > 1 else 0, size, place)
     except BaseException as error:
@@ -91,6 +101,15 @@ def joined(device: str | torch.device | None = None) -> Iterator[Ranks]:
         if starts:
             gc.collect()  # modules lie in cycles
             dist.destroy_process_group()
+
+
+@functools.cache
+def _meeting_place() -> tuple[dist.Store, int, int]:
+    """The store of torchrun, the number of this rank, and how many there are.
+
+    A group leaves its addresses in it. One of the same name would read those of the last, and wait for it.
+    """
+    return next(dist.rendezvous("env://", timeout=_PATIENCE))
 
 
 def _give_memory_back() -> None:

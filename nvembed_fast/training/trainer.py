@@ -78,7 +78,7 @@ def train(
 
     Args:
         recipe: of the run.
-        device: None takes the GPU of this rank if there is one, else the CPU.
+        device: "cuda" is the GPU of this rank. None takes it if there is one, else the CPU.
         evaluate: gives figures about the model every `evaluate_every` steps and behind the last one.
         evaluate_every: steps.
         say: takes lines for the user, on the first rank.
