@@ -4,6 +4,7 @@ import importlib.util
 import re
 import shlex
 import threading
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -231,6 +232,14 @@ def test_overrides_reach_the_stages_that_have_the_set(file):
     assert [part.labels for part in (*first.data, *second.data)] == ["none", "none", "texts"]
     assert not any(part.in_batch for part in (*first.data, *second.data))
     assert (first.train.lr, first.train.steps, first.train.warmup, second.train.steps) == (1e-3, 20, 6, 12)
+
+
+@pytest.mark.parametrize("instruction", ["smile \U0001f600", "caf\xe9", "a\\u007fb", 'say \\"a\\"\\n'])
+def test_an_override_keeps_every_character(instruction, file):
+    add_run(file, f'name = "c"\nset = {{ data.pairs.instruction = "{instruction}" }}')
+    assert (
+        read_table(file).runs[2].stages[0].data[0].instruction == tomllib.loads(f'a = "{instruction}"')["a"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,25 @@ def test_triplets(tmp_path):
     assert open_rows(tmp_path / "rows.jsonl").row(1).negatives == ("n2", "n3")
 
 
+@pytest.mark.parametrize("form", ["triplets", "tevatron"])
+def test_a_name_of_negatives_that_no_record_has_is_told(form, tmp_path):
+    """Rows without their hard negatives would look like any other."""
+    *_, field = FIELDS[form]
+    source = lines(tmp_path / "x.jsonl", [GOOD[form], GOOD[form] | {"neg": ["n"]}, GOOD[form]])
+    (tmp_path / "rows.jsonl").write_text("before")
+    with pytest.raises(ValueError, match=r"x\.jsonl: no record has 'negs', the last has '\w+', 'pos"):
+        converted(source, form, fields={field: "negs"})
+    assert (tmp_path / "rows.jsonl").read_text() == "before"
+    _, rows = converted(source, form, fields={field: "neg"})
+    assert [row.get("neg") for row in rows] == [None, ["n"], None]
+
+
+def test_negatives_may_be_numbered_alone(tmp_path):
+    source = lines(tmp_path / "x.jsonl", [GOOD["triplets"] | {"neg_2": "n2", "neg_x": "n"}])
+    _, rows = converted(source, "triplets", fields={"negative": "neg"})
+    assert rows[0]["neg"] == ["n2"]
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".tsv"])
 def test_columns_of_a_table(suffix, tmp_path):
     records = [{"q": 'two\nlines, "quoted"', "positive": "p1", "negative": ""}, {"q": "a", "positive": "p2"}]

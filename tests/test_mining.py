@@ -769,6 +769,16 @@ def test_rows_that_cannot_be_mined_are_counted(encoder, rows, tmp_path, capsys):
     assert f"1 skipped, first {rows}, line 35: no 'query', the row has a label" in error
 
 
+@pytest.mark.parametrize("value", ["NaN", "[1, -Infinity]"])
+def test_numbers_that_are_no_json_are_told_before_any_work(value, encoder, rows, tmp_path, capsys):
+    with open(rows, "a") as file:
+        file.write(f'{{"query": "q", "pos": ["d"], "quality": {value}}}\n')
+    status, _, error = run(capsys, rows, "-o", tmp_path / "out.jsonl")
+    assert encoder.calls == 0 and status == 1
+    assert f"{rows}, line 31: 'quality' cannot be written as JSON lines (" in error
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_a_prompt_without_room_for_its_query_is_counted_before_any_work(
     rows, tiny_directory, tmp_path, capsys, monkeypatch
 ):

@@ -18,7 +18,7 @@ import pytest
 from nvembed_fast import packages
 from nvembed_fast.cli import main
 from nvembed_fast.cli import synthesize as command
-from nvembed_fast.curation import engines, prompts, synthesis, templates
+from nvembed_fast.curation import cleaning, engines, prompts, synthesis, templates
 from nvembed_fast.curation.decontamination import EvaluationTexts
 from nvembed_fast.curation.dictionaries import Synset
 from nvembed_fast.curation.engines import Endpoint, TemplateEngine
@@ -532,6 +532,21 @@ LONG_TEXT = prose("long", 40)
 )
 def test_a_bad_example_has_its_reason(query, positive, negative, shape, wanted):
     assert reason(query, positive, negative, shape) == wanted
+
+
+SIGNS = {  # words with vowel signs, which are no letters to str.isalpha
+    "hi": "\u092f\u0939\u093e\u0901 \u0905\u0928\u0947\u0915 \u092d\u093e\u0937\u093e\u090f\u0901",
+    "bn": "\u098f\u0995\u099f\u09bf \u09b0\u09be\u09b7\u09cd\u099f\u09cd\u09b0",
+    "ta": "\u0bae\u0bbe\u0ba8\u0bbf\u0bb2\u0bae\u0bcd",
+    "te": "\u0c24\u0c46\u0c32\u0c41\u0c17\u0c41 \u0c2d\u0c3e\u0c37",
+}
+
+
+@pytest.mark.parametrize("language", SIGNS)
+def test_vowel_signs_are_prose(language):
+    one, other = (f"{start} {' '.join([SIGNS[language]] * 20)}" for start in ("one", "other"))
+    assert sum(map(str.isalpha, one)) < cleaning.MIN_LETTERS * len("".join(one.split()))
+    assert reason("what is it", one, other, "short-long", language) is None
 
 
 def test_a_text_of_another_language_is_dropped_if_it_is_long_enough_to_tell():

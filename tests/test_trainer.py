@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -233,15 +234,21 @@ def test_evaluation_by_callback(folder, start):
         assert not network.training and not torch.is_grad_enabled() and len(tokenizer(["w1"], "", 9).ids) == 1
         torch.rand(3)  # a callback may draw
         calls.append(step)
-        return {"ndcg": step / 10}
+        return {"ndcg": (float, np.float32, torch.tensor)[len(calls) - 1](step / 8), "nan": math.nan}
 
     settings = {"steps": 5, "lora_rank": 2, "lora_dropout": 0.5}
     train(recipe_of(folder, start, **settings), evaluate=evaluate, evaluate_every=2)
     assert calls == [2, 4, 5]
     lines = (folder / "out" / "evaluations.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == [{"step": s, "ndcg": s / 10} for s in calls]
+    assert [json.loads(line) for line in lines] == [{"step": s, "ndcg": s / 8, "nan": None} for s in calls]
     train(recipe_of(folder, start, output="plain", **settings))
     assert losses(folder / "out") == losses(folder / "plain")
+
+
+@pytest.mark.parametrize("figure", [None, "high", torch.ones(2)], ids=str)
+def test_a_figure_that_is_no_number_is_named(figure, folder, start):
+    with pytest.raises(TypeError, match="evaluate must return numbers by name, but 'ndcg' is"):
+        train(recipe_of(folder, start, steps=1), evaluate=lambda *_: {"ndcg": figure})
 
 
 @pytest.mark.parametrize("fatal", [2, 5])

@@ -244,8 +244,8 @@ class _Rows:
             raise Unusable(f"'prompt' {reason}")
         for key in [key for key in record if key not in _READ]:
             try:
-                json.dumps(record[key])
-            except (TypeError, RecursionError) as error:
+                json.dumps(record[key], allow_nan=False)
+            except (TypeError, ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{place}: {key!r} cannot be written as JSON lines ({error}): remove it, or make it "
                     "a text"

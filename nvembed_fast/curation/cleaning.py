@@ -11,6 +11,7 @@ Near duplicates are found by MinHash (Broder 1997):
 """
 
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ import numpy as np
 
 from nvembed_fast.curation.text import Labelled, Pair
 
-__all__ = ["NearDuplicates", "cleaned", "normalised", "runs", "runs_up_to"]
+__all__ = ["NearDuplicates", "cleaned", "is_prose", "normalised", "runs", "runs_up_to"]
 
 MIN_DOCUMENT_WORDS, MAX_DOCUMENT_WORDS, MAX_QUERY_WORDS = 10, 200, 60
 MIN_LETTERS = 0.7  # of the characters that are not spaces
@@ -34,6 +35,12 @@ _ROLL = np.uint64(0x9E3779B97F4A7C15)
 def normalised(text: str) -> str:
     """Words in lower case with single spaces: what counts as the same text."""
     return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def is_prose(text: str) -> bool:
+    """Whether at least MIN_LETTERS of it are letters, or marks on them such as the vowel signs of Hindi."""
+    letters = sum(unicodedata.category(character)[0] in "LM" for character in text)
+    return letters >= MIN_LETTERS * len("".join(text.split()))
 
 
 def runs(text: str, length: int) -> np.ndarray:
@@ -137,8 +144,7 @@ def _reason(one: Pair | Labelled, min_query_words: int, min_document_words: int)
         return "empty document"
     if document.count(" ") + 1 < min_document_words:
         return "short document"
-    spaces = document.count(" ")
-    if sum(map(str.isalpha, document)) < MIN_LETTERS * (len(document) - spaces):
+    if not is_prose(document):
         return "no prose"
     if isinstance(one, Pair):
         words = normalised(one.query).split()

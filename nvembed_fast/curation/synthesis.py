@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nvembed_fast import files
 from nvembed_fast.curation import manifest
-from nvembed_fast.curation.cleaning import MIN_LETTERS, NearDuplicates, normalised
+from nvembed_fast.curation.cleaning import NearDuplicates, is_prose, normalised
 from nvembed_fast.curation.decontamination import EvaluationTexts
 from nvembed_fast.curation.engines import BAD, LOST, Engine, Outcome
 from nvembed_fast.curation.prompts import (
@@ -481,8 +481,7 @@ def _reason(request: Request, one: Example, language_of: Callable[[str], str] | 
     ):
         if not low <= len(text) <= high:
             return f"length of the {what}"
-        letters = sum(map(str.isalpha, text))
-        if high == LONG[1] and letters < MIN_LETTERS * len("".join(text.split())):
+        if high == LONG[1] and not is_prose(text):
             return "no prose"
     texts = [normalised(text) for text in one]
     if not all(texts):

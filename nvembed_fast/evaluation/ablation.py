@@ -253,7 +253,9 @@ def _overrides(table: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
         if isinstance(value, dict):
             yield from _overrides(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}={json.dumps(value, default=str)}"
+            # in TOML half a pair of escapes is no character, and DEL needs one
+            text = json.dumps(value, default=str, ensure_ascii=False).replace("\x7f", "\\u007f")
+            yield f"{prefix}{key}={text}"
 
 
 def _stages(

@@ -50,7 +50,8 @@ def convert(
             standard input.
         output: replaced if it is there.
         form: of the records.
-        fields: names of `FIELDS` to those that the file has instead.
+        fields: names of `FIELDS` to those that the file has instead. A record may lack negatives, but not
+            every record those that are named here.
         min_score: of "scores": a pair counts as similar from here on. NV-Embed takes 4 of 5.
 
     Returns:
@@ -71,6 +72,7 @@ def convert(
             else f"{form} have no scores: leave min_score out"
         )
     path, target = files.expanded(source), files.expanded(output)
+    unseen = {name for field, name in (fields or {}).items() if field.startswith("negative")}
     num_rows = num_without = 0
     with files.replacing(target) as part, open(part, "w", encoding="utf-8") as file:
         for place, record in _records(path):
@@ -81,8 +83,11 @@ def convert(
                 (to_labelled if form == "labels" else to_row)(row, place)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             num_rows, num_without = num_rows + len(rows), num_without + (not rows)
+            unseen = {name for name in unseen if not _keys(record, name, form)}
         if not num_rows:
             raise ValueError(f"{path} gives no row")
+        if unseen:
+            raise ValueError(f"{path}: no record has {min(unseen)!r}, the last has {_told(record)}")
     return num_rows, num_without
 
 
@@ -101,12 +106,11 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     for field, name in names.items():
         if name not in record and not field.startswith("negative"):  # pairs have none
-            raise ValueError(f"{place}: no {name!r}, the record has {', '.join(map(repr, record)):.200}")
+            raise ValueError(f"{place}: no {name!r}, the record has {_told(record)}")
     values = [record.get(name) for name in names.values()]
     match form:
         case "triplets":
-            numbered = re.compile(rf"{re.escape(names['negative'])}_\d+")
-            negatives = [values[2], *(value for name, value in record.items() if numbered.fullmatch(name))]
+            negatives = [record[key] for key in _keys(record, names["negative"], form)]
             yield _row(values[0], _flat([values[1]]), _flat(negatives))
         case "tevatron":
             positives, negatives = ([_passage(p, place) for p in value or ()] for value in values[1:])
@@ -118,6 +122,17 @@ def _rows(
             if min_score is not None and score >= min_score and values[0] != values[1]:
                 yield {"query": values[0], "pos": [values[1]]}
                 yield {"query": values[1], "pos": [values[0]]}
+
+
+def _keys(record: dict[str, Any], name: str, form: Form) -> list[str]:
+    """Those of a record that hold its negatives. Triplets may number them."""
+    numbered = re.compile(rf"{re.escape(name)}_\d+")
+    others = [key for key in record if form == "triplets" and numbered.fullmatch(key)]
+    return [key for key in (name, *others) if key in record]
+
+
+def _told(record: dict[str, Any]) -> str:
+    return f"{', '.join(map(repr, record)):.200}"
 
 
 def _flat(values: list[Any]) -> list[Any]:

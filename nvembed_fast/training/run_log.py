@@ -85,10 +85,11 @@ class RunLog:
             self._told = now
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
-        """Give an evaluation to the loggers, and append it to evaluations.jsonl."""
+        """Give an evaluation to the loggers, and append it to evaluations.jsonl. Its NaN is null there."""
         path = self.output / _EVALUATIONS_FILE
         with _named(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            written = {name: value if math.isfinite(value) else None for name, value in values.items()}
+            file.write(json.dumps({"step": step, **written}) + "\n")
         for log, _ in self._loggers:
             log(step, {f"evaluation/{name}": value for name, value in values.items()})
         self._say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))

@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 from torch import nn
@@ -51,7 +51,7 @@ from nvembed_fast.training.teacher_vectors import TeacherVectors
 __all__ = ["Diverged", "Evaluate", "Stopped", "train"]
 
 # of (the model in eval mode, its tokenizer, steps done): figures by name. Every rank calls it
-Evaluate = Callable[[NVEmbedModel, TextTokenizer, int], Mapping[str, float]]
+Evaluate = Callable[[NVEmbedModel, TextTokenizer, int], Mapping[str, SupportsFloat]]
 _AGAIN_AFTER_S = 1.0
 _SHOWN = 16
 _LOCK = ".lock"
@@ -209,7 +209,7 @@ class _Run:
             def evaluate_at(done: int) -> None:
                 if evaluate is not None and (done == part.steps or done % evaluate_every == 0):
                     with _inference(self.network):
-                        figures = evaluate(self.network, self.tokenizer, done)
+                        figures = _figures(evaluate(self.network, self.tokenizer, done))
                     if log is not None:
                         log.note(done, figures)
 
@@ -491,6 +491,17 @@ def _stop_signals(say: Callable[[str], None]) -> Iterator[threading.Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _figures(found: Mapping[str, SupportsFloat]) -> dict[str, float]:
+    """What `evaluate` has returned. NumPy's numbers and tensors of one number become such of Python."""
+    figures = {}
+    for name, value in found.items():
+        try:
+            figures[name] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"evaluate must return numbers by name, but {name!r} is {value!r:.80}") from error
+    return figures
 
 
 def _nothing(message: str) -> None:
