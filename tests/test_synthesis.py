@@ -53,7 +53,8 @@ class Fake(http.server.ThreadingHTTPServer):
     """An endpoint. `script` says how a request of examples ends: of its number, and of how often it came.
 
     Attributes:
-        asked: how often each body came.
+        asked: how often each body came, whatever the attempt.
+        seeds: of the attempts at each, in their order.
         headers: of the last request.
         most: requests that were under way at once.
     """
@@ -66,6 +67,7 @@ class Fake(http.server.ThreadingHTTPServer):
         self.script_of_tasks: Callable[[int, int], str] = lambda number, attempt: "well"
         self.write = well
         self.asked: Counter[str] = Counter()
+        self.seeds: dict[str, list[int]] = {}
         self.headers: dict[str, str] = {}
         self.retry_after = "0"
         self.most = self.under_way = 0
@@ -79,8 +81,12 @@ class Fake(http.server.ThreadingHTTPServer):
 
     def behaviour(self, body: str) -> str:
         is_example = '"tasks"' not in json.loads(body)["messages"][0]["content"]
+        content = json.loads(body)
+        seed = content.get("seed", 0)
+        body = json.dumps(content | {"seed": seed % engines._SEED_STEP})
         with self.lock:
             self.asked[body] += 1
+            self.seeds.setdefault(body, []).append(seed)
             numbers = self._numbers[is_example]
             number, attempt = numbers.setdefault(body, len(numbers)), self.asked[body] - 1
         return (self.script if is_example else self.script_of_tasks)(number, attempt)
@@ -108,7 +114,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 self.server.under_way -= 1
 
     def _answer(self, behaviour: str, body: dict) -> None:
-        text = json.dumps(self.server.write(body["messages"][0]["content"], body["seed"]))
+        seed = body["seed"] % engines._SEED_STEP  # what it writes is that of the first attempt
+        text = json.dumps(self.server.write(body["messages"][0]["content"], seed))
         match behaviour:
             case "drop":
                 self.close_connection = True
@@ -323,6 +330,9 @@ def test_bad_answers_count_over_all_runs(fake, tmp_path):
     assert made(tmp_path, endpoint(fake))[0] == first and max(fake.asked.values()) == 3
     fake.script = lambda number, attempt: "well"
     assert made(tmp_path, endpoint(fake), attempts=4)[0]["requests"] == {"answered": 27, "truncated": 3}
+    # a seed of its own for each
+    ((first_seed, *others),) = [seeds for seeds in fake.seeds.values() if len(seeds) > 1]
+    assert others == [first_seed + attempt * engines._SEED_STEP for attempt in (1, 2, 3)]
 
 
 def test_what_did_not_arrive_is_asked_again_in_the_next_run(fake, tmp_path, monkeypatch):
@@ -333,6 +343,7 @@ def test_what_did_not_arrive_is_asked_again_in_the_next_run(fake, tmp_path, monk
     }  # fmt: skip
     fake.script = lambda number, attempt: "well"
     assert made(tmp_path, endpoint(fake))[0]["requests"] == {"answered": 27, "server error": 4}
+    assert all(len(set(seeds)) == 1 for seeds in fake.seeds.values()), "no answer was bad"
 
 
 def test_an_endpoint_that_is_gone_ends_the_run(fake, tmp_path, monkeypatch):
@@ -372,7 +383,7 @@ class Limited:
         self.asked: list[tuple[int, float]] = []
         self.asking: synthesis._Asking
 
-    def ask(self, request: prompts.Request) -> engines.Reply:
+    def ask(self, request: prompts.Request, attempt: int) -> engines.Reply:
         is_first = not self.asked
         self.asked.append((request.number, time.monotonic()))
         if is_first:

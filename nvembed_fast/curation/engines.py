@@ -31,6 +31,7 @@ LOST: tuple[Outcome, ...] = ("rate limited", "timeout", "server error", "unreach
 Sources = list[dict[str, str | None]]
 _MAX_BYTES = 2**24
 _LAST_WORDS = 300
+_SEED_STEP = 1_000_003  # above the number of any request
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,15 @@ class Engine(Protocol):
         ...
 
     def identity(self, request: Request) -> dict[str, Any]:
-        """All that decides the answer, as JSON."""
+        """All that decides the answer to the first attempt, as JSON."""
         ...
 
-    def ask(self, request: Request) -> Reply:
+    def ask(self, request: Request, attempt: int = 0) -> Reply:
         """Answer a request, possibly in several threads.
+
+        Args:
+            request: to answer.
+            attempt: how many answers were of no use. Each draws by a seed of its own.
 
         Raises:
             RuntimeError: no other request will be answered either.
@@ -78,6 +83,11 @@ class Engine(Protocol):
     def num_examples(self, shape: Shape, task: str) -> int | None:
         """How many examples of a task there are. None: no limit is known."""
         ...
+
+
+def _seed(request: Request, attempt: int) -> int:
+    """Of sampling. With that of a bad answer the model would give it again."""
+    return request.number + attempt * _SEED_STEP
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -134,6 +144,9 @@ class Endpoint:
         return [{"package": self.name, "sha256": None, "licence": licence}]
 
     def identity(self, request: Request) -> dict[str, Any]:
+        return self._body(request, 0)
+
+    def _body(self, request: Request, attempt: int) -> dict[str, Any]:
         schema = {"name": request.step, "strict": True, "schema": request.schema()}
         body = {
             "model": self.name,
@@ -141,15 +154,15 @@ class Endpoint:
             "response_format": {"type": "json_schema", "json_schema": schema},
             "max_tokens": self._max_tokens,
             "temperature": self._temperature,
-            "seed": request.number,
+            "seed": _seed(request, attempt),
         }
         return {key: value for key, value in (body | self._extra).items() if value is not None}
 
     def num_examples(self, shape: Shape, task: str) -> None:
         return None
 
-    def ask(self, request: Request) -> Reply:
-        body = json.dumps(self.identity(request)).encode()
+    def ask(self, request: Request, attempt: int = 0) -> Reply:
+        body = json.dumps(self._body(request, attempt)).encode()
         try:
             call = urllib.request.Request(self._url, body, self._headers, method="POST")
             with self._opener.open(call, timeout=self._timeout) as answer:
@@ -265,13 +278,13 @@ class LocalModel:
             "schema": request.schema(self._max_characters),
             "max_tokens": self._max_tokens,
             "temperature": self._temperature,
-            "seed": request.number,
+            "seed": _seed(request, 0),
         }
 
     def num_examples(self, shape: Shape, task: str) -> None:
         return None
 
-    def ask(self, request: Request) -> Reply:
+    def ask(self, request: Request, attempt: int = 0) -> Reply:
         import torch
         from llguidance import LLMatcher
 
@@ -287,7 +300,7 @@ class LocalModel:
             return scores.masked_fill(~_mask(matcher, end, scores.shape[1]).to(scores.device), -torch.inf)
 
         with torch.random.fork_rng(), torch.inference_mode():
-            torch.manual_seed(request.number)
+            torch.manual_seed(_seed(request, attempt))
             found = self._model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -347,7 +360,7 @@ class TemplateEngine:
     def num_examples(self, shape: Shape, task: str) -> int:
         return len(self._examples[shape][task])
 
-    def ask(self, request: Request) -> Reply:
+    def ask(self, request: Request, attempt: int = 0) -> Reply:
         tasks = self._examples.get(request.shape, {})
         if request.step == "tasks":
             answer: dict[str, Any] = {"tasks": list(tasks)}

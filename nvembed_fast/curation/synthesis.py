@@ -394,7 +394,7 @@ class _Asking:
             self.stop.wait(max(0.0, self._not_before - time.monotonic()))
             if self.stop.is_set():
                 return
-            reply = self._engine.ask(request)
+            reply = self._engine.ask(request, self._journal.num_bad(key))
             outcome = reply.outcome
             if outcome == "answered" and not _is_readable(request, reply.text):
                 outcome = "malformed"
