@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from downloads import or_skip
 
 from nvembed_fast import packages
 from nvembed_fast.evaluation import tasks
@@ -152,6 +153,47 @@ def test_a_keyword_of_the_help_may_point_to_several_pages(planted):
     assert task.documents["text/a.html"] == f"{long}A in a span An item"
     wanted = {"bold;fonts": {"text/a.html"}, "shared": {"text/a.html", "text/b.html"}}
     assert {task.queries[query]: pages for query, pages in task.relevant.items()} == wanted
+
+
+def test_tags_that_speak_of_tags_are_no_queries(planted, monkeypatch):
+    """Every facet has a tag TODO with the same description, so each of its queries had another's text."""
+    described = {
+        "web::wiki": "Wiki Software\n Servers and plug-ins.",
+        "web::TODO": "Need an extra tag\n The right tag is missing.",
+        "game::TODO": "Need an extra tag\n The right tag is missing.",
+        "special::auto": "Automatic\n Put there by a robot.",
+        "culture::french": "French",
+    }
+    vocabulary = "\n".join(f"Tag: {tag}\nDescription: {text}\n" for tag, text in described.items())
+    tags = ", ".join(described)
+    stanzas = [f"Package: p{n}\nDescription-md5: {n}\nTag: {tags}\n" for n in range(4)]
+    long = [
+        f"Description-md5: {n}\nDescription-en: program {n}\n {'It edits pages. ' * 6}\n" for n in range(4)
+    ]
+    root = planted(
+        {
+            "usr/share/debtags/vocabulary": vocabulary.encode(),
+            "main_Packages": "\n".join(stanzas).encode(),
+            "main_Translation-en": "\n".join(long).encode(),
+        }
+    )
+    lists = [root / "main_Packages", root / "main_Translation-en"]
+    monkeypatch.setattr(packages, "debian_lists", lambda cache: lists)
+    task = tasks.load("debtags")
+    assert task.queries == {"web::wiki": "Wiki Software. Servers and plug-ins."}
+    assert task.relevant == {"web::wiki": {"p0", "p1", "p2", "p3"}} and len(task.documents) == 4
+    assert task.sample == "1 of 1 tags, 4 of 4 packages"
+
+
+@pytest.mark.parametrize("name", tasks.GROUPS["retrieval"])
+@pytest.mark.long
+def test_queries_of_one_text_have_the_same_answers(name):
+    with or_skip(name):
+        task = tasks.load(name)
+    answers: dict[str, set[str]] = {}
+    for query, text in task.queries.items():
+        assert answers.setdefault(text, task.relevant[query]) == task.relevant[query], text
+    assert answers
 
 
 def table(rows: list[tuple[str, str]]) -> bytes:

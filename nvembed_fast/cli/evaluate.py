@@ -82,7 +82,8 @@ def run(arguments: argparse.Namespace) -> int:
                 continue
             model.run_local(tasks.sampled(task) if arguments.quick else task, skipped)
         for count, task in enumerate(theirs, start=len(local) + 1):
-            process.say(f"{count} of {number}: {task.metadata.name}")
+            over = _over(mteb.measured(task))
+            process.say(f"{count} of {number}: {task.metadata.name}{over}")
             model.run_mteb(task, skipped)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
@@ -137,8 +138,9 @@ class _Model:
         self._run(planted_task(task), task.max_length, data, prompt, skipped, task)
 
     def run_mteb(self, task: Any, skipped: dict[str, str]) -> None:
-        revision = str(task.metadata.dataset.get("revision"))
-        data = {"kind": task.metadata.type, "sample": "", "revision": revision}
+        from nvembed_fast.integrations.mteb import measured
+
+        data = {"kind": task.metadata.type, "sample": "", **measured(task)}
         self._run(task, self.arguments.max_length, data, "", skipped)
 
     def _run(
@@ -187,6 +189,13 @@ class _Model:
         }
         scores.write(path, {key: value for key, value in row.items() if value is not None})
         print(f"{name}\t{task.metadata.main_score}\t{found.main_score:.4f}", flush=True)
+
+
+def _over(data: dict) -> str:
+    """Of what a score is the mean: ", the mean over 2 splits and 51 subsets". "" for one of each."""
+    numbers = {key: len(data.get(key, ())) for key in ("parts", "splits", "subsets")}
+    found = [f"{number} {key}" for key, number in numbers.items() if number > 1]
+    return f", the mean over {' and '.join(found)}" if found else ""
 
 
 def _report(arguments: argparse.Namespace) -> int:

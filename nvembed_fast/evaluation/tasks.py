@@ -452,9 +452,10 @@ def _debtags(cache: Path | None) -> dict:
     vocabulary = packages.debian("debtags", cache).directory / "usr/share/debtags/vocabulary"
     tags = {}
     for stanza in _stanzas(vocabulary):
-        # a name alone, such as French, says little, and special tags speak of the tags themselves
+        # a name alone, such as French, says little. Special tags, and TODO of every facet, speak of the tags
         tag = stanza.get("Tag", "special").strip()
-        if not tag.startswith("special") and "\n " in stanza.get("Description", ""):
+        is_about_tags = tag.startswith("special") or tag.endswith("::TODO")
+        if not is_about_tags and "\n " in stanza.get("Description", ""):
             tags[tag] = _described(stanza["Description"])
     lists = packages.debian_lists(cache)
     long = {

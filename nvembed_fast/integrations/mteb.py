@@ -36,6 +36,7 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("this needs the package mteb: pip install 'nvembed-fast[mteb]'") from error
 from datasets import Dataset, DatasetDict
+from mteb._create_dataloaders import create_dataloader
 from mteb.abstasks import (
     AbsTask,
     AbsTaskClassification,
@@ -46,6 +47,7 @@ from mteb.abstasks import (
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.get_tasks import TASK_LIST
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -61,7 +63,9 @@ __all__ = [
     "MTEBVectors",
     "Prompts",
     "Scored",
+    "measured",
     "named_tasks",
+    "needs_vectors",
     "planted_task",
     "published_prompts",
     "register",
@@ -256,28 +260,58 @@ class MTEBVectors(AbsEncoder):
 
 
 class MTEBSearch:
-    """A search that makes no vectors, such as BM25, as a model for mteb's retrieval tasks."""
+    """A search that makes no vectors, such as BM25, as a model for mteb's retrieval and reranking tasks.
+
+    It reads the texts that mteb gives to an encoder: a title before its text, an instruction of the data
+    behind its query.
+    """
 
     def __init__(self, model_name: str, revision: str, index: Callable[[list[str]], Any]):
         """
         Args:
             model_name: OWNER/NAME.
             revision: of the model.
-            index: documents -> an object whose `search(queries, k)` gives scores [Q, k] and places [Q, k].
+            index: N documents -> an object whose `search(queries, k)` gives scores [Q, k] and places [Q, k],
+                and whose `scores(query)` gives [N] of every document.
         """
         self.mteb_model_meta = _nameless().model_copy(update={"name": model_name, "revision": revision})
         self._index = index
 
-    def index(self, corpus: Dataset, **kwargs: Any) -> None:
+    def index(self, corpus: Dataset, *, task_metadata: Any, **kwargs: Any) -> None:
         self._ids = list(corpus["id"])
-        self._searched = self._index(list(corpus["text"]))
+        self._searched = self._index(_texts(corpus, task_metadata, PromptType.document))
 
-    def search(self, queries: Dataset, *, top_k: int, **kwargs: Any) -> dict[str, dict[str, float]]:
-        scores, places = self._searched.search(list(queries["text"]), top_k)
-        return {
-            query: {self._ids[place]: score for score, place in zip(*row, strict=True)}
-            for query, *row in zip(queries["id"], scores.tolist(), places.tolist(), strict=True)
-        }
+    def search(
+        self,
+        queries: Dataset,
+        *,
+        task_metadata: Any,
+        top_k: int,
+        top_ranked: dict[str, list[str]] | None = None,
+        **kwargs: Any,
+    ) -> dict[str, dict[str, float]]:
+        """{query: {document: score}} of the top_k, with top_ranked among a query's own candidates."""
+        texts = _texts(queries, task_metadata, PromptType.query)
+        if top_ranked is None:
+            scores, places = self._searched.search(texts, top_k)
+            return {
+                query: {self._ids[place]: score for score, place in zip(*row, strict=True)}
+                for query, *row in zip(queries["id"], scores.tolist(), places.tolist(), strict=True)
+            }
+        place_of = {document: place for place, document in enumerate(self._ids)}
+        found = {}
+        for query, text in zip(queries["id"], texts, strict=True):
+            candidates = top_ranked.get(query, [])
+            own = self._searched.scores(text)[[place_of[document] for document in candidates]]
+            best = np.argsort(-own, kind="stable")[:top_k]
+            found[query] = {candidates[n]: float(own[n]) for n in best}
+        return found
+
+
+def _texts(data: Dataset, task_metadata: Any, side: PromptType) -> list[str]:
+    """The texts of one side of a retrieval task, as an encoder gets them."""
+    loader = create_dataloader(data, task_metadata=task_metadata, prompt_type=side, batch_size=256)
+    return [text for batch in loader for text in batch["text"]]
 
 
 class Scored(NamedTuple):
@@ -311,7 +345,24 @@ def score(task: AbsTask, model: Any) -> Scored:
 
 def needs_vectors(task: AbsTask) -> bool:
     """Whether a `MTEBSearch` cannot run this task."""
-    return not isinstance(task, AbsTaskRetrieval)
+    parts = task.tasks if task.is_aggregate else [task]
+    return not all(isinstance(part, AbsTaskRetrieval) for part in parts)
+
+
+def measured(task: AbsTask) -> dict[str, Any]:
+    """What a score of this task is of: the revision of its data, its splits and its subsets.
+
+    A benchmark may take fewer splits and languages of a task than its name alone. A task that is made of
+    others has "parts", with the same of each.
+    """
+    data: dict[str, Any] = {
+        "revision": str(task.metadata.dataset.get("revision")),
+        "splits": sorted(task.eval_splits),
+        "subsets": sorted(task.hf_subsets),
+    }
+    if task.is_aggregate:
+        data["parts"] = {part.metadata.name: measured(part) for part in task.tasks}
+    return data
 
 
 def named_tasks(words: Iterable[str], ours: Sequence[str] = ()) -> list[AbsTask]:
@@ -322,9 +373,10 @@ def named_tasks(words: Iterable[str], ours: Sequence[str] = ()) -> list[AbsTask]
         ours: names of other tasks, which may be the nearest in an error.
 
     Raises:
-        ValueError: there is none. The message has the nearest name.
+        ValueError: there is none. The message has the nearest name. Or two words have one task with other
+            splits or subsets.
     """
-    known = [task.metadata.name for task in mteb.get_tasks()]
+    known = [task.metadata.name for task in TASK_LIST]
     benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
     tasks: dict[str, AbsTask] = {}
     for word in words:
@@ -334,8 +386,13 @@ def named_tasks(words: Iterable[str], ours: Sequence[str] = ()) -> list[AbsTask]
                 f"did you mean {close[0]!r}?" if close else f"ours are {', '.join(ours)}, others are mteb's"
             )
             raise ValueError(f"no evaluation task {word!r}: {hint}")
-        chosen = benchmarks[word].tasks if word in benchmarks else [mteb.get_task(word)]
-        tasks |= {task.metadata.name: task for task in chosen}
+        for task in benchmarks[word].tasks if word in benchmarks else [mteb.get_task(word)]:
+            name = task.metadata.name
+            if measured(tasks.setdefault(name, task)) != measured(task):
+                raise ValueError(
+                    f"{word!r} takes other splits or subsets of {name} than a word before it does: name the "
+                    "two in runs of their own, with another folder of rows (-o)"
+                )
     return list(tasks.values())
 
 

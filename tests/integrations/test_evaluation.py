@@ -6,8 +6,12 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import mteb
 import numpy as np
 import pytest
+from datasets import Dataset
+from mteb.abstasks.aggregate_task_metadata import AggregateTaskMetadata
+from mteb.abstasks.aggregated_task import AbsTaskAggregate
 from sklearn import metrics
 
 from nvembed_fast import NVEmbed, cli
@@ -238,6 +242,139 @@ def test_a_search_gives_scores_by_id():
     assert found.predictions["q0"] == {"d1": 2.0, "d0": 1.0}
 
 
+WORDS = ["apple", "banana", "cherry", "damson"]
+
+
+def as_of_mteb(**changes) -> mteb.AbsTask:
+    """A retrieval task in which WORDS are the queries and, beside its texts, the titles of the documents.
+
+    Args:
+        changes: of its RetrievalSplitData.
+    """
+    texts = {f"d{n}": f"text {n}" for n in range(4)}
+    data = tasks.LocalTask(
+        "words",
+        "retrieval",
+        "Find",
+        48,
+        queries={f"q{n}": word for n, word in enumerate(WORDS)},
+        documents=texts,
+        relevant={f"q{n}": {f"d{n}"} for n in range(4)},
+    )
+    task = planted_task(data)
+    type(task).load_data(task)
+    columns = {"id": list(texts), "title": WORDS, "text": list(texts.values())}
+    task.dataset["default"]["test"] |= {"corpus": Dataset.from_dict(columns)} | changes
+    return task
+
+
+def bm25(monkeypatch) -> tuple[MTEBSearch, list[list[str]]]:
+    """(BM25, the texts that it is given: documents, then queries)."""
+    pytest.importorskip("bm25s", reason="needs bm25s")
+    from nvembed_fast.baselines import BM25
+
+    seen = []
+
+    def index(documents):
+        seen.append(documents)
+        return BM25(documents)
+
+    real = BM25.scores
+    monkeypatch.setattr(BM25, "scores", lambda self, query: seen.append([query]) or real(self, query))
+    return MTEBSearch("tests/bm25", "1", index), seen
+
+
+def test_bm25_reads_the_texts_of_an_encoder(monkeypatch):
+    """Titles, and instructions of the data, as AbsEncoder gets them."""
+    asked = Dataset.from_dict(
+        {"id": ["q0", "q1"], "text": WORDS[:2], "instruction": ["of a tree", "not of a tree"]}
+    )
+    model, seen = bm25(monkeypatch)
+    assert score(as_of_mteb(queries=asked), model).main_score == 1
+    given = []
+    score(as_of_mteb(queries=asked), MTEBVectors("tests/v", "1", lambda t: given.append(t) or of_letters(t)))
+    assert given[1][0] == "apple text 0" and given[0] == ["apple of a tree", "banana not of a tree"]
+    assert [seen[0], sum(seen[1:], [])] == [given[1], given[0]]
+
+
+def test_bm25_ranks_the_candidates_of_a_query_alone(monkeypatch):
+    """Also those that the search over all documents would not list, and none for a query without any."""
+    candidates = {"q0": ["d2", "d0"], "q1": ["d3", "d2"], "q2": []}
+    task = as_of_mteb(top_ranked=candidates)
+    task._top_k = 1
+    model, _ = bm25(monkeypatch)
+    found = score(task, model).predictions
+    assert {query: list(documents) for query, documents in found.items()} == {
+        "q0": ["d0"],
+        "q1": ["d3"],
+        "q2": [],
+        "q3": [],
+    }
+    assert found["q0"]["d0"] > 0 == found["q1"]["d3"]
+
+
+def aggregate(name: str, *parts: mteb.AbsTask) -> mteb.AbsTask:
+    metadata = AggregateTaskMetadata(
+        name=name,
+        description="made in the test",
+        type=parts[0].metadata.type,
+        main_score=parts[0].metadata.main_score,
+        eval_splits=["test"],
+        tasks=list(parts),
+    )
+    return type(name, (AbsTaskAggregate,), {"metadata": metadata})()
+
+
+def test_an_aggregate_of_retrieval_tasks_needs_no_vectors(monkeypatch):
+    model, _ = bm25(monkeypatch)
+    whole = aggregate("Whole", as_of_mteb(), planted_task(RETRIEVAL))
+    assert not door.needs_vectors(whole) and score(whole, model).main_score == 1
+    assert door.needs_vectors(aggregate("Mixed", as_of_mteb(), planted_task(PAIRS)))
+    assert not door.needs_vectors(mteb.get_task("CQADupstackRetrieval"))
+
+
+@pytest.mark.parametrize("other", [{"eval_splits": ["test"]}, {"languages": ["eng"]}])
+def test_a_row_of_other_splits_or_subsets_is_no_finished_one(
+    other, tiny_directory, tmp_path, capsys, monkeypatch
+):
+    name = "MassiveIntentClassification"
+    computed = []
+
+    def fake_score(task, model):
+        computed.append((len(task.eval_splits), len(task.hf_subsets)))
+        return door.Scored(0.5, {}, None)
+
+    monkeypatch.setattr(door, "score", fake_score)
+    words = ("--tasks", name, "--model", tiny_directory, "--name", "tiny", "-o", tmp_path)
+    assert "Classification, the mean over 2 splits and 51 subsets\n" in evaluate(capsys, *words)[2]
+    (row,) = scores.read_rows(tmp_path)
+    assert row["made_by"]["splits"] == ["test", "validation"] and len(row["made_by"]["subsets"]) == 51
+    assert "is finished" in evaluate(capsys, *words)[2]
+    fewer = mteb.get_task(name, **other)
+    monkeypatch.setattr(door, "named_tasks", lambda *_, **__: [fewer])
+    evaluate(capsys, *words)
+    assert computed == [(2, 51), (len(fewer.eval_splits), len(fewer.hf_subsets))]
+
+
+def test_what_is_measured_of_an_aggregate_is_that_of_its_parts():
+    parts = as_of_mteb(), planted_task(RETRIEVAL)
+    whole = aggregate("Whole", *parts)
+    before = door.measured(whole)
+    assert list(before["parts"]) == ["words", "squad"] and before == json.loads(json.dumps(before))
+    assert cli.evaluate._over(before) == ", the mean over 2 parts"
+    parts[1].hf_subsets = ["other"]
+    assert door.measured(whole) != before
+
+
+def test_two_words_may_not_take_a_task_in_two_ways():
+    words = ["SciFact", "MTEB(eng, v2)", "MassiveIntentClassification"]
+    with pytest.raises(
+        ValueError, match="'MassiveIntentClassification' takes other splits or subsets of Mass"
+    ):
+        door.named_tasks(words)
+    assert len(door.named_tasks(["MTEB(eng, v1)", "MTEB(eng, v2)"])) > 56
+
+
 @pytest.mark.parametrize(
     ("name", "hint"),
     [("squat", "no evaluation task 'squat': did you mean 'squad'?"), ("SciFactt", "did you mean 'SciFact'")],
@@ -261,6 +398,16 @@ def test_benchmarks_and_tasks_of_mteb_are_found_by_name():
     assert names[0] == "SciFact" and len(names) == len(set(names)) == 42
 
 
+@pytest.mark.filterwarnings("ignore:The task .* is currently in beta")
+def test_every_task_of_every_benchmark_has_a_name():
+    """Those that mteb has superseded, too: 20 of the 56 of the first English benchmark."""
+    names = {task.metadata.name for benchmark in mteb.get_benchmarks() for task in benchmark.tasks}
+    old = [task.metadata.name for task in mteb.get_benchmark("MTEB(eng, v1)").tasks]
+    assert names > {"STS22", "TwentyNewsgroupsClustering"} and len(old) == 56
+    assert [task.metadata.name for task in door.named_tasks(old)] == old
+    assert {task.metadata.name for task in door.named_tasks(sorted(names))} == names
+
+
 def test_a_report_prints_the_table_and_rewrites_the_page(planted, tiny_directory, tmp_path, capsys):
     evaluate(capsys, "--tasks", "squad", "--model", tiny_directory, "--name", "tiny", "-o", tmp_path / "rows")
     page = tmp_path / "page.md"
@@ -279,3 +426,9 @@ def test_the_pages_hold_the_tables_of_the_committed_rows(name, tmp_path):
     report.put_into(page, scores.read_rows(root / "bench" / "scores"))
     command = "nvembed-fast eval --report bench/scores --page"
     assert page.read_text() == (root / name).read_text(), f"run {command} {name}"
+
+
+def test_the_card_of_the_demo_model_holds_the_table_of_the_committed_rows():
+    root = Path(__file__).resolve().parents[2]
+    card = (root / "nvembed_fast" / "demo" / "README.md").read_text()
+    assert report.table(scores.read_rows(root / "bench" / "scores")) in card, "see docs/demo.md"
