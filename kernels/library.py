@@ -34,6 +34,7 @@ from nvembed_fast.kernels.errors import (
     check_rotary,
 )
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.modes import is_transformed, own_graph
 from nvembed_fast.kernels.reference import (
     absorbed_latent_attention,
     geglu,
@@ -152,17 +153,17 @@ def _varlen_is_proven(q: torch.Tensor, k: torch.Tensor) -> bool:
     """Whether varlen_attn equals SDPA for such tensors, forward and backward, on this device.
 
     It has no CPU form, so no test of this project has seen it run. It is compared with SDPA at its first use,
-    which waits for the device once. It is not used before that, and not under torch.compile.
+    which waits for the device once. It is not used before that, and not under torch.compile, torch.func and
+    forward mode.
     """
-    if torch.compiler.is_compiling() or not _has_flash(q):
+    if torch.compiler.is_compiling() or is_transformed() or not _has_flash(q):
         return False
     key = q.device, q.dtype, q.shape[1:], k.shape[1:]
     if key not in _varlen_verdicts:
         if q.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         try:
-            # autograd records nothing under inference mode, and the verdict is kept
-            with torch.inference_mode(False):
+            with own_graph():
                 _varlen_verdicts[key] = _check_varlen(q, k)
         except torch.OutOfMemoryError:  # says nothing of varlen_attn
             return False
@@ -193,8 +194,7 @@ def _with_gradients(
     attend: Callable, inputs: list[torch.Tensor], dout: torch.Tensor, layout: SeqLayout, causal: bool
 ) -> tuple[torch.Tensor, ...]:
     leaves = [t.detach().requires_grad_() for t in inputs]
-    with torch.enable_grad():
-        out = attend(*leaves, layout, 0.1, causal)
+    out = attend(*leaves, layout, 0.1, causal)
     return out.detach(), *torch.autograd.grad(out, leaves, dout)
 
 
@@ -271,7 +271,7 @@ def rotary(
     inplace: bool = False,
 ) -> torch.Tensor:
     """`reference.rotary`. Where autograd records it is the reference itself, which rounds a gradient once."""
-    if torch.is_grad_enabled() and qkv.requires_grad:
+    if is_transformed() or (torch.is_grad_enabled() and qkv.requires_grad):
         return reference.rotary(qkv, cos, sin, positions, num_rotated, inplace)
     check_rotary(qkv, cos, sin, positions, num_rotated, inplace)
     cos_T1h, sin_T1h = (table.index_select(0, positions)[:, None] for table in (cos, sin))

@@ -36,12 +36,12 @@ from typing import Literal, TypeVar, cast, get_args
 
 import torch
 from torch import nn
-from torch.autograd import forward_ad
 
 from nvembed_fast import verdicts
 from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels.errors import Unsupported
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.modes import is_transformed
 
 Implementation = Literal["triton", "library", "torch"]
 Impl = Literal["auto", "triton", "library", "torch"]
@@ -88,7 +88,20 @@ def use_impl(impl: Impl) -> Iterator[None]:
 
 def checkpoint_contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
     """The `context_fn` of torch.utils.checkpoint: layers run again in the same implementation."""
-    return contextlib.nullcontext(), use_impl(_state.impl)
+    return contextlib.nullcontext(), _Again(_state.impl)
+
+
+class _Again(threading.local):
+    """`use_impl` that can be entered again: each backward through a layer enters it, in any thread."""
+
+    def __init__(self, impl: Impl) -> None:
+        self.impl = self.before = impl
+
+    def __enter__(self) -> None:
+        self.before, _state.impl = _state.impl, self.impl
+
+    def __exit__(self, *_: object) -> None:
+        _state.impl = self.before
 
 
 def choose(
@@ -197,8 +210,8 @@ def _triton_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
         return "the package triton is not installed"
     if dtype not in TRITON_DTYPES:
         return f"the kernels are not written for {dtype}"
-    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
-        return "the kernels have no forward-mode derivatives, and a dual level is open in this process"
+    if is_transformed():
+        return "the kernels have no rules for forward mode or torch.func, and one of them is at work"
     if device.type == "cuda":
         capability = _capability(device.index)
         if capability < (8, 0):

@@ -38,6 +38,7 @@ import torch
 
 from nvembed_fast import ops
 from nvembed_fast.kernels import reference, testing
+from nvembed_fast.kernels.modes import own_graph
 from nvembed_fast.kernels.testing import (
     ATTENTION_PACK,
     ATTENTION_SHORT,
@@ -538,7 +539,7 @@ def run(
 
 @contextmanager
 def _default_modes(device: torch.device) -> Iterator[None]:
-    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+    with own_graph(), torch.autocast(device.type, enabled=False):
         yield
 
 

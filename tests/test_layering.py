@@ -18,7 +18,17 @@ from nvembed_fast import ops
 from nvembed_fast.kernels import library, reference
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_SUPPORT = {"_common", "errors", "layout", "library", "reference", "streams", "testing", "tuned"}
+KERNEL_SUPPORT = {
+    "_common",
+    "errors",
+    "layout",
+    "library",
+    "modes",
+    "reference",
+    "streams",
+    "testing",
+    "tuned",
+}
 KERNELS = sorted(p.stem for p in ROOT.glob("kernels/*.py") if p.stem not in KERNEL_SUPPORT)
 
 # kernels/: what a file may import from the project, and what it does import from outside the standard library
@@ -26,8 +36,9 @@ KERNEL_FILES = {
     "errors": ({"layout"}, {"torch"}),
     "layout": ({"streams"}, {"numpy", "torch"}),
     "streams": (set(), {"torch"}),
+    "modes": (set(), {"torch"}),
     "reference": ({"errors", "layout"}, {"einops", "torch"}),
-    "library": ({"errors", "layout", "reference"}, {"torch"}),
+    "library": ({"errors", "layout", "modes", "reference"}, {"torch"}),
     "_common": ({"tuned"}, {"torch", "triton"}),
     "tuned": (set(), set()),
     "testing": ({"layout", "reference"}, {"numpy", "torch"}),
@@ -249,10 +260,10 @@ def test_every_package_file_is_in_a_room():
 @pytest.mark.parametrize("room", sorted(ROOMS))
 def test_a_room_imports_only_what_its_wall_allows(room):
     allowed, packages = WALLS[room]
-    # ops is the only place that chooses an implementation; everyone else knows layout and streams, and the
-    # self-check what results are compared with
+    # ops is the only place that chooses an implementation; everyone else knows layout, modes and streams, and
+    # the self-check what results are compared with
     chosen, compared = {"errors", "library", "reference", *KERNELS}, {"reference", "testing"}
-    kernels = {"layout", "streams"} | {"ops": chosen, "self_check": compared}.get(room, set())
+    kernels = {"layout", "modes", "streams"} | {"ops": chosen, "self_check": compared}.get(room, set())
     # an integration may import no other, and kinds of rooms below another know no sibling
     theirs = set()
     for path in ROOMS[room]:

@@ -9,11 +9,13 @@ import torch.nn.attention.varlen
 import torch.nn.functional as F
 from gradients import assert_only_rounding
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from whole_model import HEADS, assert_every_gradient_matches, head_name, make_batch, make_model
 
 from nvembed_fast import NVEmbed, ops
 from nvembed_fast.kernels import library, reference
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.modes import is_transformed
 from nvembed_fast.kernels.testing import (
     ATTENTION_CASES,
     ATTENTION_PACK,
@@ -304,6 +306,47 @@ def test_a_wrong_varlen_attn_is_not_taken(what, ragged, monkeypatch):
     out = library.flash_attention(*ragged, 0.2)
     assert list(library._varlen_verdicts.values()) == [False]
     torch.testing.assert_close(out, reference.flash_attention(*ragged, 0.2))
+
+
+ATEN = torch.ops.aten
+
+
+@pytest.mark.parametrize(
+    "keeps", [[], [ATEN.bmm.default, ATEN._scaled_dot_product_flash_attention_for_cpu.default]]
+)
+def test_varlen_attn_is_checked_inside_a_checkpointed_layer(keeps, ragged, monkeypatch):
+    """Checkpointing counts what autograd saves, and a selective one keeps results in their order."""
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", _varlen_by_the_reference)
+    q, k, v, layout = ragged
+    contexts = functools.partial(create_selective_checkpoint_contexts, keeps)
+    options = {"context_fn": contexts} if keeps else {}
+
+    def gradient(call):
+        leaf = q.clone().requires_grad_()
+        call(lambda q: library.flash_attention(q, k, v, layout, 0.2), leaf).sum().backward()
+        return leaf.grad
+
+    got = gradient(lambda layer, q: checkpoint(layer, q, use_reentrant=False, **options))
+    assert list(library._varlen_verdicts.values()) == [True]
+    assert torch.equal(got, gradient(lambda layer, q: layer(q)))
+
+
+def test_varlen_attn_takes_no_part_in_a_transform(ragged, monkeypatch):
+    def untransformed(*args, **kwargs):
+        assert not is_transformed()
+        return _varlen_by_the_reference(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", untransformed)
+    q, k, v, layout = ragged
+
+    def loss(q):
+        return library.flash_attention(q, k, v, layout, 0.2).float().sum()
+
+    torch.func.grad(loss)(q)
+    assert library._varlen_verdicts == {}
+    loss(q)
+    torch.func.grad(loss)(q)
+    assert list(library._varlen_verdicts.values()) == [True]
 
 
 def test_a_full_gpu_is_no_verdict_on_varlen_attn(ragged, monkeypatch):

@@ -68,6 +68,28 @@ def test_checkpoint_contexts_carry_the_impl_into_another_thread():
     assert seen == ["auto", "torch"]
 
 
+def test_checkpoint_contexts_can_be_entered_again_and_by_two_threads_at_once():
+    seen, both = [], threading.Barrier(2)
+    with ops.use_impl("torch"):
+        _, again = ops.checkpoint_contexts()
+
+    def recompute(before):
+        with ops.use_impl(before):
+            for _ in range(2):
+                with again:
+                    both.wait(10)
+                    seen.append(ops._state.impl)
+                both.wait(10)
+                seen.append(ops._state.impl)
+
+    threads = [threading.Thread(target=recompute, args=(impl,)) for impl in ("library", "triton")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(seen) == ["library"] * 2 + ["torch"] * 4 + ["triton"] * 2
+
+
 def test_an_unknown_impl_names_the_choices():
     with (
         pytest.raises(
@@ -130,7 +152,10 @@ def test_no_tangent_is_lost(monkeypatch, device):
     x, weight = torch.randn(5, 16, device=device), torch.randn(16, device=device)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, torch.ones_like(x))
-        with ops.use_impl("triton"), pytest.raises(ValueError, match="no forward-mode derivatives, and"):
+        with (
+            ops.use_impl("triton"),
+            pytest.raises(ValueError, match="no rules for forward mode or torch.func"),
+        ):
             ops.rms_norm(dual, weight, 1e-5)
         for impl in ("torch", "library"):
             with ops.use_impl(impl):
@@ -142,6 +167,24 @@ def test_no_tangent_is_lost(monkeypatch, device):
     torch.testing.assert_close(
         got, torch.func.jvp(lambda x: reference.rms_norm(x, weight, 1e-5), (x,), (tangent,))[1]
     )
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.jacrev, torch.func.vmap])
+def test_a_transform_of_torch_func_takes_no_kernel(transform, monkeypatch, device):
+    monkeypatch.setattr(ops, "_capability", lambda index: (9, 0))
+    x, weight, taken = torch.randn(5, 16, device=device), torch.randn(16, device=device), []
+
+    def loss(x, impl="auto", rms_norm=ops.rms_norm):
+        taken.append(ops.choose(torch.device("cuda", 0), torch.float32)[0])
+        with ops.use_impl(impl):
+            return rms_norm(x.view(-1, 16), weight, 1e-5).square().sum()
+
+    got = transform(loss)(x)
+    with pytest.raises(ValueError, match="no rules for forward mode or torch.func"):
+        transform(functools.partial(loss, impl="triton"))(x)
+    torch.testing.assert_close(got, transform(functools.partial(loss, rms_norm=reference.rms_norm))(x))
+    loss(x, "torch")
+    assert taken == ["library"] * 3 + ["triton"]
 
 
 def test_an_old_gpu_takes_the_library_and_says_why(monkeypatch):

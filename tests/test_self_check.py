@@ -1,6 +1,7 @@
 """The cases that decide whether `auto` takes a kernel. See `tools.mutate --self-check`, too."""
 
 import ast
+import functools
 import itertools
 import json
 import os
@@ -14,6 +15,7 @@ import torch
 import triton
 from fake_driver import gpu
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -273,6 +275,25 @@ def test_it_runs_inside_inference_mode_and_autocast_and_leaves_settings_alone(de
     assert finding.ok
     settings = torch.utils.deterministic
     assert before == (torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory)
+
+
+@pytest.mark.parametrize("keeps", [[], [torch.ops.aten.mul.Tensor, torch.ops.aten.sigmoid.default]])
+def test_it_runs_inside_a_checkpointed_layer(keeps, device):
+    """Of which the first run alone meets it."""
+    found, x = [], torch.randn(5, 8, device=device, requires_grad=True)
+
+    def layer(x):
+        if not found:
+            found.extend(self_check.run([("swiglu", "float32", "backward")], torch.device(device), "torch"))
+        return (x * x.sigmoid()).exp()
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, keeps)
+    options = {"context_fn": contexts} if keeps else {}
+    checkpoint(layer, x, use_reentrant=False, **options).sum().backward()
+    assert found[0].ok, found[0].reason
+    wanted = x.detach().requires_grad_()
+    layer(wanted).sum().backward()
+    assert torch.equal(x.grad, wanted.grad)
 
 
 @pytest.mark.parametrize("operation", ops.OPERATIONS)

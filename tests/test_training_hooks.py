@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data_parallel import HOWS
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from two_ranks import ROOT, run_on_two_ranks
 from whole_model import EVERY_HEAD, HEADS, gradients_of, loss_of, make_batch, make_model
@@ -89,6 +90,52 @@ def test_checkpointed_layers_run_again_as_they_ran(monkeypatch):
     assert len(seen) == layers
     with pytest.raises(ValueError, match="use_reentrant=True is not supported"):
         model.checkpoint_layers(use_reentrant=True)
+
+
+@pytest.mark.parametrize("impl", ["torch", "library", "triton"])
+def test_checkpointed_layers_take_a_second_backward(impl, device):
+    model, batch = make_model(device=device), make_batch(device)
+    wanted = {name: g.clone() for name, g in gradients_of(model, batch, impl).items()}
+    model.checkpoint_layers()
+    model.zero_grad()
+    with ops.use_impl(impl):
+        loss = loss_of(model, batch)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight.grad, 2 * wanted[name]), name
+
+
+def test_a_checkpointed_layer_takes_the_arguments_of_a_layer():
+    model, layout = make_model(), make_batch().layout
+    layer, tables = model.embedding_model.layers[0], model.embedding_model.rotary_tables(30)
+    x = torch.randn(layout.num_tokens, 48)
+    wanted = layer(x, None, layout, tables)
+    model.checkpoint_layers()
+    for is_recorded in (True, False):
+        with torch.set_grad_enabled(is_recorded):
+            got = layer(x, residual_TD=None, layout=layout, tables=tables, hands_on_sums=False)
+        assert all(map(torch.equal, got, wanted))
+
+
+@pytest.mark.parametrize("impl", ["torch", "library"])
+@pytest.mark.parametrize("name", ["embedding_model.layers.1.self_attn.qkv_proj.weight", "head.to_q.weight"])
+@pytest.mark.parametrize("is_trained", [False, True])
+def test_a_model_inside_torch_func_gives_the_gradient_of_autograd(is_trained, name, impl, device):
+    """Its other weights may be recorded outside of the transform, which no tensor inside tells."""
+    model, batch = make_model(device=device, dtype=torch.float64), make_batch(device)
+    wanted = gradients_of(model, batch, "torch")[name]
+    model.requires_grad_(is_trained)
+    weight = model.get_parameter(name).detach()
+
+    def loss(weight):
+        return loss_of(lambda batch: torch.func.functional_call(model, {name: weight}, batch), batch)
+
+    with ops.use_impl(impl), sdpa_kernel(SDPBackend.MATH):  # fused attention has no forward mode
+        got = torch.func.grad(loss)(weight)
+        _, slope = torch.func.jvp(loss, (weight,), (weight,))
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(slope, (wanted * weight).sum(), rtol=1e-4, atol=1e-6)
 
 
 def test_one_model_twice_in_one_graph(device):

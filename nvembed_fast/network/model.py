@@ -69,14 +69,16 @@ class NVEmbedModel(nn.Module):
             layer.__dict__.pop("forward", None)
 
 
-def _checkpointed(layer: nn.Module, options: dict[str, Any], *arguments: Any) -> Any:
+def _checkpointed(layer: nn.Module, options: dict[str, Any], *arguments: Any, **named: Any) -> Any:
     # of the class: the attribute of the object is this function
     if not torch.is_grad_enabled():
-        return DecoderLayer.forward(cast(DecoderLayer, layer), *arguments)
+        return DecoderLayer.forward(cast(DecoderLayer, layer), *arguments, **named)
     from torch.utils.checkpoint import checkpoint
 
-    options = {"context_fn": ops.checkpoint_contexts, **options}
-    return checkpoint(DecoderLayer.forward, layer, *arguments, use_reentrant=False, **options)
+    # a graph holds the choice, and torch.compile takes no contexts of this kind
+    if not torch.compiler.is_compiling():
+        options = {"context_fn": ops.checkpoint_contexts, **options}
+    return checkpoint(DecoderLayer.forward, layer, *arguments, use_reentrant=False, **options, **named)
 
 
 def _make_head(config: NVEmbedConfig) -> PoolingHead:

@@ -20,6 +20,7 @@ from torch.nn.modules import module as torch_module
 from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig
 from nvembed_fast.kernels.layout import SeqLayout
+from nvembed_fast.kernels.modes import is_transformed
 
 __all__ = ["AttentionHead", "EOSHead", "MeanHead", "PoolingHead", "SelfAttentionHead", "runs_as_written"]
 
@@ -27,14 +28,16 @@ _FEED_FORWARD_RATIO = 4
 
 
 def runs_as_written(*modules: nn.Module) -> bool:
-    """Whether a call of each module runs the forward of its class and nothing around it."""
-    if torch.compiler.is_compiling():
-        return True
+    """Whether a call of each module runs the forward of its class and nothing around it.
+
+    Only then may a caller write into what the module gives or takes, or keep what it built from its weights.
+    """
     everywhere = (
         torch_module._global_forward_hooks
         or torch_module._global_forward_pre_hooks
         or torch_module._global_backward_hooks
         or torch_module._global_backward_pre_hooks
+        or is_transformed()
     )
     if everywhere:
         return False
