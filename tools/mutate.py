@@ -269,7 +269,7 @@ def try_out(root: Path, mutation: Mutation, limit: float) -> tuple[str, str]:
 
 
 # what the self-check compares with, what refuses wrong inputs and what takes a kernel's place is no kernel
-NO_KERNELS = ("__init__", "errors", "library", "reference", "testing", "tuned")
+NO_KERNELS = ("__init__", "errors", "library", "modes", "reference", "testing", "tuned")
 SHARED = ("_common", "layout", "streams")  # by all kernels
 # in a copy: the operations of a file, in the part of a GPU without and with descriptors. The interpreter has
 # bf16 by the tests' emulation
