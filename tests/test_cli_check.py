@@ -68,6 +68,14 @@ def test_the_last_lines_say_what_auto_takes_where_no_kernel_was_checked(findings
     )
 
 
+def test_a_result_of_nan_is_null_in_json():
+    row = check._row(Finding("geglu", "float32", "forward", "triton", False, float("nan"), 1.0, "NaN"))
+    assert json.loads(json.dumps(row, allow_nan=False)) == row and (row["error"], row["tolerance"]) == (
+        None,
+        1,
+    )
+
+
 def test_with_the_interpreter_kernels_are_checked(findings, capsys, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     dtypes = ("float16", "float32", "float64")

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -169,8 +170,21 @@ def _say(arguments: argparse.Namespace, text: str) -> None:
 
 
 def _row(finding: "Finding") -> dict[str, Any]:
-    names = ("name", "dtype", "direction", "path", "ok", "error", "tolerance", "reason")
-    return {name: getattr(finding, name) for name in (*names, "time_ms", "library_ms")}
+    names = (
+        "name",
+        "dtype",
+        "direction",
+        "path",
+        "ok",
+        "error",
+        "tolerance",
+        "reason",
+        "time_ms",
+        "library_ms",
+    )
+    found = {name: getattr(finding, name) for name in names}
+    # JSON has neither NaN nor infinity
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
 
 
 def _line(finding: "Finding") -> str:
