@@ -1,6 +1,7 @@
 """nvembed-fast eval."""
 
 import argparse
+import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -176,6 +177,9 @@ class _Model:
         start = time.monotonic()
         with process.telling(lambda: f"{name}: {time.monotonic() - start:.0f} s"), options.note_cut():
             found = score(task, self.mteb)
+        if not math.isfinite(found.main_score):  # such as a correlation with equal labels
+            skipped[name] = f"its {task.metadata.main_score} is {found.main_score}"
+            return
         row = {
             "task": name,
             "model": self.name,

@@ -207,6 +207,14 @@ def test_a_task_without_data_is_a_counted_skip(planted, tiny_directory, tmp_path
     assert evaluate(capsys, "--tasks", "libreoffice", *words)[0] == 1
 
 
+def test_a_score_that_is_no_number_leaves_no_row(planted, tmp_path, capsys, monkeypatch):
+    """A row of NaN would be unreadable, and block the folder."""
+    real = door.score
+    monkeypatch.setattr(door, "score", lambda *a: real(*a)._replace(main_score=float("nan")))
+    _, _, err = evaluate(capsys, "--tasks", "squad", "--model", "bm25", "-o", tmp_path)
+    assert "skipped squad: its ndcg_at_10 is nan" in err and not [*tmp_path.rglob("*.json")]
+
+
 def test_bm25_ranks_and_is_skipped_where_vectors_are_needed(planted, tmp_path, capsys):
     pytest.importorskip("bm25s", reason="needs bm25s")
     status, out, err = evaluate(capsys, "--tasks", "squad", "rte", "--model", "bm25", "-o", tmp_path)
