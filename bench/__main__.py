@@ -9,7 +9,7 @@
 
 Every suite runs in a process of its own for at most --minutes. The same command goes on with the rest. The
 figures of a comparison are on disk when it ends, so Ctrl-C loses the one that is running. The exit code is 75
-while cases are left, and then 1 if a case failed.
+while cases are left. After that it is 1 if a case failed, else 0.
 
 With --base the packages of COMMIT and of this tree take turns, case by case. Nothing is added to the
 results. The exit code is 1 if a case became slower by more than its spread, or is wrong in this tree.

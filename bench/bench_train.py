@@ -124,7 +124,7 @@ class TrainBench:
         """Parity of the first loss, then the calls.
 
         Raises:
-            AssertionError: a loss of ours is wrong.
+            AssertionError: a loss of ours is wrong. Or the library path, which tells the right one, raises.
         """
         model = encoder(self.setting)
         skipped: dict[str, str] = {}

@@ -263,13 +263,13 @@ class SingleTextGraphs:
         def run() -> torch.Tensor:
             return self.model(PackedBatch(layout.input_ids, layout, layout.keep != 0))
 
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        pool = self._pool or torch.cuda.graph_pool_handle()
         while True:
             held = self._shared(bucket)
-            replay = captured(run, self._pool)
+            replay = captured(run, pool)
             # another thread's text may have replaced one meanwhile, such as the tables by longer ones
             if list(map(id, held)) == list(map(id, self._shared(bucket))):
+                self._pool = pool  # not before: a capture that raises leaves a pool without a graph
                 return _Graph(layout, replay, addresses, state, held)
 
     def _shared(self, bucket: int) -> list[object]:

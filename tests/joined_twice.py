@@ -22,6 +22,6 @@ def one_step(ranks, sharding: str) -> None:
         loss_of(model, make_batch("cpu", (4 + ranks.rank, 9, 1), seed=ranks.rank)).backward()
 
 
-faulthandler.dump_traceback_later(90, exit=True)  # no rank that hangs stays behind
+faulthandler.dump_traceback_later(180, exit=True)  # no rank that hangs stays behind
 for sharding in ("ddp", "fsdp", "ddp", "fsdp"):
     run(sharding)

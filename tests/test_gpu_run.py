@@ -171,11 +171,12 @@ def test_a_bench_goes_on_after_its_time_limit_if_it_has_added_rows(tmp_path, lim
     assert run(tmp_path, todo) == 1 and statuses(tmp_path) == {"b": "timed out"} and len(rows(tmp_path)) == 1
 
 
-def test_again_measures_a_bench_anew_and_one_that_is_cut_off_is_open(tmp_path):
+def test_again_measures_a_bench_anew_and_one_that_does_not_end_has_failed(tmp_path):
+    """The next call would not tell old rows from new ones."""
     todo = [bench("b", 1), python("a", "import sys; assert not sys.argv[1:]")]
     assert run(tmp_path, todo) == 0 and statuses(tmp_path) == {"b": "passed", "a": "passed"}
     todo[0] = bench("b", 3)
-    assert run(tmp_path, todo, "--again") == 0 and statuses(tmp_path) == {"a": "passed"}
+    assert run(tmp_path, todo, "--again") == 1 and statuses(tmp_path) == {"b": "failed", "a": "passed"}
     assert [row["impl"] for row in rows(tmp_path)] == ["[]", "['--again']"]
 
 
@@ -211,6 +212,9 @@ def test_a_slice_cut_off_by_the_end_of_a_call_runs_again(tmp_path, capsys):
     assert run(tmp_path, todo, "--minutes", "0.03") == 0
     assert statuses(tmp_path) == {"a": "passed"}
     assert "left: 1 slices" in capsys.readouterr().out
+    # what it was before does not count
+    gpu_run.write_state(tmp_path, "abc", {one.name: {"status": "passed"} for one in todo})
+    assert run(tmp_path, todo, "--again", "--minutes", "0.03") == 0 and statuses(tmp_path) == {"a": "passed"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -203,6 +203,24 @@ def test_graphs_that_were_dropped_take_their_pool_with_them(captures, monkeypatc
     assert run(ids, 0).item() == 18 and run._pool == (1,)
 
 
+def test_a_capture_that_fails_leaves_no_pool(captures, monkeypatch):
+    pools, real = itertools.count(), graphs.captured
+
+    def fails_once(run, pool):
+        if pool == (0,):
+            raise torch.OutOfMemoryError
+        return real(run, pool)
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (next(pools),))
+    monkeypatch.setattr(graphs, "captured", fails_once)
+    run = SingleTextGraphs(Sum())
+    with pytest.raises(torch.OutOfMemoryError):
+        run(np.array([5, 6, 7]), 0)
+    assert run(np.array([5, 6, 7]), 0).item() == 18 and run._pool == (1,)
+    run(np.arange(40), 0)
+    assert run._pool == (1,), "buckets share their memory"
+
+
 @pytest.mark.parametrize("first, then", [*itertools.permutations([torch.inference_mode, torch.no_grad])])
 def test_the_first_query_may_come_under_inference_mode(captures, first, then):
     run = SingleTextGraphs(Sum())

@@ -58,15 +58,17 @@ def test_a_document_above_the_ceiling_is_passed_over(tiles):
     assert all(map(torch.equal, topk(q, d, 5, ceilings), wanted))
 
 
-def test_a_precision_of_one_backend_stays_and_does_not_reach_the_scores():
+@pytest.mark.parametrize(
+    ("backend", "precision"), [(torch.backends.cuda.matmul, "tf32"), (torch.backends.mkldnn.matmul, "bf16")]
+)
+def test_a_precision_of_one_backend_stays_and_does_not_reach_the_scores(backend, precision):
     """torch then refuses to tell that of all."""
-    backend = torch.backends.cuda.matmul
     before, q, d = backend.fp32_precision, torch.randn(4, 64), torch.randn(50, 64)
     wanted = topk(q, d, 3)
-    backend.fp32_precision = "tf32"
+    backend.fp32_precision = precision
     try:
         assert all(map(torch.equal, topk(q, d, 3), wanted))
-        assert backend.fp32_precision == "tf32"
+        assert backend.fp32_precision == precision
     finally:
         backend.fp32_precision = before
 

@@ -96,10 +96,9 @@ def load(paths: Iterable[Path]) -> dict[str, list[Comparison]]:
     """GPU -> the newest comparison of every case, GPUs before CPUs. The date of a file is in its name."""
     newest: dict[tuple, Comparison] = {}
     paths = sorted(paths, key=_date)
-    for path in paths if len(paths) > 1 else ():
-        if not _date(path):
-            print(f"{path}: older than every file whose name ends in YYYY-MM-DD.csv", file=sys.stderr)
     for path in paths:
+        if not _date(path) and any(map(_date, paths)):
+            print(f"{path}: older than every file whose name ends in YYYY-MM-DD.csv", file=sys.stderr)
         for row in results.read(path):
             key = row["gpu"], row["suite"], row["case"]
             run = {name: row[name] for name in ("driver", "torch", "triton", "transformers", "commit")}

@@ -170,19 +170,8 @@ def _say(arguments: argparse.Namespace, text: str) -> None:
 
 
 def _row(finding: "Finding") -> dict[str, Any]:
-    names = (
-        "name",
-        "dtype",
-        "direction",
-        "path",
-        "ok",
-        "error",
-        "tolerance",
-        "reason",
-        "time_ms",
-        "library_ms",
-    )
-    found = {name: getattr(finding, name) for name in names}
+    names = ("name", "dtype", "direction", "path", "ok", "error", "tolerance", "reason")
+    found = {name: getattr(finding, name) for name in (*names, "time_ms", "library_ms")}
     # JSON has neither NaN nor infinity
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
 

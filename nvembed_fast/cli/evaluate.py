@@ -83,9 +83,9 @@ def run(arguments: argparse.Namespace) -> int:
                 continue
             model.run_local(tasks.sampled(task) if arguments.quick else task, skipped)
         for count, task in enumerate(theirs, start=len(local) + 1):
-            over = _over(mteb.measured(task))
-            process.say(f"{count} of {number}: {task.metadata.name}{over}")
-            model.run_mteb(task, skipped)
+            data = mteb.measured(task)
+            process.say(f"{count} of {number}: {task.metadata.name}{_over(data)}")
+            model.run_mteb(task, data, skipped)
     except KeyboardInterrupt as stop:
         raise KeyboardInterrupt(
             f"the rows of finished tasks are in {arguments.output}, and the same command goes on from there"
@@ -138,10 +138,8 @@ class _Model:
         prompt = "" if self.is_baseline else task.instruction
         self._run(planted_task(task), task.max_length, data, prompt, skipped, task)
 
-    def run_mteb(self, task: Any, skipped: dict[str, str]) -> None:
-        from nvembed_fast.integrations.mteb import measured
-
-        data = {"kind": task.metadata.type, "sample": "", **measured(task)}
+    def run_mteb(self, task: Any, measured: dict, skipped: dict[str, str]) -> None:
+        data = {"kind": task.metadata.type, "sample": "", **measured}
         self._run(task, self.arguments.max_length, data, "", skipped)
 
     def _run(

@@ -36,7 +36,6 @@ except ModuleNotFoundError as error:
         raise
     raise ImportError("this needs the package mteb: pip install 'nvembed-fast[mteb]'") from error
 from datasets import Dataset, DatasetDict
-from mteb._create_dataloaders import create_dataloader
 from mteb.abstasks import (
     AbsTask,
     AbsTaskClassification,
@@ -47,7 +46,6 @@ from mteb.abstasks import (
 from mteb.abstasks.abstask import get_abstask_prompt
 from mteb.abstasks.retrieval_dataset_loaders import RetrievalSplitData
 from mteb.abstasks.task_metadata import TaskMetadata
-from mteb.get_tasks import TASK_LIST
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
@@ -310,6 +308,8 @@ class MTEBSearch:
 
 def _texts(data: Dataset, task_metadata: Any, side: PromptType) -> list[str]:
     """The texts of one side of a retrieval task, as an encoder gets them."""
+    from mteb._create_dataloaders import create_dataloader  # private, and nothing else here needs it
+
     loader = create_dataloader(data, task_metadata=task_metadata, prompt_type=side, batch_size=256)
     return [text for batch in loader for text in batch["text"]]
 
@@ -376,7 +376,7 @@ def named_tasks(words: Iterable[str], ours: Sequence[str] = ()) -> list[AbsTask]
         ValueError: there is none. The message has the nearest name. Or two words have one task with other
             splits or subsets.
     """
-    known = [task.metadata.name for task in TASK_LIST]
+    known = [t.metadata.name for t in mteb.get_tasks(exclude_superseded=False, exclude_private=False)]
     benchmarks = {benchmark.name: benchmark for benchmark in mteb.get_benchmarks()}
     tasks: dict[str, AbsTask] = {}
     for word in words:

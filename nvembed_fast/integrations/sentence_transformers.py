@@ -142,10 +142,10 @@ class NVEmbedModule(InputModule):
         lengths = _lengths(features)
         ids, keep = features["input_ids"][0], features["pool_mask"][0]
         if self.training or torch.is_grad_enabled():
-            if self.training and torch.is_grad_enabled() and self.network.config.is_untrained:
-                self.network.config = dataclasses.replace(self.network.config, is_untrained=False)
             with self.encoder.computing(autocast=True):
                 vectors = self.network(PackedBatch(ids, SeqLayout(lengths, ids.device), keep))
+            if self.training and vectors.requires_grad and self.network.config.is_untrained:
+                self.network.config = dataclasses.replace(self.network.config, is_untrained=False)
         else:
             self.encoder.refresh()
             with self.encoder.computing(), _frozen(self.network.head):

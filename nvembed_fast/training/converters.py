@@ -72,7 +72,7 @@ def convert(
             else f"{form} have no scores: leave min_score out"
         )
     path, target = files.expanded(source), files.expanded(output)
-    unseen = {name for field, name in (fields or {}).items() if field.startswith("negative")}
+    unseen = next((name for field, name in (fields or {}).items() if field.startswith("negative")), None)
     num_rows = num_without = 0
     with files.replacing(target) as part, open(part, "w", encoding="utf-8") as file:
         for place, record in _records(path):
@@ -83,11 +83,12 @@ def convert(
                 (to_labelled if form == "labels" else to_row)(row, place)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             num_rows, num_without = num_rows + len(rows), num_without + (not rows)
-            unseen = {name for name in unseen if not _keys(record, name, form)}
+            if unseen is not None and _keys(record, unseen, form):
+                unseen = None
         if not num_rows:
             raise ValueError(f"{path} gives no row")
-        if unseen:
-            raise ValueError(f"{path}: no record has {min(unseen)!r}, the last has {_told(record)}")
+        if unseen is not None:
+            raise ValueError(f"{path}: no record has {unseen!r}, the last has {_told(record)}")
     return num_rows, num_without
 
 

@@ -85,7 +85,7 @@ class RunLog:
             self._told = now
 
     def note(self, step: int, values: Mapping[str, float]) -> None:
-        """Give an evaluation to the loggers, and append it to evaluations.jsonl. Its NaN is null there."""
+        """Give an evaluation to the loggers, and append it to evaluations.jsonl (NaN and infinity: null)."""
         path = self.output / _EVALUATIONS_FILE
         with _named(path), open(path, "a", encoding="utf-8") as file:
             written = {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -395,7 +395,9 @@ def test_an_unknown_task_is_told_with_the_nearest(name, hint, tmp_path, capsys):
 def test_a_lower_case_task_of_mteb_is_one(planted, tmp_path, capsys, monkeypatch):
     """indonli is mteb's. It looks like one of ours."""
     asked = []
-    monkeypatch.setattr(cli.evaluate._Model, "run_mteb", lambda self, task, skipped: asked.append(task))
+    monkeypatch.setattr(
+        cli.evaluate._Model, "run_mteb", lambda self, task, measured, skipped: asked.append(task)
+    )
     status, _, err = evaluate(capsys, "--tasks", "indonli", "--model", "bm25", "-o", tmp_path)
     assert status == 0, err
     assert [task.metadata.name for task in asked] == ["indonli"] and planted == []
