@@ -205,6 +205,6 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        sys.exit("interrupted: finished parts are kept, and the same command goes on")
     except (RuntimeError, ValueError, OSError) as error:
         sys.exit(f"demo: {error}")

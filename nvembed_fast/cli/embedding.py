@@ -51,8 +51,8 @@ def embed(
 
     def state() -> str:
         seconds = time.monotonic() - start
-        rate = f"{progress.done / seconds:.3g} texts/s on {model.device}"
-        return f"{progress.done} of {len(left)} texts in {seconds:.0f} s, {rate}"
+        rate = f"{progress.done / seconds:.3g} texts/s" if progress.done else "the first ones"
+        return f"{progress.done} of {len(left)} texts in {seconds:.0f} s, {rate} on {model.device}"
 
     with progress, process.telling(state), options.note_cut(), _named_as_in_the_file(names):
         model.warn_about(left)
