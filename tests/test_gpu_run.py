@@ -19,7 +19,6 @@ from test_layering import KERNELS
 
 from bench.measure import results
 from nvembed_fast import graphs, ops
-from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.kernels import tuned
 from nvembed_fast.network.model import NVEmbedModel
 from tools import gpu_checks, gpu_run, host_time
@@ -403,17 +402,7 @@ def test_a_replay_that_differs_is_counted(capsys):
 
 @pytest.fixture
 def tiny_model() -> NVEmbedModel:
-    text = BackboneConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    latent = LatentConfig(
-        num_latents_value=16, num_cross_heads=2, cross_dim_head=16, hidden_dim=32, latent_dim=32
-    )
-    return NVEmbedModel(NVEmbedConfig(text, latent)).requires_grad_(False)
+    return host_time.tiny_model(num_layers=1, vocab_size=32000)
 
 
 @pytest.fixture

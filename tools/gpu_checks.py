@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
+from bench.workloads import IMPLS
 from nvembed_fast import ops
 from nvembed_fast.config import BackboneConfig, LatentConfig, NVEmbedConfig
 from nvembed_fast.graphs import SingleTextGraphs, bucket_of
@@ -31,7 +32,7 @@ from nvembed_fast.network.model import NVEmbedModel
 from nvembed_fast.packing import PackedBatch
 
 EPS = 1e-5
-IMPL: ops.Impl = "triton"  # "auto" would check the library in the place of an unproven kernel
+IMPL = IMPLS["cuda"]  # "auto" would check the library in the place of an unproven kernel
 LENGTHS = (9, 30, 50, 100, 200)  # a bucket each
 STEMS = (
     "absorbed_latent_attention",
@@ -242,7 +243,7 @@ def kept(model: NVEmbedModel, count: int, length: int = 2000) -> int:
 
     def encode(model: NVEmbedModel, ids: np.ndarray) -> torch.Tensor:
         # the operations, and with them the layouts that all calls share, are those of training
-        with torch.enable_grad(), ops.use_impl(IMPL if device.type == "cuda" else "torch"):
+        with torch.enable_grad(), ops.use_impl(IMPLS[device.type]):
             return model(PackedBatch.from_ids([ids], [0], device)).detach()
 
     def context():

@@ -24,12 +24,13 @@ ROUNDS = 15
 LOOP = 10_000  # steps of the plain loop
 
 
-def tiny_model() -> NVEmbedModel:
-    """32 layers, as NV-Embed has them."""
+def tiny_model(num_layers: int = 32, vocab_size: int = 256) -> NVEmbedModel:
+    """As many layers as NV-Embed has, unless said otherwise."""
     text = BackboneConfig(
-        vocab_size=256,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=32,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         num_key_value_heads=1,
     )

@@ -260,11 +260,9 @@ def as_of_mteb(**changes) -> mteb.AbsTask:
         changes: of its RetrievalSplitData.
     """
     texts = {f"d{n}": f"text {n}" for n in range(4)}
-    data = tasks.LocalTask(
-        "words",
-        "retrieval",
-        "Find",
-        48,
+    data = replace(
+        RETRIEVAL,
+        name="words",
         queries={f"q{n}": word for n, word in enumerate(WORDS)},
         documents=texts,
         relevant={f"q{n}": {f"d{n}"} for n in range(4)},
